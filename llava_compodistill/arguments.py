@@ -1,0 +1,185 @@
+"""What can be said on the command line: LLaVA's own dataclasses, extended.
+
+Every flag of `llava.train.train` keeps its name and meaning; the fields below are added. They are parsed by
+`transformers.HfArgumentParser`, as LLaVA does it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from . import compat
+from .layer_matching import visual_understanding_layers
+from .plugin.host import import_llava_train
+
+_llava_train = import_llava_train()
+
+STAGES = ("pt", "dpt", "dft", "sft")
+#: Stages in which the teacher is loaded, and those that train the adapter alone (method.md, "Three stages").
+DISTILLED_STAGES = ("dpt", "dft")
+ADAPTER_STAGES = ("pt", "dpt")
+
+
+@dataclass
+class ModelArguments(_llava_train.ModelArguments):
+    """LLaVA's model arguments, with the teacher and the TAF adapter (paper, Section 4.2)."""
+
+    mm_use_im_patch_token: bool = field(default=False)
+    mm_vision_select_layer: int | None = field(default=-2)
+    teacher_model_path: str | None = field(
+        default=None,
+        metadata={"help": "LLaVA checkpoint of the teacher. Needed by the distilled stages, and by --mm_projector_type taf to fetch P_T."},
+    )
+    teacher_model_base: str | None = field(
+        default=None, metadata={"help": "Base LLM of the teacher when its checkpoint is a LoRA or an adapter alone."}
+    )
+    taf_depth: int = field(
+        default=1,
+        metadata={"help": "Linear layers of MLP_S under --mm_projector_type taf: 1 (paper), or 2 with a GELU between."},
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention backend of both LLMs: flash_attention_2, sdpa or eager. Default: the fastest."},
+    )
+
+
+@dataclass
+class DataArguments(_llava_train.DataArguments):
+    """LLaVA's data arguments."""
+
+    bad_samples: Literal["error", "skip"] = field(
+        default="error",
+        metadata={"help": "What to do with samples whose image or conversation cannot be used: stop, or skip and log."},
+    )
+    check_images: bool = field(
+        default=True, metadata={"help": "Check that every image file exists before training (one stat a file)."}
+    )
+
+
+@dataclass
+class TrainingArguments(_llava_train.TrainingArguments):
+    """LLaVA's training arguments, with the stage and the loss (paper, Sections 4.1 and 4.3)."""
+
+    stage: Literal["pt", "dpt", "dft", "sft"] = field(
+        default="dft",
+        metadata={
+            "help": "pt: adapter, L_LM. dpt: adapter, L_LM + L_KL. dft: LLM and adapter, L_LM + L_KL + L_ADL. "
+            "sft: LLM and adapter, L_LM, no teacher."
+        },
+    )
+    vat: bool = field(default=True, metadata={"help": "Visual attention alignment (L_ADL) in the dft stage."})
+    lm_weight: float = field(default=1.0, metadata={"help": "Weight of L_LM."})
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of L_KL."})
+    attention_weight: float = field(default=1.0, metadata={"help": "Weight of L_ADL."})
+    kd_temperature: float = field(default=1.0, metadata={"help": "Temperature T of L_KL; the term carries T squared."})
+    attention_loss: Literal["cosine", "mse", "kl"] = field(
+        default="cosine", metadata={"help": "Distance between attention maps (Table 3a)."}
+    )
+    attention_similarity: Literal["row", "matrix"] = field(
+        default="row", metadata={"help": "Compare each query's row, or the flattened matrix of a sample."}
+    )
+    attention_rows: Literal["all", "answer", "text", "visual"] = field(
+        default="all", metadata={"help": "Which queries take part in L_ADL."}
+    )
+    student_layers: str = field(
+        default="intermediate",
+        metadata={"help": "Student's band: intermediate, early, later, all (Table 3b), or a list such as 8,9,10."},
+    )
+    teacher_layers: str = field(default="intermediate", metadata={"help": "Teacher's band, written the same way."})
+    layer_matching: Literal["group", "simple", "adaptive"] = field(
+        default="group", metadata={"help": "How student layers meet teacher layers (Table 3c)."}
+    )
+    calibration_batches: int = field(
+        default=4, metadata={"help": "Batches that measure the distances between layers for adaptive matching."}
+    )
+    attention_map_impl: Literal["auto", "eager", "chunked"] = field(
+        default="auto", metadata={"help": "Implementation of the attention map op."}
+    )
+    measure_attention: bool = field(
+        default=False, metadata={"help": "Log the attention similarity to the teacher also where L_ADL is not trained."}
+    )
+    shuffle_attention_targets: bool = field(
+        default=False,
+        metadata={"help": "Control experiment: give each sample the teacher attention of another image in the batch."},
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Precision of the frozen teacher. auto: the student's compute precision."}
+    )
+    if not compat.HAS_WARMUP_RATIO:
+        warmup_ratio: float = field(
+            default=0.0, metadata={"help": "Share of the steps spent warming up (transformers 5 folds it into steps)."}
+        )
+    if not compat.HAS_EVALUATION_STRATEGY:
+        evaluation_strategy: str | None = field(default=None, metadata={"help": "Older name of --eval_strategy."})
+
+    def __post_init__(self) -> None:
+        compat.translate_training_arguments(self)
+        super().__post_init__()
+        if self.stage not in STAGES:
+            raise ValueError(f"--stage {self.stage!r}: must be one of {', '.join(STAGES)}.")
+        if self.kd_temperature <= 0:
+            raise ValueError(f"--kd_temperature {self.kd_temperature}: must be greater than 0.")
+        for name in ("lm_weight", "kl_weight", "attention_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: a loss weight cannot be negative.")
+        if self.calibration_batches < 1:
+            raise ValueError(f"--calibration_batches {self.calibration_batches}: must be at least 1.")
+        for name in ("student_layers", "teacher_layers"):
+            parse_band(getattr(self, name), name)
+        # LLaVA's trainer, saver and loader read this switch; the stage decides it.
+        self.tune_mm_mlp_adapter = self.stage in ADAPTER_STAGES
+        if self.gradient_checkpointing:
+            # Reentrant checkpointing gives the captured maps no gradient and says nothing about it.
+            self.gradient_checkpointing_kwargs = {**(self.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+
+    @property
+    def distilled(self) -> bool:
+        """Whether this stage has a teacher in its loss."""
+        return self.stage in DISTILLED_STAGES
+
+    @property
+    def aligns_attention(self) -> bool:
+        """Whether L_ADL is part of this stage's loss."""
+        return self.stage == "dft" and self.vat and self.attention_weight > 0
+
+
+def parse_band(value: str, name: str = "band") -> str | list[int]:
+    """Read a band from the command line: a name, or layer numbers separated by commas.
+
+    Raises:
+        ValueError: with the flag's name, the value, and what is allowed.
+    """
+    if any(character.isdigit() for character in value):
+        try:
+            return [int(number) for number in value.split(",")]
+        except ValueError:
+            raise ValueError(f"--{name} {value!r}: a list of layers reads like 8,9,10.") from None
+    try:
+        visual_understanding_layers(10, value)
+    except ValueError as error:
+        raise ValueError(f"--{name} {value!r}: {error}") from None
+    return value
+
+
+def check_arguments(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
+    """Check what no single dataclass can see, before anything is loaded.
+
+    Raises:
+        ValueError: naming the flags that contradict each other, and the way out.
+    """
+    if training.distilled and not model.teacher_model_path:
+        raise ValueError(
+            f"--stage {training.stage} distils from a teacher: give --teacher_model_path, or use --stage "
+            f"{'pt' if training.stage == 'dpt' else 'sft'} to train without one."
+        )
+    if not model.vision_tower:
+        raise ValueError("--vision_tower is missing: name a CLIP or SigLIP encoder or the folder of one.")
+    if model.taf_depth not in (1, 2):
+        raise ValueError(f"--taf_depth {model.taf_depth}: MLP_S has 1 or 2 linear layers.")
+    if training.stage in ADAPTER_STAGES and training.lora_enable:
+        raise ValueError(f"--stage {training.stage} trains the adapter alone: --lora_enable does not go with it.")
+    if training.shuffle_attention_targets and training.per_device_train_batch_size < 2:
+        raise ValueError("--shuffle_attention_targets needs --per_device_train_batch_size of at least 2.")
+    if not data.data_path:
+        raise ValueError("--data_path is missing: give the JSON file of conversations.")

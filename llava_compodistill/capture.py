@@ -1,0 +1,167 @@
+"""Attention over visual tokens from the layers that are asked for, while every layer keeps its fast backend.
+
+Only the named layers are tapped: beside their SDPA or FlashAttention output they hand the post-rotary query and key to
+`visual_attention_map`. All other layers are left alone, and leaving the context leaves no trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from . import compat
+from .ops.visual_attention import visual_attention_map
+from .visual_tokens import MergedBatch
+
+
+class AttentionCapture:
+    """Collects maps as the layers of one forward run.
+
+    Attributes:
+        maps: layer number -> [B, N, N_v] (or [B, H, N, N_v]); filled in the order of the layers.
+        detach: record maps without a graph, to measure and not to train.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        batch: Callable[[], MergedBatch],
+        impl: str = "auto",
+        heads: str = "mean",
+        receive: Callable[[int, torch.Tensor], None] | None = None,
+    ):
+        self.layers = list(layers)
+        self.impl = impl
+        self.heads = heads
+        self.maps: dict[int, torch.Tensor] = {}
+        self.detach = False
+        self._batch = batch
+        self._receive = receive or self.maps.__setitem__
+        self._seen: set[int] = set()
+
+    def begin(self) -> None:
+        """Forget the last forward's maps: call before each forward that is to be recorded."""
+        self.maps.clear()
+        self._seen.clear()
+
+    def tap(self, layer: int) -> compat.AttentionTap:
+        def receive(module: nn.Module, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+            if query.shape[2] != key.shape[2]:
+                raise RuntimeError(
+                    "Attention maps are captured from whole sequences: call the model without a key/value cache."
+                )
+            batch = self._batch()
+            if batch.visual_index.shape[1] == 0:
+                return
+            key_mask = None if batch.real[:, 0].all() else batch.real  # only left padding hides keys from real rows
+            if self.detach:
+                query, key = query.detach(), key.detach()
+            attention = visual_attention_map(
+                query, key, batch.visual_index, key_mask=key_mask, scale=scale, impl=self.impl, heads=self.heads
+            )
+            # Gradient checkpointing runs the layer again in the backward: the op must run again, as it did in the
+            # forward, but its result belongs to the recomputation and is not recorded twice.
+            if layer not in self._seen:
+                self._seen.add(layer)
+                self._receive(layer, attention)
+
+        return receive
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The self-attention modules of a LLaVA language model, first layer first."""
+    return [layer.self_attn for layer in model.get_model().layers]
+
+
+@contextlib.contextmanager
+def capture_visual_attention(
+    model: nn.Module,
+    layers: Sequence[int],
+    batch: Callable[[], MergedBatch],
+    *,
+    impl: str = "auto",
+    heads: str = "mean",
+    receive: Callable[[int, torch.Tensor], None] | None = None,
+) -> Iterator[AttentionCapture]:
+    """Capture the attention over visual tokens of some layers.
+
+    With gradient checkpointing keep the context open until the backward is done: its recomputation runs the layers
+    again and has to meet the same taps.
+
+    Args:
+        model: a LLaVA causal language model (not a wrapper around one).
+        layers: 0-based numbers of the layers to tap.
+        batch: gives the merged batch of the running forward (`MergeRecorder.batch`).
+        impl: implementation of the op, see `visual_attention_map`.
+        heads: "mean" for [B, N, N_v], "all" for [B, H, N, N_v].
+        receive: called with (layer, map) instead of keeping the map in `maps`.
+
+    Raises:
+        ValueError: for a layer the model does not have.
+        RuntimeError: for reentrant gradient checkpointing, under which maps would carry no gradient.
+    """
+    modules = attention_modules(model)
+    for layer in layers:
+        if not 0 <= layer < len(modules):
+            raise ValueError(f"Layer {layer}: the model has layers 0 to {len(modules) - 1}.")
+    _refuse_reentrant_checkpointing(model)
+    capture = AttentionCapture(layers, batch, impl, heads, receive)
+    with contextlib.ExitStack() as taps:
+        for layer in capture.layers:
+            taps.enter_context(compat.tap_attention(modules[layer], capture.tap(layer)))
+        yield capture
+
+
+def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
+    backbone = model.get_model()
+    if not (backbone.training and getattr(backbone, "gradient_checkpointing", False)):
+        return
+    function = getattr(backbone, "_gradient_checkpointing_func", None)
+    if function is None and len(backbone.layers):
+        function = getattr(backbone.layers[0], "_gradient_checkpointing_func", None)
+    if getattr(function, "keywords", {}).get("use_reentrant", True):
+        raise RuntimeError(
+            "Reentrant gradient checkpointing gives captured attention maps no gradient: call "
+            'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
+        )
+
+
+class GroupMeans:
+    """Running means of the teacher's maps over each student layer's group (method.md, "Group layer matching").
+
+    Feed it the teacher's maps while its forward runs; no map is kept longer than its own layer.
+
+    Args:
+        groups: for each student layer the teacher layers it is matched with.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]]):
+        self.groups = [list(group) for group in groups]
+        self._means: list[torch.Tensor | None] = [None] * len(groups)
+
+    @property
+    def layers(self) -> list[int]:
+        """The teacher layers that are needed, in order."""
+        return sorted({layer for group in self.groups for layer in group})
+
+    def begin(self) -> None:
+        self._means = [None] * len(self.groups)
+
+    def receive(self, layer: int, attention: torch.Tensor) -> None:
+        for position, group in enumerate(self.groups):
+            if layer not in group:
+                continue
+            share = group.count(layer) / len(group)
+            mean = self._means[position]
+            self._means[position] = attention * share if mean is None else mean.add_(attention, alpha=share)
+
+    @property
+    def means(self) -> list[torch.Tensor]:
+        """For each student layer the mean map [B, N, N_v] of its group."""
+        missing = [position for position, mean in enumerate(self._means) if mean is None]
+        if missing:
+            raise RuntimeError(f"The teacher's forward has not filled the groups {missing}.")
+        return self._means

@@ -1,0 +1,171 @@
+"""Checkpoints in LLaVA's shapes, each complete enough to stand without the teacher.
+
+pt, dpt        config.json + mm_projector.bin
+dft, sft full  a Hugging Face folder (safetensors)
+dft, sft LoRA  adapter_config.json + adapter_model.safetensors + non_lora_trainables.bin + config.json
+
+LLaVA's own saver keeps trainable parameters only, so a frozen teacher adapter would be lost and its loader's
+strict=False would hide it; here the adapter is always saved whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import compat
+from .models import llava_core
+from .version import __version__
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FILE = "mm_projector.bin"
+LORA_EXTRA_FILE = "non_lora_trainables.bin"
+
+
+def save(
+    model: nn.Module, output_dir: str, args: Any, tokenizer: Any = None, state_dict: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write a checkpoint of the kind that the stage calls for.
+
+    Args:
+        model: the student, wrapped in PEFT or not.
+        state_dict: gathered weights, where the trainer has them (DeepSpeed); else they are read from the model.
+    """
+    os.makedirs(output_dir, exist_ok=True)
+    core = llava_core(model)
+    core.config.compodistill = {"stage": args.stage, "version": __version__}
+    if args.stage in ("pt", "dpt"):
+        torch.save(_adapter_weights(core, "model.mm_projector"), os.path.join(output_dir, ADAPTER_FILE))
+    elif hasattr(model, "peft_config"):
+        lora = {n: _whole(p) for n, p in model.named_parameters() if "lora_" in n or _trained_bias(n, p)}
+        model.save_pretrained(output_dir, state_dict=lora)
+        extra = _adapter_weights(core, "base_model.model.model.mm_projector")
+        torch.save(extra, os.path.join(output_dir, LORA_EXTRA_FILE))
+    else:
+        weights = core.state_dict() if state_dict is None else state_dict
+        # LLaVA loads the encoder from `mm_vision_tower`; a copy here would be dead weight.
+        weights = {name: value for name, value in weights.items() if "vision_tower" not in name}
+        core.save_pretrained(output_dir, state_dict=weights)
+    _save_config(core, output_dir)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(output_dir)
+    torch.save(args, os.path.join(output_dir, "training_args.bin"))
+
+
+def load_into(model: nn.Module, folder: str) -> None:
+    """Load the weights of a checkpoint into a model of the same kind, to resume training.
+
+    Raises:
+        CheckpointError: when the folder's kind or names do not fit the model.
+    """
+    from .plugin.loader import CheckpointError, checkpoint_kind, load_extra_weights
+
+    kind = checkpoint_kind(folder)
+    core = llava_core(model)
+    is_peft = hasattr(model, "peft_config")
+    if (kind == "lora") != is_peft:
+        raise CheckpointError(f"{folder} holds {kind} weights, which do not fit a {'LoRA' if is_peft else 'full'} model.")
+    if kind == "adapter":
+        load_extra_weights(core, os.path.join(folder, ADAPTER_FILE))
+    elif kind == "lora":
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, _read_folder(folder, "adapter_model"))
+        load_extra_weights(core, os.path.join(folder, LORA_EXTRA_FILE))
+    else:
+        _load_full(core, folder)
+
+
+def last_complete(output_dir: str) -> str | None:
+    """The newest `checkpoint-N` that was written to its end, or None. Half-written ones are named and passed over."""
+    folders = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    for folder in reversed(folders):
+        if (folder / "trainer_state.json").is_file():  # the trainer writes it last
+            return str(folder)
+        logger.warning("%s is incomplete (killed while saving?) and is passed over.", folder)
+    return None
+
+
+def check_disk_space(model: nn.Module, args: Any) -> None:
+    """Stop before training when the checkpoints cannot fit on the disk.
+
+    Raises:
+        OSError: with the space needed, the space free, and the folder.
+    """
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    if args.stage in ("pt", "dpt") or hasattr(model, "peft_config"):
+        weights = trained + sum(p.numel() * p.element_size() for p in llava_core(model).get_model().mm_projector.parameters())
+    else:
+        weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "vision_tower" not in n)
+    needed = weights
+    if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
+        kept = (args.save_total_limit or 1) + 1  # a new checkpoint is written before an old one is deleted
+        optimizer = 2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        needed += kept * (weights + (0 if getattr(args, "save_only_model", False) else optimizer))
+    folder = Path(args.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"--output_dir {args.output_dir}: the checkpoints need about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} "
+            "GiB are free. Free some space, lower --save_total_limit, or name another folder."
+        )
+
+
+def _adapter_weights(core: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    module = core.get_model().mm_projector
+    return {f"{prefix}.{name}": _whole(parameter) for name, parameter in module.named_parameters()}
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    with compat.gathered([parameter]):
+        return parameter.detach().cpu().clone()
+
+
+def _trained_bias(name: str, parameter: torch.Tensor) -> bool:
+    return name.endswith("bias") and parameter.requires_grad and "mm_projector" not in name
+
+
+def _save_config(core: nn.Module, output_dir: str) -> None:
+    use_cache = core.config.use_cache
+    core.config.use_cache = True  # off while training only
+    try:
+        core.config.architectures = [type(core).__name__]
+        core.config.save_pretrained(output_dir)
+        if core.generation_config is not None:
+            core.generation_config.save_pretrained(output_dir)
+    finally:
+        core.config.use_cache = use_cache
+
+
+def _read_folder(folder: str, stem: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    from .plugin.loader import read_weights
+
+    path = os.path.join(folder, f"{stem}.safetensors")
+    return load_file(path) if os.path.isfile(path) else read_weights(os.path.join(folder, f"{stem}.bin"))
+
+
+def _load_full(core: nn.Module, folder: str) -> None:
+    from .plugin.loader import CheckpointError
+
+    shards = sorted(path for path in Path(folder).glob("model*.safetensors"))
+    if not shards:
+        shards = sorted(Path(folder).glob("pytorch_model*.bin"))
+    weights: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        weights.update(_read_folder(folder, shard.stem))
+    missing, unexpected = core.load_state_dict(weights, strict=False)
+    tied = set() if not core.config.tie_word_embeddings else {"lm_head.weight"}
+    missing = [name for name in missing if "vision_tower" not in name and name not in tied]
+    if missing or unexpected:
+        raise CheckpointError(f"{folder} does not fit the model: missing {missing[:3]}, unknown {unexpected[:3]}.")

@@ -1,0 +1,222 @@
+"""Every difference between library versions, and nothing else.
+
+Supported: transformers 4.37.2 (LLaVA's own generation) and 5.x; both are tested. The versions between go through the
+same branches. Each shim names what changed and when it can go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+import transformers.trainer
+from packaging.version import Version
+from torch import nn
+
+TRANSFORMERS = Version(transformers.__version__)
+
+#: transformers 5.18 dropped --warmup_ratio: --warmup_steps below 1 is a ratio there.
+HAS_WARMUP_RATIO = "warmup_ratio" in transformers.TrainingArguments.__dataclass_fields__
+#: transformers 4.46 renamed --evaluation_strategy to --eval_strategy, 5.0 dropped the old name.
+HAS_EVALUATION_STRATEGY = "evaluation_strategy" in transformers.TrainingArguments.__dataclass_fields__
+#: Since 4.46 the Trainer collects the micro-batches of one optimizer step before it runs them.
+COLLECTS_ACCUMULATION_WINDOW = hasattr(transformers.Trainer, "get_batch_samples")
+#: Since 4.48 attention is a function looked up by name at every call; before, a class fixed at construction.
+try:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+except ImportError:
+    ALL_ATTENTION_FUNCTIONS = None
+
+#: (module, query[B,H,N,d], key[B,H_kv,N,d], scale) -> None
+AttentionTap = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], None]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Importing LLaVA
+# --------------------------------------------------------------------------------------------------------------------
+def prepare_for_llava() -> None:
+    """Give transformers back the names that LLaVA 1.2.2 imports from it."""
+    if not hasattr(transformers.trainer, "ALL_LAYERNORM_LAYERS"):  # moved to pytorch_utils in 4.4x, removed in 5.0
+        transformers.trainer.ALL_LAYERNORM_LAYERS = [nn.LayerNorm]
+
+
+def translate_training_arguments(args: Any) -> None:
+    """Map the older spellings that LLaVA's scripts use to the installed transformers, before its own checks run."""
+    if not HAS_WARMUP_RATIO and args.warmup_ratio:
+        if not 0 <= args.warmup_ratio < 1:
+            raise ValueError(f"--warmup_ratio {args.warmup_ratio}: must be at least 0 and below 1.")
+        if not args.warmup_steps:
+            args.warmup_steps = args.warmup_ratio
+    if not HAS_EVALUATION_STRATEGY and args.evaluation_strategy is not None:
+        args.eval_strategy = args.evaluation_strategy
+
+
+def dtype_argument(dtype: torch.dtype | None) -> dict[str, Any]:
+    """The keyword of `from_pretrained` that sets the precision: `torch_dtype` became `dtype` in 4.56."""
+    return {"dtype" if TRANSFORMERS >= Version("4.56") else "torch_dtype": dtype}
+
+
+def tokenizer_argument(tokenizer: Any) -> dict[str, Any]:
+    """The Trainer's keyword for the tokenizer: `tokenizer` became `processing_class` in 4.46, and went in 5.0."""
+    modern = "processing_class" in inspect.signature(transformers.Trainer.__init__).parameters
+    return {"processing_class" if modern else "tokenizer": tokenizer}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attention backends
+# --------------------------------------------------------------------------------------------------------------------
+_TAPPED = "compodistill_tapped"
+
+
+def attention_implementation(model: nn.Module) -> str:
+    """Name of the attention backend that a model runs: flash_attention_2, sdpa or eager."""
+    return getattr(model.config, "_attn_implementation", None) or "eager"
+
+
+@contextlib.contextmanager
+def tap_attention(module: nn.Module, tap: AttentionTap) -> Iterator[None]:
+    """Call `tap` with the post-rotary query and key at every forward of one attention module.
+
+    The module goes on computing its output with its own backend; other modules are not touched.
+    """
+    if getattr(module, "_compodistill_tap", None) is not None:
+        raise RuntimeError("This attention layer is tapped already: leave the other capture context first.")
+    install = _tap_by_interface if ALL_ATTENTION_FUNCTIONS is not None else _tap_by_rotary
+    module._compodistill_tap = tap
+    try:
+        with install(module):
+            yield
+    finally:
+        module._compodistill_tap = None
+
+
+@contextlib.contextmanager
+def _tap_by_interface(module: nn.Module) -> Iterator[None]:
+    # The tapped module alone gets a config that names our function. The model's config stays, so the mask is still
+    # built for the backend that the function then calls.
+    config = module.config
+    tapped = copy.copy(config)
+    module._compodistill_backend = config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[_TAPPED] = _tapped_attention
+    tapped._attn_implementation = _TAPPED
+    module.config = tapped
+    try:
+        yield
+    finally:
+        module.config = config
+
+
+def _tapped_attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
+    scale = kwargs.get("scaling")
+    module._compodistill_tap(module, query, key, query.shape[-1] ** -0.5 if scale is None else scale)
+    backend = module._compodistill_backend
+    if backend in (None, "eager"):
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS[backend]
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+@contextlib.contextmanager
+def _tap_by_rotary(module: nn.Module) -> Iterator[None]:
+    # transformers < 4.48: eager, SDPA and flash classes all call the modeling file's `apply_rotary_pos_emb` by its
+    # global name. It is replaced only while the tapped module's forward runs.
+    source = sys.modules[_defining_class(module).__module__]
+    rotary = source.apply_rotary_pos_emb
+    forward = module.forward
+
+    def rotate(query, key, *args, **kwargs):
+        query, key = rotary(query, key, *args, **kwargs)
+        module._compodistill_tap(module, query, key, query.shape[-1] ** -0.5)
+        return query, key
+
+    def tapped_forward(*args, **kwargs):
+        source.apply_rotary_pos_emb = rotate
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            source.apply_rotary_pos_emb = rotary
+
+    module.forward = tapped_forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _defining_class(module: nn.Module) -> type:
+    for cls in type(module).__mro__:
+        if hasattr(sys.modules[cls.__module__], "apply_rotary_pos_emb"):
+            return cls
+    raise TypeError(
+        f"{type(module).__name__} does not rotate its query and key through `apply_rotary_pos_emb`; with transformers "
+        f"{transformers.__version__} the Llama, Mistral and Qwen2 families can be tapped."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Trainer
+# --------------------------------------------------------------------------------------------------------------------
+def divides_by_accumulation(trainer: transformers.Trainer) -> bool:
+    """Whether the training loop divides the returned loss by the number of micro-batches of a step.
+
+    Before 4.46 accelerate and DeepSpeed always do. Since then nobody does for a loss that was normalised over the whole
+    step, which `model_accepts_loss_kwargs` declares.
+    """
+    return not COLLECTS_ACCUMULATION_WINDOW
+
+
+def default_train_sampler(trainer: transformers.Trainer, base: type, dataset: Any) -> Any:
+    """`Trainer._get_train_sampler` gained the data set as an argument in 4.50."""
+    method = base._get_train_sampler
+    return method(trainer, dataset) if len(inspect.signature(method).parameters) > 1 else method(trainer)
+
+
+def hands_out_windows(trainer: transformers.Trainer) -> bool:
+    """Whether the training loop asks `get_batch_samples` for all micro-batches of a step before it runs them (4.46)."""
+    return COLLECTS_ACCUMULATION_WINDOW
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# DeepSpeed
+# --------------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def outside_zero3() -> Iterator[None]:
+    """Load a model whole although the run uses ZeRO-3.
+
+    Under a ZeRO-3 config every `from_pretrained` partitions what it loads, and a teacher without an engine of its own
+    would never be gathered again.
+    """
+    try:
+        from transformers.integrations import deepspeed as integration
+    except ImportError:
+        from transformers import deepspeed as integration
+    reference = getattr(integration, "_hf_deepspeed_config_weak_ref", None)
+    config = reference() if reference is not None else None
+    if config is None:
+        yield
+        return
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration.set_hf_deepspeed_config(config)
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside the context the parameters are whole, also under ZeRO-3."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(partitioned):
+        yield

@@ -1,0 +1,237 @@
+"""The loss terms as pure functions: attention distillation (L_ADL) and logit distillation (L_KL), paper Section 4.
+
+Inputs of any floating-point dtype are computed in float32 (float64 stays float64), and so are the results. Nothing
+here knows of a model; which rows count is decided by the caller and given as masks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+IGNORE_INDEX = -100
+KINDS = ("cosine", "mse", "kl")
+SIMILARITIES = ("row", "matrix")
+REDUCTIONS = ("mean", "none")
+
+
+def attention_distillation_loss(
+    student_map: torch.Tensor,
+    teacher_map: torch.Tensor,
+    row_mask: torch.Tensor,
+    kind: str = "cosine",
+    similarity: str = "row",
+    *,
+    column_mask: torch.Tensor | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Distance between the visual attention maps of one student layer and its target: one summand of L_ADL.
+
+    L_ADL (paper, Section 4, visual attention alignment) is the mean over the student's layers of the value returned
+    here with the defaults: 1 - cos of each query's row over the visual keys, averaged over the rows that count, then
+    over the samples that hold at least one such row.
+
+    Args:
+        student_map: [B, N, N_v] head means, or [B, H, N, N_v] to compare head by head (averaged over heads). Columns
+            that pad a sample's visual tokens hold 0 in both maps.
+        teacher_map: same shape: the mean map of the teacher layers matched to this layer. No gradient reaches it.
+        row_mask: [B, N] bool, the query rows that count: real tokens that see at least one visual key.
+        kind: "cosine"; "mse", the mean squared difference over the visual keys; "kl", KL(teacher || student) in nats
+            with both rows renormalised over the visual keys (Table 3a).
+        similarity: for the cosine, "row" as above or "matrix": a sample's counted rows flattened to one vector. The
+            mean squared difference is the same either way; "kl" has rows only.
+        column_mask: [B, N_v] bool, the real visual keys. Only "mse" needs it where samples differ in N_v; given, it
+            also keeps samples without any visual key from counting.
+        reduction: "mean", or "none" for one loss per sample, [B], 0 where a sample does not count (divide their sum
+            by the number of counting samples over all steps and ranks: ``counting_samples``).
+
+    Returns:
+        A scalar, or [B]. Without any counting sample it is 0 and still has a graph. A counted row that is 0 everywhere
+        has similarity 0 (cosine) and no gradient of infinite size.
+
+    Raises ``ValueError`` with the value received and the values allowed.
+    """
+    _check(student_map, teacher_map, row_mask, column_mask, kind, similarity, reduction)
+    student, teacher, rows = _prepare(student_map, teacher_map, row_mask, column_mask)
+    if kind == "cosine":
+        per_sample = _cosine(student, teacher, rows, similarity)
+        per_sample = counting_samples(row_mask, column_mask).to(per_sample.dtype) - per_sample
+    elif kind == "mse":
+        squared = (student - teacher).square().sum(dim=-1)
+        if column_mask is None:
+            columns = student.new_full((len(student), 1, 1), student.shape[-1])
+        else:
+            columns = column_mask.sum(dim=1).view(-1, 1, 1).to(student.dtype)
+        per_sample = _mean_over_rows(squared / columns.clamp(min=1), rows)
+    else:
+        per_sample = _mean_over_rows(_row_divergence(student, teacher), rows)
+    return _reduce(per_sample, row_mask, column_mask, reduction)
+
+
+def attention_similarity(
+    student_map: torch.Tensor,
+    teacher_map: torch.Tensor,
+    row_mask: torch.Tensor,
+    similarity: str = "row",
+    *,
+    column_mask: torch.Tensor | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Cosine similarity of two visual attention maps, 1 - ``attention_distillation_loss``; for logs and analyses.
+
+    Arguments and result as there; 0 where no sample counts.
+    """
+    _check(student_map, teacher_map, row_mask, column_mask, "cosine", similarity, reduction)
+    student, teacher, rows = _prepare(student_map, teacher_map, row_mask, column_mask)
+    return _reduce(_cosine(student, teacher, rows, similarity), row_mask, column_mask, reduction)
+
+
+def counting_samples(row_mask: torch.Tensor, column_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """[B] bool: the samples that contribute to the loss (at least one counted row, at least one real visual key)."""
+    counts = row_mask.any(dim=1)
+    return counts if column_mask is None else counts & column_mask.any(dim=1)
+
+
+def logit_distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> torch.Tensor:
+    """L_KL on the logits of whole sequences: mean KL(p_T || p_S) over the positions that predict an answer token.
+
+    The readable reference of ``ops.answer_loss`` (which returns sums over selected rows). The causal shift is applied
+    here: the logits at position i predict the label at i + 1. With temperature T the term carries T**2.
+
+    Args:
+        student_logits, teacher_logits: [B, N, V_S] and [B, N, V_T]. No gradient reaches the teacher's.
+        labels: [B, N] int64, ``IGNORE_INDEX`` where nothing is to be predicted.
+        temperature: T > 0.
+        vocab_size: common vocabulary, over which both are renormalised; the smaller of V_S and V_T by default.
+
+    Returns a scalar in nats; 0 with a graph where no position predicts an answer.
+    """
+    common = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    if student_logits.shape[:2] != labels.shape or teacher_logits.shape[:2] != labels.shape:
+        raise ValueError(
+            f"logits must be [B, N, V] for labels {list(labels.shape)}, got {list(student_logits.shape)} and "
+            f"{list(teacher_logits.shape)}"
+        )
+    if vocab_size is not None and not 1 <= vocab_size <= common:
+        raise ValueError(f"vocab_size must lie in [1, {common}], the columns both models have, got {vocab_size}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    common = common if vocab_size is None else vocab_size
+    samples, positions, targets = answer_rows(labels)
+    student = _wide(student_logits[samples, positions, :common]) / temperature
+    teacher = _wide(teacher_logits.detach()[samples, positions, :common]) / temperature
+    divergence = F.kl_div(
+        F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1), reduction="sum", log_target=True
+    )
+    return divergence * temperature**2 / max(len(targets), 1)
+
+
+def answer_rows(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where an answer token is predicted: (batch_index, row_index, target), [R] int64 each, in reading order.
+
+    Position i of a sample is one when the label at i + 1 is not ``IGNORE_INDEX``; that label is its target. The label
+    at position 0 is predicted by nothing and the last position predicts nothing. ``labels`` is [B, N].
+    """
+    if labels.ndim != 2:
+        raise ValueError(f"labels must be [B, N], got {list(labels.shape)}")
+    batch_index, row_index = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    return batch_index, row_index, labels[batch_index, row_index + 1]
+
+
+def _check(student_map, teacher_map, row_mask, column_mask, kind, similarity, reduction) -> None:
+    for name, value, allowed in (
+        ("kind", kind, KINDS),
+        ("similarity", similarity, SIMILARITIES),
+        ("reduction", reduction, REDUCTIONS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+    if kind == "kl" and similarity == "matrix":
+        raise ValueError("kind 'kl' compares rows, each a distribution over the visual keys; use similarity 'row'")
+    if student_map.ndim not in (3, 4) or student_map.shape != teacher_map.shape:
+        raise ValueError(
+            f"both maps must be [B, N, N_v] or [B, H, N, N_v], got {list(student_map.shape)} (student) and "
+            f"{list(teacher_map.shape)} (teacher)"
+        )
+    batch, columns = student_map.shape[0], student_map.shape[-1]
+    length = student_map.shape[-2]
+    if row_mask.dtype != torch.bool or row_mask.shape != (batch, length):
+        raise ValueError(
+            f"row_mask must be bool [B, N] = [{batch}, {length}], got {row_mask.dtype} {list(row_mask.shape)}"
+        )
+    if column_mask is not None and (column_mask.dtype != torch.bool or column_mask.shape != (batch, columns)):
+        raise ValueError(
+            f"column_mask must be bool [B, N_v] = [{batch}, {columns}], got {column_mask.dtype} "
+            f"{list(column_mask.shape)}"
+        )
+
+
+def _prepare(student_map, teacher_map, row_mask, column_mask):
+    """Both maps as wide [B, H, N, N_v] with everything that does not count set to 0 (NaN too), and rows [B, 1, N]."""
+    counted = row_mask[:, None, :, None]
+    if column_mask is not None:
+        counted = counted & column_mask[:, None, None, :]
+    maps = []
+    for attention in (student_map, teacher_map.detach()):
+        attention = attention.unsqueeze(1) if attention.ndim == 3 else attention
+        maps.append(_wide(attention).masked_fill(~counted, 0.0))
+    return *maps, row_mask.unsqueeze(1)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _mean_over_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[B, H, N] to [B]: the mean over counted rows and over heads; 0 without a counted row."""
+    return (values * rows).sum(dim=-1).div(rows.sum(dim=-1).clamp(min=1)).mean(dim=1)
+
+
+def _cosine(student, teacher, rows, similarity) -> torch.Tensor:
+    """[B]; 0 for samples without counted rows."""
+    if similarity == "matrix":
+        return _cosine_of_vectors(student.flatten(2), teacher.flatten(2)).mean(dim=1)
+    return _mean_over_rows(_cosine_of_vectors(student, teacher), rows)
+
+
+def _cosine_of_vectors(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Cosine over the last dimension; 0 when either vector is 0, with finite gradients.
+
+    Rows that attend to the image with almost no mass have squares below float32's range, so each vector is first
+    divided by its largest entry. The cosine does not depend on the scale: treating it as a constant is exact.
+    """
+    left, right = _unit_peak(left), _unit_peak(right)
+    return (left * right).sum(dim=-1) / (_norm(left) * _norm(right))
+
+
+def _unit_peak(vector: torch.Tensor) -> torch.Tensor:
+    if vector.shape[-1] == 0:
+        return vector
+    peak = vector.detach().abs().amax(dim=-1, keepdim=True)
+    return vector / torch.where(peak > 0, peak, 1.0)
+
+
+def _norm(vector: torch.Tensor) -> torch.Tensor:
+    square = vector.square().sum(dim=-1)
+    return torch.where(square > 0, square, 1.0).sqrt()
+
+
+def _row_divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) of each row, renormalised over the visual keys. A student entry of 0 counts as the
+    smallest number of its dtype; a row that is 0 in the teacher has no divergence."""
+    smallest = torch.finfo(student.dtype).tiny
+    teacher = teacher / teacher.sum(dim=-1, keepdim=True).clamp(min=smallest)
+    log_student = student.clamp(min=smallest).log() - student.sum(dim=-1, keepdim=True).clamp(min=smallest).log()
+    return (torch.xlogy(teacher, teacher) - teacher * log_student).sum(dim=-1)
+
+
+def _reduce(per_sample, row_mask, column_mask, reduction) -> torch.Tensor:
+    if reduction == "none":
+        return per_sample
+    return per_sample.sum() / counting_samples(row_mask, column_mask).sum().clamp(min=1)

@@ -1,0 +1,302 @@
+"""The student and its frozen teacher, built as a pair.
+
+The teacher never becomes a submodule of the student, so it is in no state dict and no optimizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import compat
+from .plugin import register
+from .taf import PROJECTOR_TYPE, TAFProjector, fetch_teacher_adapter, taf_config
+
+logger = logging.getLogger(__name__)
+
+
+def llava_core(model: nn.Module) -> nn.Module:
+    """The LLaVA causal language model inside any wrapper (DDP, DeepSpeed, PEFT)."""
+    for module in model.modules():
+        # Asked of the class: wrappers such as PeftModel pass attributes of what they wrap off as their own.
+        if hasattr(type(module), "prepare_inputs_labels_for_multimodal"):
+            return module
+    raise TypeError(f"{type(model).__name__} holds no LLaVA model.")
+
+
+def projector(model: nn.Module) -> nn.Module:
+    """The adapter from visual features to visual tokens."""
+    return llava_core(model).get_model().mm_projector
+
+
+def load_teacher(
+    path: str,
+    base: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+    vision_tower: str | None = None,
+) -> nn.Module:
+    """Load a teacher: frozen, in eval mode, in its own precision, on one device whatever DeepSpeed does to the student.
+
+    Args:
+        path: a LLaVA checkpoint (full, LoRA or adapter); `base` names the language model of the latter two.
+        vision_tower: where the encoder is found now, if its path has changed since the teacher was trained.
+
+    Raises:
+        CheckpointError: when the folder is no usable LLaVA checkpoint.
+    """
+    register()
+    from .plugin.loader import CheckpointError, checkpoint_kind, load_model
+
+    if os.path.isdir(path) and checkpoint_kind(path) == "base":
+        raise CheckpointError(f"--teacher_model_path {path} is a language model without vision: give a LLaVA checkpoint.")
+    options = compat.dtype_argument(dtype)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    with compat.outside_zero3():
+        teacher = load_model(path, base, **options)
+        tower = teacher.get_vision_tower()
+        if vision_tower is not None and not os.path.exists(tower.vision_tower_name):
+            tower.vision_tower_name = teacher.config.mm_vision_tower = vision_tower
+        tower.load_model()
+    teacher.config.use_cache = False
+    teacher.requires_grad_(False)
+    return teacher.to(device=device, dtype=dtype).eval()
+
+
+def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None = None) -> nn.Module:
+    """Build the student that a stage starts from: a language model, or a checkpoint of an earlier stage.
+
+    With `--mm_projector_type taf` a new adapter gets its frozen part from the teacher, else from the checkpoint named by
+    `--pretrain_mm_mlp_adapter` or the student's own.
+
+    Returns:
+        A LLaVA causal language model, or a PeftModel around one with `--lora_enable`.
+
+    Raises:
+        CheckpointError, ValueError: naming the flag, the folder and the way out.
+    """
+    register()
+    model = _load_student(model_args, training_args)
+    core = llava_core(model)
+    core.config.use_cache = False
+    continued = getattr(core.get_model(), "mm_projector", None) is not None
+    if continued:
+        if core.config.mm_projector_type != model_args.mm_projector_type:
+            logger.info("The student keeps its adapter of type %s.", core.config.mm_projector_type)
+        model_args.mm_projector_type = core.config.mm_projector_type
+    elif model_args.mm_projector_type == PROJECTOR_TYPE:
+        _describe_taf(core.config, model_args, teacher)
+    _initialize_vision(core, model_args, training_args)
+    if model_args.pretrain_mm_mlp_adapter:
+        _load_adapter(core, model_args.pretrain_mm_mlp_adapter)
+    elif not continued:
+        if isinstance(projector(core), TAFProjector):
+            fetch_teacher_adapter(projector(core), projector(teacher))
+        if training_args.stage not in ("pt", "dpt"):
+            logger.warning("The adapter starts from random weights: --pretrain_mm_mlp_adapter names a trained one.")
+    if training_args.lora_enable and not _is_peft(model):
+        model = _add_lora(model, training_args)
+    set_trainable(
+        model,
+        training_args.stage,
+        freeze_backbone=model_args.freeze_backbone,
+        freeze_adapter=training_args.freeze_mm_mlp_adapter,
+    )
+    return model
+
+
+def set_trainable(
+    model: nn.Module, stage: str, *, freeze_backbone: bool = False, freeze_adapter: bool = False
+) -> None:
+    """Freeze and unfreeze by stage (method.md, "Three stages"). The vision encoder and P_T are frozen in every stage."""
+    core = llava_core(model)
+    adapter = projector(core)
+    if stage in ("pt", "dpt"):
+        model.requires_grad_(False)
+    elif not _is_peft(model):
+        core.requires_grad_(not freeze_backbone)
+    if core.get_vision_tower() is not None:
+        core.get_vision_tower().requires_grad_(False)
+    adapter.requires_grad_(not freeze_adapter)
+    if isinstance(adapter, TAFProjector):
+        adapter.teacher_adapter.requires_grad_(False)
+
+
+def same_tower(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether both models see the same features: one encoder, the same layer and patches of it."""
+
+    def identity(model: nn.Module) -> tuple:
+        config = llava_core(model).config
+        name = config.mm_vision_tower
+        return (
+            os.path.realpath(name) if os.path.isdir(name) else name,
+            config.mm_vision_select_layer,
+            getattr(config, "mm_vision_select_feature", "patch"),
+        )
+
+    return identity(student) == identity(teacher)
+
+
+def share_tower(student: nn.Module, teacher: nn.Module) -> None:
+    """Let the teacher use the student's encoder, so that its weights are in memory once."""
+    teacher.get_model().vision_tower = llava_core(student).get_vision_tower()
+
+
+@contextlib.contextmanager
+def share_visual_tokens(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
+    """Inside the context the teacher's forward encodes the images and the student's, which follows, reuses the result.
+
+    Under TAF the encoder and P_T are the same weights on the same pixels in both models (paper, Section 4.2).
+    """
+    student, teacher = llava_core(student), llava_core(teacher)
+    tokens: list[torch.Tensor] = []
+
+    def encode_for_both(images: torch.Tensor) -> torch.Tensor:
+        tokens.append(encode_images(teacher, images))
+        return tokens[-1]
+
+    def encode_again(images: torch.Tensor) -> torch.Tensor:
+        if not tokens:
+            raise RuntimeError("share_visual_tokens: run the teacher's forward before the student's.")
+        return projector(student)(tokens.pop(), from_teacher=True)
+
+    teacher.encode_images, student.encode_images = encode_for_both, encode_again
+    try:
+        yield
+    finally:
+        del teacher.encode_images, student.encode_images
+
+
+def encode_images(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """[B, 3, H, W] -> [B, N_v, D]: LLaVA's own, minding that encoder and adapter may differ in precision."""
+    features = model.get_vision_tower()(images)
+    weight = next(projector(model).parameters(), None)
+    return projector(model)(features if weight is None else features.to(weight.dtype))
+
+
+def _load_student(model_args: Any, training_args: Any) -> nn.Module:
+    from .plugin.loader import CheckpointError, checkpoint_kind, load_model
+
+    path = model_args.model_name_or_path
+    kind = checkpoint_kind(path) if os.path.isdir(path) else "base"
+    if kind == "adapter":
+        raise CheckpointError(
+            f"--model_name_or_path {path} holds an adapter only: name the language model there and "
+            f"--pretrain_mm_mlp_adapter {os.path.join(path, 'mm_projector.bin')}."
+        )
+    if kind == "lora" and not training_args.lora_enable:
+        raise CheckpointError(f"--model_name_or_path {path} is a LoRA checkpoint: go on with --lora_enable True.")
+    options = compat.dtype_argument(student_dtype(training_args))
+    if model_args.attn_implementation is not None:
+        options["attn_implementation"] = model_args.attn_implementation
+    if training_args.bits in (4, 8):
+        from .plugin.loader import _quantization
+
+        options["quantization_config"] = _quantization(training_args.bits == 4, compute_dtype(training_args))
+        options["device_map"] = {"": training_args.device}
+    return load_model(path, merge_lora=False, **options)
+
+
+def compute_dtype(training_args: Any) -> torch.dtype:
+    """The precision in which the step computes."""
+    if training_args.bf16:
+        return torch.bfloat16
+    return torch.float16 if training_args.fp16 else torch.float32
+
+
+def student_dtype(training_args: Any) -> torch.dtype:
+    """The precision in which the student's weights are held.
+
+    DeepSpeed keeps fp32 master copies itself, and LoRA leaves the base frozen; without either, weights that are trained
+    stay in fp32 and autocast does the rest (AdamW on bf16 weights loses small updates).
+    """
+    if training_args.deepspeed or training_args.lora_enable:
+        return compute_dtype(training_args)
+    return torch.float32
+
+
+def _describe_taf(config: Any, model_args: Any, teacher: nn.Module | None) -> None:
+    from transformers import AutoConfig
+
+    if teacher is not None:
+        entries = taf_config(teacher.config, model_args.taf_depth)
+    else:
+        folder = os.path.dirname(model_args.pretrain_mm_mlp_adapter or "")
+        if not os.path.isfile(os.path.join(folder, "config.json")):
+            raise ValueError(
+                "--mm_projector_type taf without a teacher needs --pretrain_mm_mlp_adapter from a DPT folder, beside its "
+                "config.json; or give --teacher_model_path."
+            )
+        source = AutoConfig.from_pretrained(folder)
+        entries = {name: getattr(source, name, None) for name in taf_config(config_stub())}
+    for name, value in entries.items():
+        setattr(config, name, value)
+
+
+def config_stub() -> Any:
+    from types import SimpleNamespace
+
+    return SimpleNamespace(mm_projector_type="linear", hidden_size=0)
+
+
+def _initialize_vision(core: nn.Module, model_args: Any, training_args: Any) -> None:
+    import copy
+
+    without_adapter = copy.copy(model_args)
+    without_adapter.pretrain_mm_mlp_adapter = None  # loaded by us: weights only, and with errors that name the file
+    core.get_model().initialize_vision_modules(model_args=without_adapter, fsdp=getattr(training_args, "fsdp", None))
+    tower_dtype = compute_dtype(training_args)
+    core.get_vision_tower().to(dtype=tower_dtype, device=training_args.device)
+    core.config.mm_use_im_start_end = model_args.mm_use_im_start_end
+    core.config.mm_use_im_patch_token = model_args.mm_use_im_patch_token
+
+
+def _load_adapter(core: nn.Module, path: str) -> None:
+    from .plugin.loader import CheckpointError, load_extra_weights
+
+    if os.path.isdir(path):
+        raise CheckpointError(f"--pretrain_mm_mlp_adapter {path} is a folder: name the mm_projector.bin in it.")
+    load_extra_weights(core, path)
+
+
+def _is_peft(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def _add_lora(model: nn.Module, training_args: Any) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    core = llava_core(model)
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in core.named_modules()
+        if isinstance(module, nn.Linear) and not any(part in name for part in ("mm_projector", "vision_tower", "lm_head"))
+    }
+    # A pattern, since bare names would also match the vision tower's layers.
+    pattern = rf"model\.layers\..*\.({'|'.join(sorted(names))})"
+    config = LoraConfig(
+        r=training_args.lora_r,
+        lora_alpha=training_args.lora_alpha,
+        target_modules=pattern,
+        lora_dropout=training_args.lora_dropout,
+        bias=training_args.lora_bias,
+        task_type="CAUSAL_LM",
+    )
+    if training_args.bits in (4, 8):
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = get_peft_model(model, config)
+    for parameter in model.parameters():  # what is trained is held in fp32, see student_dtype
+        if parameter.requires_grad and not training_args.deepspeed:
+            parameter.data = parameter.data.float()
+    return model

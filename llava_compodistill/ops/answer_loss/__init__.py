@@ -1,0 +1,117 @@
+"""Cross-entropy and logit distillation on the answer rows, without the logits of the whole sequence.
+
+    logits_s = student_hidden @ student_head_weight.T + student_bias                     # [R, V_S]
+    logits_t = teacher_hidden @ teacher_head_weight.T + teacher_bias                     # [R, V_T]
+    lm_sum   = cross_entropy(logits_s, labels, reduction="sum")
+    kl_sum   = T**2 * sum KL(softmax(logits_t[:, :V] / T) || softmax(logits_s[:, :V] / T))
+
+R counts the positions that predict an answer token, already selected and shifted (``losses.answer_rows``).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .chunked import AnswerLossFunction
+
+
+def answer_loss(
+    student_hidden: torch.Tensor,
+    student_head_weight: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_head_weight: torch.Tensor | None = None,
+    *,
+    student_bias: torch.Tensor | None = None,
+    teacher_bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_rows: int = 1024,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over R rows of the cross-entropy and of the KL divergence teacher || student (Section 4, L_LM and L_KL).
+
+    Both are SUMS in nats: the caller divides by the number of rows (over accumulation steps and ranks) and applies the
+    loss weights. The backward pass computes the logits of a chunk again, so at most ``chunk_rows`` x V logits of each
+    model live at a time, and makes every gradient of both terms in one pass. A frozen head
+    (``requires_grad=False``) gets no gradient computed; the teacher never does.
+
+    Args:
+        student_hidden: [R, D_S] last hidden states at the answer rows; R may be 0.
+        student_head_weight: [V_S, D_S]. (Under ZeRO-3 the caller gathers it, in the backward pass too.)
+        labels: [R] int64 in [0, V_S), the token each row predicts: no -100 here. (The range is checked on a CPU only:
+            elsewhere it would wait for the device.)
+        teacher_hidden, teacher_head_weight: [R, D_T] and [V_T, D_T]; without them kl_sum is 0.
+        student_bias, teacher_bias: [V_S], [V_T].
+        temperature: T > 0; the divergence is multiplied by T**2.
+        vocab_size: common vocabulary of the divergence, over which both models are renormalised; at most (and by
+            default) the smaller of V_S and V_T. Give the tokenizer's size where embedding rows are padded. The
+            cross-entropy runs over the student's full vocabulary.
+        chunk_rows: rows per chunk.
+
+    Returns:
+        (lm_sum, kl_sum): float32 scalars (float64 when the student's inputs are). Logits are computed in the inputs'
+        dtype (autocast's inside autocast, hidden states and head promoted to one dtype otherwise), as a model's own
+        head does; softmax, sums and the head's gradient are accumulated in float32.
+
+    Raises ``ValueError`` or ``TypeError`` with the value received and the values allowed.
+    """
+    with_teacher = teacher_hidden is not None
+    if with_teacher != (teacher_head_weight is not None):
+        raise ValueError("teacher_hidden and teacher_head_weight must be given together")
+    _check_model("student", student_hidden, student_head_weight, student_bias)
+    rows, student_vocab = student_hidden.shape[0], student_head_weight.shape[0]
+    common = student_vocab
+    if with_teacher:
+        _check_model("teacher", teacher_hidden, teacher_head_weight, teacher_bias)
+        common = min(student_vocab, teacher_head_weight.shape[0])
+        if teacher_hidden.shape[0] != rows:
+            raise ValueError(f"student and teacher must have the same rows, got {rows} and {teacher_hidden.shape[0]}")
+    if vocab_size is not None:
+        if not 1 <= vocab_size <= common:
+            raise ValueError(f"vocab_size must lie in [1, {common}], the rows both heads have, got {vocab_size}")
+        common = vocab_size
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    _check_labels(labels, rows, student_vocab)
+    if with_teacher:
+        teacher_hidden, teacher_head_weight = teacher_hidden.detach(), teacher_head_weight.detach()
+        teacher_bias = None if teacher_bias is None else teacher_bias.detach()
+    return AnswerLossFunction.apply(
+        student_hidden,
+        student_head_weight,
+        student_bias,
+        labels,
+        teacher_hidden,
+        teacher_head_weight,
+        teacher_bias,
+        (float(temperature), common, chunk_rows),
+    )
+
+
+def _check_model(name: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: hidden states must be [R, D] and the head [V, D], got {list(hidden.shape)} and "
+            f"{list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}: bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
+    for part in (hidden, weight, bias):
+        if part is not None and not part.dtype.is_floating_point:
+            raise TypeError(f"{name}: hidden states, head and bias must be floating point, got {part.dtype}")
+
+
+def _check_labels(labels: torch.Tensor, rows: int, vocab: int) -> None:
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != (rows,):
+        raise ValueError(f"labels must be [R] = [{rows}], got {list(labels.shape)}")
+    if labels.device.type == "cpu" and rows:
+        low, high = (int(bound) for bound in labels.aminmax())
+        if low < 0 or high >= vocab:
+            raise ValueError(
+                f"labels must lie in [0, {vocab}), got {low} to {high}; select the rows that predict an answer token "
+                "before calling (losses.answer_rows)"
+            )

@@ -1,0 +1,119 @@
+"""Qwen1.5, Qwen2 and Qwen2.5 language models for LLaVA, beside the Llama and Mistral it has.
+
+Qwen1.5, 2 and 2.5 share transformers' `qwen2` architecture. Loading them as LlavaLlama drops their q/k/v biases without
+a word; here they keep them, and their padded vocabulary is not shrunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+
+
+class LlavaQwen2Config(Qwen2Config):
+    model_type = "llava_qwen2"
+
+
+class LlavaQwen2Model(LlavaMetaModel, Qwen2Model):
+    config_class = LlavaQwen2Config
+
+
+class LlavaQwen2ForCausalLM(Qwen2ForCausalLM, LlavaMetaForCausalLM):
+    """LLaVA on a Qwen2 language model; takes `images` and `image_sizes` as LLaVA's other models do."""
+
+    config_class = LlavaQwen2Config
+
+    def __init__(self, config: LlavaQwen2Config):
+        super(Qwen2ForCausalLM, self).__init__(config)
+        self.model = LlavaQwen2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_model(self) -> LlavaQwen2Model:
+        return self.model
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        images: torch.FloatTensor | None = None,
+        image_sizes: list | None = None,
+        **kwargs: Any,
+    ):
+        if inputs_embeds is None:
+            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
+                self.prepare_inputs_labels_for_multimodal(
+                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
+                )
+            )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        images: torch.FloatTensor | None = None,
+        image_sizes: list | None = None,
+        **kwargs: Any,
+    ):
+        if "inputs_embeds" in kwargs:
+            raise ValueError("generate() takes `inputs` (token ids) and `images`, not `inputs_embeds`.")
+        position_ids = kwargs.pop("position_ids", None)
+        attention_mask = kwargs.pop("attention_mask", None)
+        if images is None:
+            inputs_embeds = self.get_model().embed_tokens(inputs)
+        else:
+            _, position_ids, attention_mask, _, inputs_embeds, _ = self.prepare_inputs_labels_for_multimodal(
+                inputs, position_ids, attention_mask, None, None, images, image_sizes
+            )
+        return super().generate(
+            position_ids=position_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
+        visual = {name: kwargs.pop(name) for name in ("images", "image_sizes") if kwargs.get(name) is not None}
+        prepared = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        prepared.update(visual)
+        return prepared
+
+
+#: Base language model's `model_type` -> the LLaVA model built on it. A LLaVA checkpoint says "llava_" before it.
+MODEL_CLASSES = {
+    "qwen2": LlavaQwen2ForCausalLM,
+    "llama": LlavaLlamaForCausalLM,
+    "mistral": LlavaMistralForCausalLM,
+}
+
+
+def model_class(model_type: str) -> type:
+    """The LLaVA model class for the `model_type` of a base language model or of a LLaVA checkpoint.
+
+    Raises:
+        ValueError: for an architecture that neither LLaVA nor the plugin has.
+    """
+    base = "llama" if model_type == "llava" else model_type.removeprefix("llava_")  # LLaVA 1.0 wrote "llava"
+    if base not in MODEL_CLASSES:
+        known = ", ".join(sorted(MODEL_CLASSES))
+        raise ValueError(f"model_type {model_type!r} in config.json: supported language models are {known}.")
+    return MODEL_CLASSES[base]

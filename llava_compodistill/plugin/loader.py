@@ -1,0 +1,204 @@
+"""Loading LLaVA checkpoints by what their config says, on any device and in any precision.
+
+LLaVA's `load_pretrained_model` decides by the last folder's name, shrinks padded vocabularies and is bound to fp16 on
+CUDA. This one takes its place for the model types in `language_models`; anything else goes to the original.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from transformers import AutoConfig, AutoTokenizer
+
+from .. import compat
+from .language_models import MODEL_CLASSES, model_class
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder is missing something or is of another kind than asked for."""
+
+
+def checkpoint_kind(path: str) -> str:
+    """What a local folder holds: full, lora, adapter (mm_projector.bin alone) or base (a language model).
+
+    Raises:
+        CheckpointError: naming the folder and what it lacks.
+    """
+    if not os.path.isdir(path):
+        raise CheckpointError(f"{path} is not a folder.")
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise CheckpointError(f"{path} has no config.json: it is not a finished checkpoint.")
+    names = os.listdir(path)
+    if "adapter_config.json" in names:
+        return "lora"
+    weights = any(name.endswith((".safetensors", ".index.json")) or name.startswith("pytorch_model") for name in names)
+    if not weights:
+        if "mm_projector.bin" in names:
+            return "adapter"
+        raise CheckpointError(f"{path} has a config.json but no weights: training may have stopped before saving.")
+    with open(os.path.join(path, "config.json")) as file:
+        return "full" if json.load(file).get("model_type", "").startswith("llava") else "base"
+
+
+def read_weights(path: str) -> dict[str, torch.Tensor]:
+    """Read a `.bin` of tensors without running any code that a pickle may hide."""
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete.")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_extra_weights(model: torch.nn.Module, path: str) -> None:
+    """Load the weights beside the language model's (the adapter) and insist that all of them found their place.
+
+    Raises:
+        CheckpointError: when the file's names and the model's do not agree, which LLaVA's strict=False would hide.
+    """
+    weights = read_weights(path)
+    names = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
+    expected = {name for name in model.state_dict() if "mm_projector" in name}
+    unknown = sorted(set(names) - set(model.state_dict()))
+    missing = sorted(expected - set(names))
+    if unknown or missing:
+        raise CheckpointError(
+            f"{path} does not fit the model in config.json: "
+            + "; ".join(f"{what} {found[:3]}" for what, found in (("unknown", unknown), ("missing", missing)) if found)
+        )
+    try:
+        model.load_state_dict(names, strict=False)
+    except RuntimeError as error:  # shapes
+        raise CheckpointError(f"{path} does not fit the model in config.json: {error}") from error
+
+
+def load_model(path: str, base: str | None = None, merge_lora: bool = True, **kwargs: Any) -> torch.nn.Module:
+    """Load a LLaVA model of any checkpoint kind, without its tokenizer and without the vision tower's weights.
+
+    Args:
+        path: a full, LoRA or adapter checkpoint, or the hub name of a full one.
+        base: the language model under a LoRA or adapter checkpoint. A LoRA names its own when this is None.
+        merge_lora: fold LoRA weights into the language model, as LLaVA does; else return a trainable PeftModel.
+        **kwargs: for `from_pretrained`.
+    """
+    kind = checkpoint_kind(path) if os.path.isdir(path) else "full"
+    config = AutoConfig.from_pretrained(path)
+    cls = model_class(config.model_type)
+    if kind in ("full", "base"):
+        if not isinstance(config, cls.config_class):
+            values = config.to_dict()
+            values.pop("model_type")
+            config = cls.config_class(**values)
+        return cls.from_pretrained(path, config=config, **kwargs)
+    if kind == "lora" and base is None:
+        with open(os.path.join(path, "adapter_config.json")) as file:
+            base = json.load(file).get("base_model_name_or_path")
+    if base is None:
+        raise CheckpointError(
+            f"{path} holds {'a LoRA' if kind == 'lora' else 'an adapter'} only: name its language model (--model-base)."
+        )
+    model = cls.from_pretrained(base, config=config, **kwargs)
+    extra = "non_lora_trainables.bin" if kind == "lora" else "mm_projector.bin"
+    load_extra_weights(model, os.path.join(path, extra))
+    if kind == "lora":
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, path, is_trainable=not merge_lora)
+        if merge_lora:
+            model = model.merge_and_unload()
+    return model
+
+
+def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:
+    """LLaVA's `load_pretrained_model`, dispatching on config.model_type instead of the folder's name."""
+
+    def load_pretrained_model(
+        model_path,
+        model_base,
+        model_name,
+        load_8bit=False,
+        load_4bit=False,
+        device_map="auto",
+        device="cuda",
+        use_flash_attn=False,
+        **kwargs,
+    ):
+        config = _read_config(model_path)
+        known = {f"llava_{name}" for name in MODEL_CLASSES} | {"llava"}
+        if config is None or config.model_type not in known:
+            return original(
+                model_path,
+                model_base,
+                model_name,
+                load_8bit,
+                load_4bit,
+                device_map=device_map,
+                device=device,
+                use_flash_attn=use_flash_attn,
+                **kwargs,
+            )
+        if device == "cuda" and not torch.cuda.is_available():
+            warnings.warn("No CUDA device: the model is loaded on the CPU.", stacklevel=2)
+            device = "cpu"
+        dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
+        dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
+        kwargs.update(compat.dtype_argument(dtype), low_cpu_mem_usage=True)
+        if device == "cuda" or load_8bit or load_4bit:
+            kwargs["device_map"] = device_map if device == "cuda" else {"": device}
+        if load_8bit or load_4bit:
+            kwargs["quantization_config"] = _quantization(load_4bit, dtype)
+        if use_flash_attn:
+            kwargs["attn_implementation"] = "flash_attention_2"
+        model = load_model(model_path, model_base, **kwargs).eval()
+        if "device_map" not in kwargs:
+            model.to(device)
+        has_tokenizer = any(os.path.isfile(os.path.join(model_path, name)) for name in _TOKENIZER_FILES)
+        source = model_path if has_tokenizer or model_base is None else model_base
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
+        add_image_tokens(model, tokenizer)
+        tower = model.get_vision_tower()
+        if not tower.is_loaded:
+            tower.load_model(device_map=device_map if kwargs.get("device_map") == "auto" else None)
+        if kwargs.get("device_map") != "auto":
+            tower.to(device=device, dtype=dtype)
+        context = getattr(model.config, "max_sequence_length", 2048)
+        return tokenizer, model, tower.image_processor, context
+
+    return load_pretrained_model
+
+
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def add_image_tokens(model: torch.nn.Module, tokenizer: Any) -> None:
+    """Add LLaVA's image markers to a tokenizer; the vocabulary grows where needed and never shrinks."""
+    if getattr(model.config, "mm_use_im_patch_token", False):
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+    if getattr(model.config, "mm_use_im_start_end", False):
+        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def _read_config(path: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError):
+        return None  # MPT's remote code and the like: LLaVA's own loader says what is wrong
+
+
+def _quantization(four_bit: bool, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if not four_bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["mm_projector", "lm_head"])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=["mm_projector", "lm_head"],
+    )

@@ -1,0 +1,137 @@
+"""Conversation templates for Qwen, tokenizer set-up, and label masks that do not guess.
+
+LLaVA's `preprocess_v1` and `preprocess_mpt` measure the lengths of pieces and hope they add up; with a tokenizer
+without BOS they do not, every label becomes IGNORE_INDEX and the loss is a silent zero. Here a conversation is tokenized
+piece by piece, so the mask is exact by construction, whatever the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from llava import conversation as conversation_lib
+from llava.constants import IGNORE_INDEX
+from llava.mm_utils import tokenizer_image_token
+from transformers import PreTrainedTokenizerBase
+
+#: Qwen's own chat template (ChatML), as its instruction models were trained on it.
+QWEN = conversation_lib.Conversation(
+    system="<|im_start|>system\nYou are a helpful assistant.",
+    roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
+    version="qwen_1_5",
+    messages=(),
+    offset=0,
+    sep_style=conversation_lib.SeparatorStyle.MPT,
+    sep="<|im_end|>\n",
+)
+
+TEMPLATES = {"qwen_1_5": QWEN, "qwen_2": QWEN, "qwen_2_5": QWEN}
+
+#: Tokens that never occur in a conversation, from which a padding token may be taken.
+_SPARE_TOKENS = ("<|endoftext|>", "<pad>", "[PAD]", "<|fim_pad|>", "<unk>")
+
+
+class SampleError(ValueError):
+    """A training sample cannot be used; the message names it and says why."""
+
+
+def preprocess_qwen(sources: Sequence[Sequence[dict]], tokenizer: Any, has_image: bool = False) -> dict[str, list]:
+    """Tokenize conversations under a ChatML template; labels are IGNORE_INDEX except at the answers.
+
+    Args:
+        sources: conversations, each a list of {"from": "human" | "gpt", "value": text}.
+        has_image: whether `<image>` in a text stands for an image.
+
+    Returns:
+        input_ids and labels, a list of [N] tensors each.
+    """
+    template = conversation_lib.default_conversation
+    roles = {"human": template.roles[0], "gpt": template.roles[1]}
+    batch: dict[str, list] = {"input_ids": [], "labels": []}
+    for source in sources:
+        turns = list(source)
+        if turns and turns[0]["from"] == "gpt":  # a conversation starts with the user, as in LLaVA
+            turns = turns[1:]
+        pieces = [(template.system + template.sep, False)]
+        for turn in turns:
+            if turn["from"] not in roles:
+                raise SampleError(f"a turn is from {turn['from']!r}: must be human or gpt.")
+            is_answer = turn["from"] == "gpt"
+            pieces.append((roles[turn["from"]], False))
+            pieces.append((turn["value"] + template.sep, is_answer))
+        ids: list[int] = []
+        labels: list[int] = []
+        # The pieces meet at special tokens and newlines, where tokenizing apart or together is the same.
+        for text, is_answer in pieces:
+            if has_image and not is_answer:
+                tokens = tokenizer_image_token(text, tokenizer)
+            else:
+                tokens = tokenizer(text, add_special_tokens=False).input_ids
+            ids += tokens
+            labels += tokens if is_answer else [IGNORE_INDEX] * len(tokens)
+        batch["input_ids"].append(torch.tensor(ids, dtype=torch.long))
+        batch["labels"].append(torch.tensor(labels, dtype=torch.long))
+    return batch
+
+
+def checked_preprocess(original: Callable[..., dict]) -> Callable[..., dict]:
+    """LLaVA's `preprocess`, with the plugin's templates and an error where every label comes out masked."""
+
+    def preprocess(sources, tokenizer, has_image: bool = False) -> dict:
+        template = conversation_lib.default_conversation
+        if template.version in TEMPLATES:
+            batch = preprocess_qwen(sources, tokenizer, has_image)
+        else:
+            batch = original(sources, tokenizer, has_image=has_image)
+        for labels in batch["labels"]:
+            if not bool((labels != IGNORE_INDEX).any()):
+                raise SampleError(
+                    f"no label is left to learn from under the template {template.version!r} "
+                    f"({template.sep_style.name}) with {type(tokenizer).__name__}: the sample has no answer, or the "
+                    "template does not fit the tokenizer (Qwen needs --version qwen_1_5, Llama and Vicuna v1)."
+                )
+        return batch
+
+    return preprocess
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Any) -> None:
+    """Set the end-of-sequence and padding tokens that training and LLaVA's evaluation rely on.
+
+    The end token becomes the template's own (LLaVA's evaluation has no other stop criterion). The padding token must be
+    another one: the collator's mask is `input_ids != pad`, which would hide every end of an answer.
+
+    Raises:
+        ValueError: when the tokenizer has no token to pad with.
+    """
+    stop = (template.sep2 or template.sep).strip()
+    if stop and tokenizer.convert_tokens_to_ids(stop) not in (None, tokenizer.unk_token_id):
+        tokenizer.eos_token = stop
+    candidates = [tokenizer.pad_token, tokenizer.unk_token, *_SPARE_TOKENS]
+    for token in candidates:
+        if token is None or token == tokenizer.eos_token:
+            continue
+        index = tokenizer.convert_tokens_to_ids(token)
+        if index is None or (index == tokenizer.unk_token_id and token != tokenizer.unk_token):
+            continue
+        tokenizer.pad_token = token
+        return
+    raise ValueError(
+        f"{type(tokenizer).__name__} of {tokenizer.name_or_path} has no token to pad with that differs from its end "
+        f"token {tokenizer.eos_token!r}: set pad_token in its tokenizer_config.json."
+    )
+
+
+def use_template(version: str) -> Any:
+    """Make a template LLaVA's default, as its `--version` flag does, and return it.
+
+    Raises:
+        ValueError: for an unknown name (LLaVA itself would fall back to Vicuna's in silence).
+    """
+    if version not in conversation_lib.conv_templates:
+        known = ", ".join(sorted(conversation_lib.conv_templates))
+        raise ValueError(f"--version {version!r} is no conversation template. Known: {known}.")
+    conversation_lib.default_conversation = conversation_lib.conv_templates[version]
+    return conversation_lib.default_conversation

@@ -1,0 +1,150 @@
+"""The entry point of every stage: `deepspeed --module llava_compodistill.train --stage dft …`; see scripts/.
+
+Reads top to bottom: arguments, tokenizer, teacher, student, data, trainer, checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+import torch
+import transformers
+
+from . import checkpoint, compat, models
+from .arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
+from .data import make_data_module
+from .plugin import register
+from .plugin.loader import CheckpointError, add_image_tokens, checkpoint_kind
+from .plugin.templates import prepare_tokenizer, use_template
+from .trainer import CompoDistillTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> CompoDistillTrainer:
+    """Run one stage and return its trainer.
+
+    Args:
+        argv: the command line; `sys.argv[1:]` when None.
+    """
+    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
+    _set_up_logging(args)
+    check_arguments(model_args, data_args, args)
+    register(train=True)
+    transformers.set_seed(args.seed)
+
+    template = use_template(model_args.version)
+    tokenizer = load_tokenizer(model_args, args, template)
+
+    teacher = None
+    if args.distilled:
+        teacher = models.load_teacher(
+            model_args.teacher_model_path,
+            model_args.teacher_model_base,
+            dtype=teacher_dtype(args),
+            device=args.device,
+            attn_implementation=model_args.attn_implementation,
+            vision_tower=model_args.vision_tower,
+        )
+        check_same_tokenizer(tokenizer, model_args)
+
+    student = models.build_student(model_args, args, teacher)
+    core = models.llava_core(student)
+    core.config.tokenizer_padding_side = tokenizer.padding_side
+    core.config.tokenizer_model_max_length = tokenizer.model_max_length
+    core.config.image_aspect_ratio = data_args.image_aspect_ratio
+    core.config.mm_projector_lr = args.mm_projector_lr
+    core.config.tune_mm_mlp_adapter = args.tune_mm_mlp_adapter
+    core.config.freeze_mm_mlp_adapter = args.freeze_mm_mlp_adapter
+    core.generation_config.eos_token_id = tokenizer.eos_token_id
+    core.generation_config.pad_token_id = tokenizer.pad_token_id
+    add_image_tokens(core, tokenizer)
+    if args.gradient_checkpointing:
+        core.enable_input_require_grads()
+
+    data_args.is_multimodal = True
+    data_args.image_processor = core.get_vision_tower().image_processor
+    data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
+    data_module = make_data_module(tokenizer, data_args)
+    checkpoint.check_disk_space(student, args)
+
+    trainer = CompoDistillTrainer(model=student, teacher=teacher, args=args, tokenizer=tokenizer, **data_module)
+    report(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint.last_complete(args.output_dir))
+    trainer.save_state()
+    trainer.save_model(args.output_dir)
+    return trainer
+
+
+def load_tokenizer(model_args: ModelArguments, args: TrainingArguments, template: Any) -> Any:
+    """The student's tokenizer, padded on the right, with the template's end token."""
+    path = model_args.model_name_or_path
+    if os.path.isdir(path) and checkpoint_kind(path) == "adapter":
+        raise CheckpointError(
+            f"--model_name_or_path {path} holds an adapter only: name the language model there, and the adapter with "
+            f"--pretrain_mm_mlp_adapter {os.path.join(path, 'mm_projector.bin')}."
+        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        path,
+        cache_dir=args.cache_dir,
+        model_max_length=args.model_max_length,
+        padding_side="right",
+        use_fast=False,
+    )
+    prepare_tokenizer(tokenizer, template)
+    return tokenizer
+
+
+def check_same_tokenizer(tokenizer: Any, model_args: ModelArguments) -> None:
+    """L_KL compares token by token, so both models must spell alike.
+
+    Raises:
+        ValueError: with the sizes and a token that the two number differently.
+    """
+    path = model_args.teacher_model_path
+    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+    own = not os.path.isdir(path) or any(os.path.isfile(os.path.join(path, name)) for name in names)
+    source = path if own else model_args.teacher_model_base
+    teacher = transformers.AutoTokenizer.from_pretrained(source, use_fast=False)
+    ours, theirs = tokenizer.get_vocab(), teacher.get_vocab()
+    different = [token for token in ours if theirs.get(token) != ours[token]]
+    if different:
+        token = different[0]
+        raise ValueError(
+            f"The teacher's tokenizer ({source}, {len(theirs)} tokens) is not the student's "
+            f"({model_args.model_name_or_path}, {len(ours)} tokens): {token!r} is {theirs.get(token)} and {ours[token]}. "
+            "Distillation needs a pair with one tokenizer, such as two sizes of one model family."
+        )
+
+
+def teacher_dtype(args: TrainingArguments) -> torch.dtype:
+    """The precision of the frozen teacher."""
+    return models.compute_dtype(args) if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
+
+
+def report(trainer: CompoDistillTrainer) -> None:
+    """Say once what is trained and what runs, before the first step."""
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in trainer.model.parameters())
+    core = models.llava_core(trainer.model)
+    logger.info(
+        "Stage %s: %.2fM of %.2fM parameters are trained; attention backend %s.",
+        trainer.args.stage,
+        trained / 1e6,
+        total / 1e6,
+        compat.attention_implementation(core),
+    )
+
+
+def _set_up_logging(args: TrainingArguments) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    level = logging.INFO if args.process_index == 0 else logging.ERROR
+    logging.getLogger("llava_compodistill").setLevel(level)
+
+
+if __name__ == "__main__":
+    main()

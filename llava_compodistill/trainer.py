@@ -1,0 +1,268 @@
+"""CompoDistillTrainer: LLaVA's trainer with the losses of DPT, DFT and SFT (paper, Section 4.3).
+
+Every loss term is a sum over the micro-batch divided by a count over the whole optimizer step: answer tokens for L_LM and
+L_KL, samples with an image for L_ADL. So batch 1 with 8 accumulation steps is batch 8, and two ranks are one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from . import checkpoint, compat
+from .arguments import TrainingArguments
+from .models import llava_core
+from .objective import LossSums, Objective
+from .plugin.host import import_llava
+from .visual_tokens import IGNORE_INDEX
+
+_llava_trainer = import_llava("llava.train.llava_trainer")
+IMAGE_TOKEN_INDEX = import_llava("llava.constants").IMAGE_TOKEN_INDEX
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss term became NaN or infinite."""
+
+
+@dataclass
+class Counts:
+    """What the sums of one optimizer step are divided by, over all its micro-batches and ranks."""
+
+    answer_tokens: torch.Tensor
+    image_samples: torch.Tensor
+
+
+class SeededLengthGroupedSampler(_llava_trainer.LengthGroupedSampler):
+    """LLaVA's grouping by modality and length, drawn from the seed and the epoch instead of the global state, so that
+    a resumed run sees the order of an unbroken one."""
+
+    def __init__(self, *args: Any, seed: int = 0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + self.epoch)
+            return iter(list(super().__iter__()))
+
+
+class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
+    """Trains a student in one of the stages pt, dpt, dft, sft.
+
+    Args:
+        teacher: the frozen teacher for dpt and dft. It is kept outside the student: in no state dict, in no optimizer.
+        tokenizer: saved beside the student; its length bounds the vocabulary that L_KL runs over.
+        Other arguments as for `transformers.Trainer`.
+    """
+
+    args: TrainingArguments
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        teacher: nn.Module | None = None,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ):
+        if args.distilled and teacher is None:
+            raise ValueError(f"Stage {args.stage} distils from a teacher: pass teacher=load_teacher(path).")
+        self.objective = Objective(
+            model, teacher if args.distilled else None, args, None if tokenizer is None else len(tokenizer)
+        )
+        super().__init__(model=model, args=args, **compat.tokenizer_argument(tokenizer), **kwargs)
+        if args.n_gpu > 1:
+            raise ValueError("Several GPUs in one process (DataParallel) are not supported: use torchrun or deepspeed.")
+        self.tokenizer_to_save = tokenizer
+        # The loss arrives normalised over the whole optimizer step.
+        self.model_accepts_loss_kwargs = True
+        self._counts: Counts | None = None
+        self._waiting: list[dict[str, Any]] = []
+        self._logged: dict[str, list[torch.Tensor]] = {}
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Loss
+    # ------------------------------------------------------------------------------------------------------------------
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
+        """The weighted sum of the stage's terms for one micro-batch, normalised over the optimizer step."""
+        inputs = {**self._prepare_inputs(inputs), "use_cache": False}
+        in_step = self.objective.is_running
+        # Outside of training_step (evaluation) there is no window, and nothing has opened the context yet.
+        counts = self._counts if in_step else self._count([inputs])
+        with contextlib.nullcontext() if in_step else self.objective.running():
+            sums = self.objective(model, inputs)
+        terms = self._normalise(sums, counts)
+        self._stop_if_not_finite(terms)
+        self._remember(sums, counts)
+        loss = sum(terms.values())
+        # DDP, FSDP and DeepSpeed average gradients over ranks; our counts are over ranks already.
+        loss = loss * self.accelerator.num_processes
+        if in_step and compat.divides_by_accumulation(self):
+            loss = loss * self.args.gradient_accumulation_steps
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _normalise(self, sums: LossSums, counts: Counts) -> dict[str, torch.Tensor]:
+        terms = {"lm": self.args.lm_weight * sums.lm / counts.answer_tokens}
+        if sums.kl is not None:
+            terms["kl"] = self.args.kl_weight * sums.kl / counts.answer_tokens
+        if sums.attention is not None:
+            terms["attention"] = self.args.attention_weight * sums.attention / counts.image_samples
+        return terms
+
+    def _stop_if_not_finite(self, terms: dict[str, torch.Tensor]) -> None:
+        finite = torch.isfinite(torch.stack([term.detach().float() for term in terms.values()]))
+        if not finite.all():
+            names = [name for name, good in zip(terms, finite.tolist(), strict=True) if not good]
+            raise NonFiniteLossError(
+                f"Step {self.state.global_step + 1}: the loss term{'s' * (len(names) > 1)} {', '.join(names)} became "
+                f"{terms[names[0]].item()}. "
+                + (
+                    "fp16 overflows on this model: use --bf16 True, or --fp16 False."
+                    if self.args.fp16
+                    else "Lower --learning_rate, or look at the data of this step."
+                )
+                + f" Checkpoints in {self.args.output_dir} are untouched."
+            )
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # One optimizer step = one window of micro-batches
+    # ------------------------------------------------------------------------------------------------------------------
+    def get_batch_samples(self, epoch_iterator, num_batches, *args, **kwargs):
+        """Since transformers 4.46: collect the window; here, also count what its losses are divided by."""
+        window, _ = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
+        self._counts = self._count(window) if window else None
+        return window, None if self._counts is None else self._counts.answer_tokens
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        """One micro-batch forward and backward, with the attention taps open throughout."""
+        if compat.hands_out_windows(self):
+            with self.objective.running():
+                return super().training_step(model, inputs, *args, **kwargs)
+        # Before 4.46 micro-batches come one by one: keep them until the window is whole, then run it.
+        self._waiting.append(inputs)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        window, self._waiting = self._waiting, []
+        self._counts = self._count(window)
+        total = torch.zeros((), device=self.args.device)
+        for position, waiting in enumerate(window):
+            last = position == len(window) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model), self.objective.running():
+                total += super().training_step(model, waiting)
+        return total
+
+    def _count(self, window: list[dict[str, Any]]) -> Counts:
+        """Answer tokens and samples with an image of a window over all ranks; never zero, so nothing divides by it."""
+        tokens = sum(self._answer_tokens(batch) for batch in window)
+        images = sum(int((batch["input_ids"] == IMAGE_TOKEN_INDEX).any(dim=1).sum()) for batch in window)
+        counts = torch.tensor([tokens, images], dtype=torch.float32, device=self.args.device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        return Counts(*counts.clamp(min=1))
+
+    def _answer_tokens(self, batch: dict[str, Any]) -> int:
+        """Answer tokens that the model will predict: LLaVA cuts the merged sequence, images included, at its limit."""
+        labels, ids = batch["labels"], batch["input_ids"]
+        core = llava_core(self.model)
+        images = batch.get("images")
+        image_width = 1
+        if torch.is_tensor(images) and images.ndim == 4:
+            image_width = core.get_vision_tower().num_patches
+        before = (ids == IMAGE_TOKEN_INDEX).long().cumsum(dim=1)
+        position = torch.arange(ids.shape[1], device=ids.device) + before * (image_width - 1)
+        limit = getattr(core.config, "tokenizer_model_max_length", None) or torch.iinfo(torch.long).max
+        return int(((labels != IGNORE_INDEX) & (position > 0) & (position < limit)).sum())
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Logging
+    # ------------------------------------------------------------------------------------------------------------------
+    def _remember(self, sums: LossSums, counts: Counts) -> None:
+        share = torch.stack([counts.answer_tokens, counts.image_samples])
+        for field in fields(sums):
+            value = getattr(sums, field.name)
+            if value is not None:
+                by = share[0 if field.name in ("lm", "kl") else 1]
+                self._logged.setdefault(field.name, []).append(value.detach().float() / by)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add the terms, each the mean over the optimizer steps since the last log, over ranks."""
+        if "loss" in logs and self._logged:
+            steps = max(1, self.state.global_step - getattr(self, "_steps_logged", 0))
+            self._steps_logged = self.state.global_step
+            names = [field.name for field in fields(LossSums)]
+            sums = [torch.stack(self._logged[n]).sum() if n in self._logged else torch.zeros(()) for n in names]
+            totals = torch.stack([value.to(self.args.device) for value in sums])
+            if self.accelerator.num_processes > 1:
+                totals = self.accelerator.reduce(totals, "sum")
+            labels = {"similarity": "attention_similarity"}
+            for name, total in zip(names, totals.tolist(), strict=True):
+                if name in self._logged:
+                    logs[labels.get(name, name)] = round(total / steps, 6)
+            self._logged.clear()
+        super().log(logs, *args, **kwargs)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Data order
+    # ------------------------------------------------------------------------------------------------------------------
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if dataset is None or not hasattr(dataset, "__len__"):
+            return None
+        if self.args.group_by_modality_length:
+            return SeededLengthGroupedSampler(
+                self.args.train_batch_size,
+                world_size=self.args.world_size * self.args.gradient_accumulation_steps,
+                lengths=dataset.modality_lengths,
+                group_by_modality=True,
+                seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            )
+        return compat.default_train_sampler(self, transformers.Trainer, dataset)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        self._steps_logged = 0
+        self._move_teacher()
+        if self.objective.needs_calibration:
+            self._calibrate()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _calibrate(self) -> None:
+        """Measure layer distances for adaptive matching on the first batches of the data, the same on every rank."""
+        size = self.args.per_device_train_batch_size
+        batches = []
+        for start in range(0, min(len(self.train_dataset), size * self.args.calibration_batches), size):
+            stop = min(start + size, len(self.train_dataset))
+            samples = self.data_collator([self.train_dataset[index] for index in range(start, stop)])
+            batches.append({**self._prepare_inputs(samples), "use_cache": False})
+        self.objective.student.to(self.args.device)
+        self.objective.calibrate(batches)
+
+    def _move_teacher(self) -> None:
+        if self.objective.teacher is not None:
+            self.objective.teacher.to(self.args.device)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Checkpoints
+    # ------------------------------------------------------------------------------------------------------------------
+    def _save_checkpoint(self, model, trial, *args, **kwargs):
+        # Not LLaVATrainer's: it saves an adapter without the state that resuming needs.
+        return transformers.Trainer._save_checkpoint(self, model, trial, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir or self.args.output_dir
+        if self.args.should_save:
+            checkpoint.save(self.model, output_dir, self.args, self.tokenizer_to_save, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        checkpoint.load_into(self.model if model is None else model, resume_from_checkpoint)

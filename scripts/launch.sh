@@ -1,0 +1,159 @@
+# shellcheck shell=bash
+# Sourced by the training scripts: finds out what the machine has and starts llava_compodistill.train on it.
+#
+# Settings that every script understands (environment variables; the value after the colon is the default):
+#   LAUNCHER         auto | deepspeed | torchrun | python. auto: deepspeed or torchrun on several GPUs, python otherwise
+#   NPROC            processes on this machine: the number of GPUs, or 1
+#   NNODES           machines (torchrun, deepspeed): 1; further launcher flags in LAUNCHER_ARGS
+#   DEEPSPEED_CONFIG with LAUNCHER=deepspeed: zero2.json beside this file (paper: ZeRO-2); zero3.json for less memory
+#   PRECISION        auto | bf16 | fp16 | fp32. auto: bf16 where the GPU has it, else fp16; fp32 on a CPU
+#                    (the paper trains in fp16)
+#   GLOBAL_BATCH     samples per optimizer step; ACCUM = GLOBAL_BATCH / (BATCH * NPROC * NNODES) unless ACCUM is given
+#   PYTHON           the interpreter: python
+#   DRY_RUN=1        print the command, one argument a line and an empty line after it, instead of running it
+# Flags given to a script are passed on and override its own: bash scripts/dft.sh --attention_weight 0.5
+
+set -euo pipefail
+
+SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+PYTHON=${PYTHON:-$(command -v python || command -v python3 || echo python3)}
+LAUNCHER=${LAUNCHER:-auto}
+PRECISION=${PRECISION:-auto}
+NNODES=${NNODES:-1}
+DRY_RUN=${DRY_RUN:-0}
+
+fail() {
+    echo "${0##*/}: $1" >&2
+    exit 2
+}
+
+# need_path WHAT PATH WAY_OUT: stop before any work when an input is missing.
+need_path() {
+    [[ $DRY_RUN == 1 || -e $2 ]] || fail "$1 is missing: $2. $3"
+}
+
+# A hub name has the form owner/name; anything else must exist.
+need_model() {
+    [[ $2 =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$ ]] || need_path "$1" "$2" "$3"
+}
+
+# The projector type that TAF (True or False) stands for.
+projector_type() {
+    case $TAF in
+        True) echo taf ;;
+        False) echo mlp2x_gelu ;;
+        *) fail "TAF=$TAF: must be True or False." ;;
+    esac
+}
+
+# One start of Python tells all about the machine: GPUs, bf16 and tf32 in hardware (0/1), deepspeed installed (0/1).
+probe() {
+    [[ -z ${GPUS:-} ]] || return 0
+    local answer
+    answer=$("$PYTHON" - <<'PY'
+import importlib.util
+
+import torch
+
+cuda = torch.cuda.is_available()
+ampere = int(cuda and torch.cuda.get_device_capability()[0] >= 8)
+deepspeed = int(importlib.util.find_spec("deepspeed") is not None)
+print(torch.cuda.device_count() if cuda else 0, ampere, ampere, deepspeed)
+PY
+    ) || fail "$PYTHON cannot import torch: activate the environment with llava-compodistill, or set PYTHON."
+    read -r GPUS HAS_BF16 HAS_TF32 HAS_DEEPSPEED <<<"$answer"
+}
+
+choose_launcher() {
+    NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
+    if [[ $LAUNCHER == auto ]]; then
+        if ((NPROC * NNODES == 1)); then
+            LAUNCHER=python
+        elif ((HAS_DEEPSPEED)); then
+            LAUNCHER=deepspeed
+        else
+            echo "${0##*/}: deepspeed is not installed, training without ZeRO (pip install deepspeed)" >&2
+            LAUNCHER=torchrun
+        fi
+    fi
+    # shellcheck disable=SC2206 # LAUNCHER_ARGS is meant to be split into words
+    local more=(${LAUNCHER_ARGS:-})
+    case $LAUNCHER in
+        deepspeed)
+            COMMAND=("$PYTHON" -m deepspeed.launcher.runner)
+            if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]] && ((GPUS && NNODES == 1)); then
+                # With --num_gpus deepspeed ignores CUDA_VISIBLE_DEVICES and takes the first GPUs of the machine.
+                COMMAND+=(--include "localhost:$(cut -d, -f "1-$NPROC" <<<"$CUDA_VISIBLE_DEVICES")")
+            else
+                COMMAND+=(--num_gpus "$NPROC" --num_nodes "$NNODES")
+            fi
+            COMMAND+=(--no_local_rank "${more[@]}" --module llava_compodistill.train)
+            ((GPUS)) || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+            ;;
+        torchrun)
+            COMMAND=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC" --nnodes "$NNODES")
+            COMMAND+=("${more[@]}" -m llava_compodistill.train)
+            ;;
+        python)
+            ((NPROC * NNODES == 1)) || fail "LAUNCHER=python runs one process, not NPROC=$NPROC: use torchrun or deepspeed."
+            COMMAND=("$PYTHON" -m llava_compodistill.train)
+            ;;
+        *) fail "LAUNCHER=$LAUNCHER: must be auto, deepspeed, torchrun or python." ;;
+    esac
+}
+
+# Flags that depend on the machine rather than on the method, into MACHINE.
+machine_flags() {
+    MACHINE=()
+    local config=${DEEPSPEED_CONFIG:-}
+    if [[ -z $config && $LAUNCHER == deepspeed ]]; then
+        # In a checkout whose own zero2.json differs, ours has the longer name.
+        config=$SCRIPTS/compodistill_zero2.json
+        [[ -f $config ]] || config=$SCRIPTS/zero2.json
+    fi
+    if [[ -n $config && $config != none ]]; then
+        [[ -f $config ]] || fail "DEEPSPEED_CONFIG=$config: no such file. There are zero2.json and zero3.json in $SCRIPTS."
+        MACHINE+=(--deepspeed "$config")
+    fi
+    local precision=$PRECISION
+    if [[ $precision == auto ]]; then
+        precision=fp32
+        ((!GPUS)) || precision=fp16
+        ((!HAS_BF16)) || precision=bf16
+    fi
+    case $precision in
+        bf16) MACHINE+=(--bf16 True) ;;
+        fp16) MACHINE+=(--fp16 True) ;;
+        fp32) ;;
+        *) fail "PRECISION=$PRECISION: must be auto, bf16, fp16 or fp32." ;;
+    esac
+    ((!HAS_TF32)) || MACHINE+=(--tf32 True)
+    ((GPUS)) || [[ $LAUNCHER == deepspeed ]] || MACHINE+=(--use_cpu True)
+}
+
+# Micro-batch and accumulation that make up the global batch, into BATCHES.
+batch_flags() {
+    local each=$((BATCH * NPROC * NNODES))
+    if [[ -z ${ACCUM:-} ]] && ((GLOBAL_BATCH % each)); then
+        fail "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of BATCH*NPROC*NNODES=$BATCH*$NPROC*$NNODES: change one, or set ACCUM."
+    fi
+    BATCHES=(
+        --per_device_train_batch_size "$BATCH"
+        --gradient_accumulation_steps "${ACCUM:-$((GLOBAL_BATCH / each))}"
+    )
+}
+
+# launch FLAGS...: run the training with these flags; flags later in the list win.
+launch() {
+    probe
+    choose_launcher
+    machine_flags
+    batch_flags
+    COMMAND+=("${MACHINE[@]}" "${BATCHES[@]}" "$@")
+    if [[ $DRY_RUN == 1 ]]; then
+        printf '%s\n' "${COMMAND[@]}" ''
+    else
+        echo "${0##*/}: ${COMMAND[*]}" >&2
+        "${COMMAND[@]}"
+    fi
+}

@@ -1,0 +1,59 @@
+#!/bin/bash
+# Sets up both environments, then runs the linter and all tests against the built and installed wheel. Nothing needs to
+# be installed but Python 3.10-3.12. Arguments go to pytest: bash scripts/test.sh -k layer_matching
+#
+#   TEST_WORKERS   pytest processes: the number of cores, at most 4
+#   TEST_ENVS      environments to test in: ".venv .venv-llava"
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+STARTED=$SECONDS
+CORES=$(getconf _NPROCESSORS_ONLN)
+TEST_WORKERS=${TEST_WORKERS:-$((CORES < 4 ? CORES : 4))}
+read -r -a TEST_ENVS <<<"${TEST_ENVS:-.venv .venv-llava}"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the pytest processes use the cores
+export TOKENIZERS_PARALLELISM=false
+# test_packaging.py fails when the source folder is tested instead of the installed wheel.
+export COMPODISTILL_SOURCE=$ROOT
+
+SUMMARY=()
+STATUS=0
+
+result() { # NAME STATUS TEXT
+    SUMMARY+=("$1: $3")
+    [[ $2 == 0 ]] || STATUS=1
+}
+
+setup_env "$ROOT/.venv" "${PINS_CURRENT[@]}"
+[[ " ${TEST_ENVS[*]} " != *" .venv-llava "* ]] || setup_env "$ROOT/.venv-llava" "${PINS_LLAVA[@]}"
+say "environments ready after $((SECONDS - STARTED)) s"
+
+RUFF=$ROOT/.venv/bin/ruff
+lint=0
+(cd "$ROOT" && "$RUFF" check setup.py llava_compodistill tests) || lint=1
+(cd "$ROOT" && "$RUFF" format --check setup.py llava_compodistill tests) || lint=1
+result ruff $lint "$( ((lint)) && echo FAILED || echo ok)"
+
+# From an empty folder, so that no import can find the sources.
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+mkdir "$WORK/empty"
+
+for name in "${TEST_ENVS[@]}"; do
+    python=$ROOT/$name/bin/python
+    version=$("$python" -c 'import importlib.metadata as m; print(m.version("transformers"))')
+    say "pytest in $name (transformers $version)"
+    status=0
+    (
+        cd "$WORK/empty"
+        PATH=$ROOT/$name/bin:$PATH "$ROOT/$name/bin/pytest" -c "$ROOT/pyproject.toml" --rootdir "$ROOT" \
+            -p no:cacheprovider -n "$TEST_WORKERS" --dist loadfile --durations 10 "$ROOT/tests" "$@"
+    ) 2>&1 | tee "$WORK/log" || status=${PIPESTATUS[0]}
+    counts=$(grep -E '^=+ .*(passed|failed|error|no tests ran).* =+$' "$WORK/log" | tail -n 1 | tr -d '=' | xargs || true)
+    result "$name, transformers $version" "$status" "${counts:-pytest stopped with status $status}"
+done
+
+printf -v text '%s; ' "${SUMMARY[@]}"
+echo "scripts/test.sh: $( ((STATUS)) && echo FAILED || echo PASSED) in $((SECONDS - STARTED)) s ($(sed 's/; $//' <<<"$text"))"
+exit $STATUS

@@ -1,0 +1,74 @@
+"""Tiny models and data for the tests: real architectures and files, random weights, made in a second."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from llava_compodistill.miniature import language_models, tokenizer, tower
+from llava_compodistill.miniature.dataset import WorldConfig, write_dataset
+
+NO_STEPS = language_models.PretrainSettings(steps=0)
+STUDENT = replace(language_models.STUDENT, hidden_size=32, intermediate_size=48, num_hidden_layers=4)
+TEACHER = replace(
+    language_models.TEACHER, hidden_size=48, intermediate_size=64, num_hidden_layers=6, num_attention_heads=6
+)
+
+
+def make_world(root: Path) -> dict[str, Path]:
+    """Data, tokenizer, tower and two base language models (with weights that are random, not trained)."""
+    paths = {name: root / name for name in ("data", "tokenizer", "siglip", "qwen-student", "qwen-teacher", "llama")}
+    write_dataset(paths["data"], WorldConfig.preset("smoke"), progress=False)
+    tokenizer.train_tokenizer(paths["tokenizer"])
+    torch.manual_seed(0)
+    tower.save_tower(tower.build_tower(tower.TowerSettings()), paths["siglip"])
+    language_models.build_language_model(paths["qwen-student"], paths["tokenizer"], STUDENT, NO_STEPS, progress=False)
+    language_models.build_language_model(paths["qwen-teacher"], paths["tokenizer"], TEACHER, NO_STEPS, progress=False)
+    _make_llama(paths["llama"], paths["tokenizer"])
+    return paths
+
+
+def _make_llama(path: Path, tokenizer_path: Path) -> None:
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = language_models.llama_config(STUDENT, AutoTokenizer.from_pretrained(str(tokenizer_path)))
+    LlamaForCausalLM(config).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        (path / name).write_bytes((tokenizer_path / name).read_bytes())
+
+
+def flags(world: dict[str, Path], stage: str, output: Path, **changes: object) -> list[str]:
+    """A command line for `llava_compodistill.train` on the tiny world; a change to None drops the flag."""
+    data = "pretrain.json" if stage in ("pt", "dpt") else "instruct_student.json"
+    values: dict[str, object] = {
+        "stage": stage,
+        "model_name_or_path": world["qwen-student"],
+        "version": "plain" if stage in ("pt", "dpt") else "qwen_1_5",
+        "data_path": world["data"] / data,
+        "image_folder": world["data"] / "images",
+        "vision_tower": world["siglip"],
+        "mm_projector_type": "taf",
+        "output_dir": output,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "model_max_length": 512,
+        "use_cpu": True,
+        "dataloader_num_workers": 0,
+        "disable_tqdm": True,
+    }
+    values.update(changes)
+    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def read_log(output: Path) -> list[dict]:
+    """The logged steps of a finished run."""
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]

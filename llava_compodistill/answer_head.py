@@ -1,8 +1,8 @@
 """Run a language model's head where an answer is predicted, and nowhere else.
 
-A LLaVA sequence is mostly image and prompt; with a vocabulary of 150k tokens the logits of all positions are what fills
-the card. Here the head's own call is given the hidden states of the answer rows only. It stays the head's call: DeepSpeed
-ZeRO-3 gathers its weight there, and DDP finds the loss in the model's output.
+A LLaVA sequence is mostly image and prompt; with a vocabulary of 150k tokens the logits of all positions are what
+fills the card. Here the head's own call is given the hidden states of the answer rows only. It stays the head's
+call: DeepSpeed ZeRO-3 gathers its weight there, and DDP finds the loss in the model's output.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def answer_loss_head(
         targets = batch.answer_targets()
         if teacher is not None and not torch.equal(teacher.targets, targets):
             raise ValueError(
-                f"Teacher and student predict different answer tokens ({len(teacher.targets)} and {len(targets)} rows): "
-                "their tokenizers or --model_max_length differ, or their encoders give other numbers of visual tokens "
+                f"Teacher and student predict different answer tokens ({len(teacher.targets)} and {len(targets)} "
+                "rows): their tokenizers or --model_max_length differ, or their encoders give other numbers of visual tokens "
                 "and only one sequence was truncated."
             )
         lm, kl = answer_loss(

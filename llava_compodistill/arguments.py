@@ -29,14 +29,19 @@ class ModelArguments(_llava_train.ModelArguments):
     mm_vision_select_layer: int | None = field(default=-2)
     teacher_model_path: str | None = field(
         default=None,
-        metadata={"help": "LLaVA checkpoint of the teacher. Needed by the distilled stages, and by --mm_projector_type taf to fetch P_T."},
+        metadata={
+            "help": "LLaVA checkpoint of the teacher, for the distilled stages (and for --mm_projector_type taf, which "
+            "fetches P_T from it)."
+        },
     )
     teacher_model_base: str | None = field(
         default=None, metadata={"help": "Base LLM of the teacher when its checkpoint is a LoRA or an adapter alone."}
     )
     taf_depth: int = field(
         default=1,
-        metadata={"help": "Linear layers of MLP_S under --mm_projector_type taf: 1 (paper), or 2 with a GELU between."},
+        metadata={
+            "help": "Linear layers of MLP_S under --mm_projector_type taf: 1 (paper), or 2 with a GELU between."
+        },
     )
     attn_implementation: str | None = field(
         default=None,
@@ -50,7 +55,9 @@ class DataArguments(_llava_train.DataArguments):
 
     bad_samples: Literal["error", "skip"] = field(
         default="error",
-        metadata={"help": "What to do with samples whose image or conversation cannot be used: stop, or skip and log."},
+        metadata={
+            "help": "What to do with samples whose image or conversation cannot be used: stop, or skip and log."
+        },
     )
     check_images: bool = field(
         default=True, metadata={"help": "Check that every image file exists before training (one stat a file)."}
@@ -97,7 +104,8 @@ class TrainingArguments(_llava_train.TrainingArguments):
         default="auto", metadata={"help": "Implementation of the attention map op."}
     )
     measure_attention: bool = field(
-        default=False, metadata={"help": "Log the attention similarity to the teacher also where L_ADL is not trained."}
+        default=False,
+        metadata={"help": "Log the attention similarity to the teacher also where L_ADL is not trained."},
     )
     shuffle_attention_targets: bool = field(
         default=False,

@@ -30,7 +30,11 @@ LORA_EXTRA_FILE = "non_lora_trainables.bin"
 
 
 def save(
-    model: nn.Module, output_dir: str, args: Any, tokenizer: Any = None, state_dict: dict[str, torch.Tensor] | None = None
+    model: nn.Module,
+    output_dir: str,
+    args: Any,
+    tokenizer: Any = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a checkpoint of the kind that the stage calls for.
 
@@ -71,7 +75,9 @@ def load_into(model: nn.Module, folder: str) -> None:
     core = llava_core(model)
     is_peft = hasattr(model, "peft_config")
     if (kind == "lora") != is_peft:
-        raise CheckpointError(f"{folder} holds {kind} weights, which do not fit a {'LoRA' if is_peft else 'full'} model.")
+        raise CheckpointError(
+            f"{folder} holds {kind} weights, which do not fit a {'LoRA' if is_peft else 'full'} model."
+        )
     if kind == "adapter":
         load_extra_weights(core, os.path.join(folder, ADAPTER_FILE))
     elif kind == "lora":
@@ -101,7 +107,9 @@ def check_disk_space(model: nn.Module, args: Any) -> None:
     """
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     if args.stage in ("pt", "dpt") or hasattr(model, "peft_config"):
-        weights = trained + sum(p.numel() * p.element_size() for p in llava_core(model).get_model().mm_projector.parameters())
+        weights = trained + sum(
+            p.numel() * p.element_size() for p in llava_core(model).get_model().mm_projector.parameters()
+        )
     else:
         weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "vision_tower" not in n)
     needed = weights
@@ -115,8 +123,8 @@ def check_disk_space(model: nn.Module, args: Any) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"--output_dir {args.output_dir}: the checkpoints need about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} "
-            "GiB are free. Free some space, lower --save_total_limit, or name another folder."
+            f"--output_dir {args.output_dir}: the checkpoints need about {needed / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free. Free some space, lower --save_total_limit, or name another folder."
         )
 
 

@@ -30,6 +30,9 @@ COMMANDS: dict[str, Command] = {
     "init": Command("llava_compodistill.plugin.checkout", "main", "put our scripts and patches into a LLaVA checkout"),
     "run": Command("llava_compodistill.plugin.runner", "main", "run a LLaVA module with the plugin registered"),
     "train": Command("llava_compodistill.train", "main", "train one stage (flags as in LLaVA's scripts)", True),
+    "miniature": Command(
+        "llava_compodistill.miniature.cli", "main", "the built-in world: quickstart, data, store-weights"
+    ),
 }
 
 #: Errors of the user's input that a subcommand explains in full: shown without a traceback.

@@ -166,8 +166,8 @@ def _defining_class(module: nn.Module) -> type:
 def divides_by_accumulation(trainer: transformers.Trainer) -> bool:
     """Whether the training loop divides the returned loss by the number of micro-batches of a step.
 
-    Before 4.46 accelerate and DeepSpeed always do. Since then nobody does for a loss that was normalised over the whole
-    step, which `model_accepts_loss_kwargs` declares.
+    Before 4.46 accelerate and DeepSpeed always do. Since then nobody does for a loss that was normalised over the
+    whole step, which `model_accepts_loss_kwargs` declares.
     """
     return not COLLECTS_ACCUMULATION_WINDOW
 
@@ -179,7 +179,7 @@ def default_train_sampler(trainer: transformers.Trainer, base: type, dataset: An
 
 
 def hands_out_windows(trainer: transformers.Trainer) -> bool:
-    """Whether the training loop asks `get_batch_samples` for all micro-batches of a step before it runs them (4.46)."""
+    """Whether the loop asks `get_batch_samples` for all micro-batches of a step before it runs them (4.46)."""
     return COLLECTS_ACCUMULATION_WINDOW
 
 

@@ -25,7 +25,8 @@ class DataError(ValueError):
 
 
 class CheckedDataset(_llava_train.LazySupervisedDataset):
-    """LLaVA's lazy data set; bad samples are found at the start, and those that hide until they are read name themselves.
+    """LLaVA's lazy data set; bad samples are found at the start, and those that hide until they are read name
+    themselves.
 
     Args:
         data_path: JSON file.

@@ -44,7 +44,8 @@ def load_teacher(
     attn_implementation: str | None = None,
     vision_tower: str | None = None,
 ) -> nn.Module:
-    """Load a teacher: frozen, in eval mode, in its own precision, on one device whatever DeepSpeed does to the student.
+    """Load a teacher: frozen, in eval mode, in its own precision, on one device whatever DeepSpeed does to the
+    student.
 
     Args:
         path: a LLaVA checkpoint (full, LoRA or adapter); `base` names the language model of the latter two.
@@ -57,16 +58,15 @@ def load_teacher(
     from .plugin.loader import CheckpointError, checkpoint_kind, load_model
 
     if os.path.isdir(path) and checkpoint_kind(path) == "base":
-        raise CheckpointError(f"--teacher_model_path {path} is a language model without vision: give a LLaVA checkpoint.")
+        raise CheckpointError(
+            f"--teacher_model_path {path} is a language model without vision: give a LLaVA checkpoint."
+        )
     options = compat.dtype_argument(dtype)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     with compat.outside_zero3():
-        teacher = load_model(path, base, **options)
-        tower = teacher.get_vision_tower()
-        if vision_tower is not None and not os.path.exists(tower.vision_tower_name):
-            tower.vision_tower_name = teacher.config.mm_vision_tower = vision_tower
-        tower.load_model()
+        teacher = load_model(path, base, vision_tower=vision_tower, **options)
+        teacher.get_vision_tower().load_model()
     teacher.config.use_cache = False
     teacher.requires_grad_(False)
     return teacher.to(device=device, dtype=dtype).eval()
@@ -75,8 +75,8 @@ def load_teacher(
 def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None = None) -> nn.Module:
     """Build the student that a stage starts from: a language model, or a checkpoint of an earlier stage.
 
-    With `--mm_projector_type taf` a new adapter gets its frozen part from the teacher, else from the checkpoint named by
-    `--pretrain_mm_mlp_adapter` or the student's own.
+    With `--mm_projector_type taf` a new adapter gets its frozen part from the teacher, else from the checkpoint
+    named by `--pretrain_mm_mlp_adapter` or the student's own.
 
     Returns:
         A LLaVA causal language model, or a PeftModel around one with `--lora_enable`.
@@ -117,7 +117,7 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
 def set_trainable(
     model: nn.Module, stage: str, *, freeze_backbone: bool = False, freeze_adapter: bool = False
 ) -> None:
-    """Freeze and unfreeze by stage (method.md, "Three stages"). The vision encoder and P_T are frozen in every stage."""
+    """Freeze and unfreeze by stage (paper, Section 4.3). The vision encoder and P_T are frozen in every stage."""
     core = llava_core(model)
     adapter = projector(core)
     if stage in ("pt", "dpt"):
@@ -203,7 +203,7 @@ def _load_student(model_args: Any, training_args: Any) -> nn.Module:
 
         options["quantization_config"] = _quantization(training_args.bits == 4, compute_dtype(training_args))
         options["device_map"] = {"": training_args.device}
-    return load_model(path, merge_lora=False, **options)
+    return load_model(path, merge_lora=False, vision_tower=model_args.vision_tower, **options)
 
 
 def compute_dtype(training_args: Any) -> torch.dtype:
@@ -216,8 +216,8 @@ def compute_dtype(training_args: Any) -> torch.dtype:
 def student_dtype(training_args: Any) -> torch.dtype:
     """The precision in which the student's weights are held.
 
-    DeepSpeed keeps fp32 master copies itself, and LoRA leaves the base frozen; without either, weights that are trained
-    stay in fp32 and autocast does the rest (AdamW on bf16 weights loses small updates).
+    DeepSpeed keeps fp32 master copies itself, and LoRA leaves the base frozen; without either, weights that are
+    trained stay in fp32 and autocast does the rest (AdamW on bf16 weights loses small updates).
     """
     if training_args.deepspeed or training_args.lora_enable:
         return compute_dtype(training_args)
@@ -233,8 +233,8 @@ def _describe_taf(config: Any, model_args: Any, teacher: nn.Module | None) -> No
         folder = os.path.dirname(model_args.pretrain_mm_mlp_adapter or "")
         if not os.path.isfile(os.path.join(folder, "config.json")):
             raise ValueError(
-                "--mm_projector_type taf without a teacher needs --pretrain_mm_mlp_adapter from a DPT folder, beside its "
-                "config.json; or give --teacher_model_path."
+                "--mm_projector_type taf without a teacher needs --pretrain_mm_mlp_adapter from a DPT folder, beside "
+                "its config.json; or give --teacher_model_path."
             )
         source = AutoConfig.from_pretrained(folder)
         entries = {name: getattr(source, name, None) for name in taf_config(config_stub())}
@@ -279,7 +279,8 @@ def _add_lora(model: nn.Module, training_args: Any) -> nn.Module:
     names = {
         name.rsplit(".", 1)[-1]
         for name, module in core.named_modules()
-        if isinstance(module, nn.Linear) and not any(part in name for part in ("mm_projector", "vision_tower", "lm_head"))
+        if isinstance(module, nn.Linear)
+        and not any(part in name for part in ("mm_projector", "vision_tower", "lm_head"))
     }
     # A pattern, since bare names would also match the vision tower's layers.
     pattern = rf"model\.layers\..*\.({'|'.join(sorted(names))})"

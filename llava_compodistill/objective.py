@@ -1,7 +1,7 @@
 """One micro-batch through teacher and student: the sums that make up L_LM, L_KL and L_ADL.
 
-The trainer divides the sums by the counts of the whole optimizer step, over all micro-batches and ranks, so that neither
-accumulation nor the number of ranks changes the loss.
+The trainer divides the sums by the counts of the whole optimizer step, over all micro-batches and ranks, so that
+neither accumulation nor the number of ranks changes the loss.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Objective:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Open this around the forward AND backward of a micro-batch: checkpointed layers run again in the backward."""
+        """Open this around forward AND backward of a micro-batch: checkpointed layers run again in the backward."""
         with contextlib.ExitStack() as stack:
             self._recorder = stack.enter_context(record_merge(self.student))
             if self.captures:
@@ -157,8 +157,8 @@ class Objective:
         if not torch.equal(batch.visual_index, self._teacher_visual_index):
             raise ValueError(
                 f"Teacher and student place visual tokens differently ({tuple(self._teacher_visual_index.shape)} and "
-                f"{tuple(batch.visual_index.shape)} positions): L_ADL compares their attention token by token, so both "
-                "need encoders with the same number of patches. Use the teacher's tower, or --vat False."
+                f"{tuple(batch.visual_index.shape)} positions): L_ADL compares their attention token by token, so "
+                "both need encoders with the same number of patches. Use the teacher's tower, or --vat False."
             )
         rows = batch.attention_rows(self.args.attention_rows)
         columns = batch.visual_index >= 0
@@ -198,15 +198,18 @@ class Objective:
         same = same_tower(self.student, self.teacher)
         taf = isinstance(projector(self.student), TAFProjector)
         if taf and not same:
+            mine, theirs = self.student.config, self.teacher.config
             raise ValueError(
                 "TAF fetches the teacher's adapter, which reads the teacher's encoder: --vision_tower "
-                f"{self.student.config.mm_vision_tower} (layer {self.student.config.mm_vision_select_layer}) is not the "
-                f"teacher's {self.teacher.config.mm_vision_tower} (layer {self.teacher.config.mm_vision_select_layer})."
+                f"{mine.mm_vision_tower} (layer {mine.mm_vision_select_layer}) is not the teacher's "
+                f"{theirs.mm_vision_tower} (layer {theirs.mm_vision_select_layer})."
             )
         self.shares_tokens = taf
         if same:
             share_tower(self.student, self.teacher)
-        what = "encoder and teacher adapter run once a batch for both models" if taf else "each model encodes the images"
+        what = (
+            "encoder and teacher adapter run once a batch for both models" if taf else "each model encodes the images"
+        )
         logger.info("Vision: %s.", what if same else "the towers differ, so " + what)
         # The sequences must be cut at the same length for their rows to correspond.
         self.teacher.config.tokenizer_model_max_length = getattr(
@@ -240,7 +243,7 @@ class Objective:
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[dict[str, Any]]) -> None:
-        """Measure the KL distance of every student layer's map to every teacher layer's, and match by it (Appendix F)."""
+        """Measure the KL distance of each student layer's map to each teacher layer's; match by it (Appendix F)."""
         total: torch.Tensor | None = None
         for inputs in batches:
             student_maps, rows = self._all_maps(self.student, self.student_layers, inputs)

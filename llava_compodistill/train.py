@@ -116,8 +116,8 @@ def check_same_tokenizer(tokenizer: Any, model_args: ModelArguments) -> None:
         token = different[0]
         raise ValueError(
             f"The teacher's tokenizer ({source}, {len(theirs)} tokens) is not the student's "
-            f"({model_args.model_name_or_path}, {len(ours)} tokens): {token!r} is {theirs.get(token)} and {ours[token]}. "
-            "Distillation needs a pair with one tokenizer, such as two sizes of one model family."
+            f"({model_args.model_name_or_path}, {len(ours)} tokens): {token!r} is {theirs.get(token)} and "
+            f"{ours[token]}. Distillation needs a pair with one tokenizer, such as two sizes of one model family."
         )
 
 
@@ -141,7 +141,9 @@ def report(trainer: CompoDistillTrainer) -> None:
 
 
 def _set_up_logging(args: TrainingArguments) -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
     level = logging.INFO if args.process_index == 0 else logging.ERROR
     logging.getLogger("llava_compodistill").setLevel(level)
 

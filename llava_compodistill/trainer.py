@@ -1,7 +1,8 @@
 """CompoDistillTrainer: LLaVA's trainer with the losses of DPT, DFT and SFT (paper, Section 4.3).
 
-Every loss term is a sum over the micro-batch divided by a count over the whole optimizer step: answer tokens for L_LM and
-L_KL, samples with an image for L_ADL. So batch 1 with 8 accumulation steps is batch 8, and two ranks are one.
+Every loss term is a sum over the micro-batch divided by a count over the whole optimizer step: answer tokens for
+L_LM and L_KL, samples with an image for L_ADL. So batch 1 with 8 accumulation steps is batch 8, and two ranks are
+one.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         )
         super().__init__(model=model, args=args, **compat.tokenizer_argument(tokenizer), **kwargs)
         if args.n_gpu > 1:
-            raise ValueError("Several GPUs in one process (DataParallel) are not supported: use torchrun or deepspeed.")
+            raise ValueError(
+                "Several GPUs in one process (DataParallel) are not supported: use torchrun or deepspeed."
+            )
         self.tokenizer_to_save = tokenizer
         # The loss arrives normalised over the whole optimizer step.
         self.model_accepts_loss_kwargs = True
@@ -92,9 +95,9 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         self._waiting: list[dict[str, Any]] = []
         self._logged: dict[str, list[torch.Tensor]] = {}
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     # Loss
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
         """The weighted sum of the stage's terms for one micro-batch, normalised over the optimizer step."""
         inputs = {**self._prepare_inputs(inputs), "use_cache": False}
@@ -136,9 +139,9 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
                 + f" Checkpoints in {self.args.output_dir} are untouched."
             )
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     # One optimizer step = one window of micro-batches
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     def get_batch_samples(self, epoch_iterator, num_batches, *args, **kwargs):
         """Since transformers 4.46: collect the window; here, also count what its losses are divided by."""
         window, _ = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
@@ -185,9 +188,9 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         limit = getattr(core.config, "tokenizer_model_max_length", None) or torch.iinfo(torch.long).max
         return int(((labels != IGNORE_INDEX) & (position > 0) & (position < limit)).sum())
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     # Logging
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     def _remember(self, sums: LossSums, counts: Counts) -> None:
         share = torch.stack([counts.answer_tokens, counts.image_samples])
         for field in fields(sums):
@@ -213,9 +216,9 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
             self._logged.clear()
         super().log(logs, *args, **kwargs)
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     # Data order
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
@@ -252,9 +255,9 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         if self.objective.teacher is not None:
             self.objective.teacher.to(self.args.device)
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     # Checkpoints
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     def _save_checkpoint(self, model, trial, *args, **kwargs):
         # Not LLaVATrainer's: it saves an adapter without the state that resuming needs.
         return transformers.Trainer._save_checkpoint(self, model, trial, *args, **kwargs)

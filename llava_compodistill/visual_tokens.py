@@ -1,9 +1,9 @@
 """Where the image tokens are once LLaVA has merged them into the text.
 
-`prepare_inputs_labels_for_multimodal` tells nobody. But it gives every visual token the label IGNORE_INDEX, as it gives
-every padded position; so when all other ignored labels carry a mark of their own, the unpadded positions that are left
-with IGNORE_INDEX are exactly the visual tokens: for any template, several images anywhere, truncation, any-resolution
-tiles and either padding side.
+`prepare_inputs_labels_for_multimodal` tells nobody. But it gives every visual token the label IGNORE_INDEX, as it
+gives every padded position; so when all other ignored labels carry a mark of their own, the unpadded positions that
+are left with IGNORE_INDEX are exactly the visual tokens: for any template, several images anywhere, truncation,
+any-resolution tiles and either padding side.
 """
 
 from __future__ import annotations

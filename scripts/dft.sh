@@ -14,7 +14,7 @@ LORA_R=${LORA_R:-128}
 LORA_ALPHA=${LORA_ALPHA:-256}
 SUFFIX=$([[ $LORA != 1 ]] || echo -lora) # LLaVA's tools know a LoRA checkpoint by its folder's name
 OUTPUT=${OUTPUT:-./checkpoints/llava-compodistill-qwen1.5-1.8b-dft$SUFFIX}
-TAF=${TAF:-True} # False: an ordinary adapter in place of the teacher's (Table 2)
+PROJECTOR=${PROJECTOR:-taf} # mlp2x_gelu: an ordinary adapter in place of the teacher's (Table 2)
 VAT=${VAT:-True} # False: no attention alignment (Table 2)
 VERSION=${VERSION:-qwen_1_5} # conversation template; v1 for Vicuna and MobileLLaMA
 GLOBAL_BATCH=${GLOBAL_BATCH:-128} # Table 8
@@ -36,7 +36,6 @@ if [[ $LORA == 1 ]]; then
         --lora_alpha "$LORA_ALPHA"
     )
 fi
-PROJECTOR=$(projector_type)
 
 launch \
     --stage dft \
@@ -46,7 +45,6 @@ launch \
     --data_path "$DATA" \
     --image_folder "$IMAGES" \
     --vision_tower "$TOWER" \
-    --taf "$TAF" \
     --vat "$VAT" \
     --pretrain_mm_mlp_adapter "$DPT/mm_projector.bin" \
     "${LORA_FLAGS[@]}" \

@@ -9,7 +9,7 @@ TOWER=${TOWER:-google/siglip-so400m-patch14-384} # 729 visual tokens
 DATA=${DATA:-./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json} # Table 8: LLaVA-1.5-558K
 IMAGES=${IMAGES:-./playground/data/LLaVA-Pretrain/images}
 OUTPUT=${OUTPUT:-./checkpoints/llava-compodistill-qwen1.5-1.8b-dpt}
-TAF=${TAF:-True} # False: an ordinary adapter in place of the teacher's (Table 2)
+PROJECTOR=${PROJECTOR:-taf} # mlp2x_gelu: an ordinary adapter in place of the teacher's (Table 2)
 GLOBAL_BATCH=${GLOBAL_BATCH:-256} # Table 8
 BATCH=${BATCH:-16}
 LR=${LR:-1e-3} # Appendix E.1 (Table 8 prints 2e-4: LR=2e-4)
@@ -20,7 +20,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 need_model "The student's language model" "$STUDENT" "Set STUDENT."
 need_model "The teacher" "$TEACHER" "Set TEACHER, or train one with teacher_pretrain.sh and teacher_finetune.sh."
 need_path "The captions" "$DATA" "Set DATA to a JSON file in LLaVA's format."
-PROJECTOR=$(projector_type)
 
 launch \
     --stage dpt \
@@ -30,7 +29,6 @@ launch \
     --data_path "$DATA" \
     --image_folder "$IMAGES" \
     --vision_tower "$TOWER" \
-    --taf "$TAF" \
     --mm_projector_type "$PROJECTOR" \
     --mm_vision_select_layer "${SELECT_LAYER:--2}" \
     --mm_use_im_start_end False \

@@ -29,21 +29,12 @@ fail() {
 
 # need_path WHAT PATH WAY_OUT: stop before any work when an input is missing.
 need_path() {
-    [[ $DRY_RUN == 1 || -e $2 ]] || fail "$1 is missing: $2. $3"
+    [[ $DRY_RUN == 1 || -e $2 ]] || fail "$1 not found: $2. $3"
 }
 
 # A hub name has the form owner/name; anything else must exist.
 need_model() {
     [[ $2 =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$ ]] || need_path "$1" "$2" "$3"
-}
-
-# The projector type that TAF (True or False) stands for.
-projector_type() {
-    case $TAF in
-        True) echo taf ;;
-        False) echo mlp2x_gelu ;;
-        *) fail "TAF=$TAF: must be True or False." ;;
-    esac
 }
 
 # One start of Python tells all about the machine: GPUs, bf16 and tf32 in hardware (0/1), deepspeed installed (0/1).

@@ -6,7 +6,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 setup_env "$ROOT/.venv" "${PINS_CURRENT[@]}"
-# Two threads a core slow small models down; a value from outside is respected.
+# Every core, unless the environment says otherwise.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}
 cd "$ROOT"
 exec "$ROOT/.venv/bin/llava-compodistill" miniature quickstart "$@"

@@ -9,6 +9,7 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# pip stays silent but for errors (-qq below): its warnings about extra indexes fill pages.
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 # A PYTHONPATH or a user site from outside would shadow what is installed here.
 unset PYTHONPATH
@@ -19,7 +20,9 @@ export PYTHONNOUSERSITE=1
 TORCH_PIN="torch==2.13.0"
 LLAVA_PIN="llava-torch==1.2.2.post1"
 # The combinations that are tested; setup.py itself asks for lower bounds only.
+# shellcheck disable=SC2034 # used by the scripts that source this file
 PINS_CURRENT=(transformers==5.18.0 accelerate==1.15.0 peft==0.21.2 deepspeed==0.19.8)
+# shellcheck disable=SC2034
 PINS_LLAVA=(transformers==4.37.2 accelerate==0.30.1 peft==0.9.0 deepspeed==0.19.8)
 
 say() { echo "== $*" >&2; }
@@ -65,12 +68,15 @@ ensure_venv() {
 # build_wheel PYTHON: the wheel of this checkout, built when a source has changed. Sets WHEEL and WHEEL_HASH.
 build_wheel() {
     local python=$1 folder=$ROOT/.venv/compodistill-wheel
+    local name sources=()
+    for name in setup.py pyproject.toml README.md LICENSE llava_compodistill scripts patches; do
+        [[ ! -e $ROOT/$name ]] || sources+=("$name")
+    done
     WHEEL_HASH=$(
         cd "$ROOT"
         {
             git rev-parse HEAD 2>/dev/null || true # the wheel records its commit
-            find setup.py pyproject.toml README.md LICENSE llava_compodistill scripts patches \
-                -type f ! -path '*/__pycache__/*' -print0 2>/dev/null | LC_ALL=C sort -z |
+            find "${sources[@]}" -type f ! -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z |
                 while IFS= read -r -d '' file; do
                     printf '%s\n' "$file"
                     cat "$file"
@@ -79,10 +85,10 @@ build_wheel() {
     )
     if [[ $(cat "$folder/hash" 2>/dev/null) != "$WHEEL_HASH" ]]; then
         say "building the wheel"
-        "$python" -m pip install -q "setuptools>=64" wheel
+        "$python" -m pip install -qq "setuptools>=64" wheel
         # build/ keeps modules that have been deleted since, and setuptools would pack them.
         rm -rf "$folder" "$ROOT/build"
-        (cd "$ROOT" && "$python" -m pip wheel -q --no-deps --no-build-isolation -w "$folder" .)
+        (cd "$ROOT" && "$python" -m pip wheel -qq --no-deps --no-build-isolation -w "$folder" .)
         rm -rf "$ROOT/build"
         echo "$WHEEL_HASH" >"$folder/hash"
     fi
@@ -94,6 +100,10 @@ build_wheel() {
 setup_env() {
     local dir=$1 python=$1/bin/python
     shift
+    # Two commands at once would install into each other's environment: the second waits. (The lock is on a file that
+    # exists anyway, and goes with the process.)
+    exec 8<"$ROOT/setup.py"
+    ! command -v flock >/dev/null || flock 8
     ensure_venv "$dir"
     # The wheel is built by the first environment and shared.
     [[ $dir == "$ROOT/.venv" ]] || ensure_venv "$ROOT/.venv"
@@ -102,16 +112,17 @@ setup_env() {
     stamp=$(printf '%s\n' "$TORCH_PIN" "$LLAVA_PIN" "$@" | cat - "$ROOT/setup.py" | digest "$python")
     if [[ $(cat "$dir/compodistill-stamp" 2>/dev/null) != "$stamp" ]]; then
         say "installing packages into ${dir##*/}: $TORCH_PIN $* (a few minutes the first time)"
-        "$python" -m pip install -q "$TORCH_PIN"
-        "$python" -m pip install -q "$TORCH_PIN" "$@" "$WHEEL[dev,tensorboard]"
+        "$python" -m pip install -qq "$TORCH_PIN"
+        "$python" -m pip install -qq "$TORCH_PIN" "$@" "${WHEEL}[dev,tensorboard]"
         # LLaVA pins torch 2.1 and a web server; it needs neither.
-        "$python" -m pip install -q --no-deps "$LLAVA_PIN"
+        "$python" -m pip install -qq --no-deps "$LLAVA_PIN"
         rm -f "$dir/compodistill-wheel-hash"
         echo "$stamp" >"$dir/compodistill-stamp"
     fi
     if [[ $(cat "$dir/compodistill-wheel-hash" 2>/dev/null) != "$WHEEL_HASH" ]]; then
         say "installing $(basename "$WHEEL") into ${dir##*/}"
-        "$python" -m pip install -q --no-deps --force-reinstall "$WHEEL"
+        "$python" -m pip install -qq --no-deps --force-reinstall "$WHEEL"
         echo "$WHEEL_HASH" >"$dir/compodistill-wheel-hash"
     fi
+    exec 8<&-
 }

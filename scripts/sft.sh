@@ -12,7 +12,7 @@ DFT=${DFT:-./checkpoints/llava-compodistill-qwen1.5-1.8b-dft$SUFFIX} # with LORA
 DATA=${DATA:-./playground/data/llava_v1_5_mix665k.json} # Table 8: LLaVA-mix-665K
 IMAGES=${IMAGES:-./playground/data}
 OUTPUT=${OUTPUT:-./checkpoints/llava-compodistill-qwen1.5-1.8b$SUFFIX}
-TAF=${TAF:-True} # False: an ordinary adapter in place of the teacher's (Table 2)
+PROJECTOR=${PROJECTOR:-taf} # mlp2x_gelu: an ordinary adapter in place of the teacher's (Table 2)
 VERSION=${VERSION:-qwen_1_5} # conversation template; v1 for Vicuna and MobileLLaMA
 GLOBAL_BATCH=${GLOBAL_BATCH:-128} # Table 8
 BATCH=${BATCH:-16}
@@ -31,7 +31,6 @@ if [[ $LORA == 1 ]]; then
         --lora_alpha "$LORA_ALPHA"
     )
 fi
-PROJECTOR=$(projector_type)
 
 launch \
     --stage sft \
@@ -40,7 +39,6 @@ launch \
     --data_path "$DATA" \
     --image_folder "$IMAGES" \
     --vision_tower "$TOWER" \
-    --taf "$TAF" \
     "${LORA_FLAGS[@]}" \
     --mm_projector_type "$PROJECTOR" \
     --mm_vision_select_layer "${SELECT_LAYER:--2}" \

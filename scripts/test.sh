@@ -54,6 +54,6 @@ for name in "${TEST_ENVS[@]}"; do
     result "$name, transformers $version" "$status" "${counts:-pytest stopped with status $status}"
 done
 
-printf -v text '%s; ' "${SUMMARY[@]}"
-echo "scripts/test.sh: $( ((STATUS)) && echo FAILED || echo PASSED) in $((SECONDS - STARTED)) s ($(sed 's/; $//' <<<"$text"))"
+printf -v text '; %s' "${SUMMARY[@]}"
+echo "scripts/test.sh: $( ((STATUS)) && echo FAILED || echo PASSED) in $((SECONDS - STARTED)) s (${text#; })"
 exit $STATUS

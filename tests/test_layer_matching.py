@@ -16,7 +16,7 @@ def test_intermediate_band(num_layers, first, last):
     assert visual_understanding_layers(num_layers) == list(range(first, last + 1))
 
 
-@pytest.mark.parametrize("num_layers", [2, 3, 4, 7, 10, 20, 24, 28, 30, 32, 36, 40, 70, 80, 100])
+@pytest.mark.parametrize("num_layers", [4, 7, 10, 20, 24, 28, 30, 32, 36, 40, 70, 80, 100])
 def test_bands_partition_the_model_in_exact_arithmetic(num_layers):
     bands = [visual_understanding_layers(num_layers, band) for band in ("early", "intermediate", "later")]
     assert sum(bands, []) == visual_understanding_layers(num_layers, "all") == list(range(num_layers))

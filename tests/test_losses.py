@@ -240,9 +240,7 @@ def test_logit_distillation_against_loops(temperature, vocab_size):
     for b in range(2):
         for i in range(5):
             if labels[b, i + 1] != IGNORE_INDEX:
-                p, q = (
-                    np.exp(z[b, i, :common].detach().numpy() / temperature) for z in (teacher, student)
-                )
+                p, q = (np.exp(z[b, i, :common].detach().numpy() / temperature) for z in (teacher, student))
                 p, q = p / p.sum(), q / q.sum()
                 total, count = total + (p * np.log(p / q)).sum() * temperature**2, count + 1
     assert count > 2

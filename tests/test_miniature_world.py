@@ -67,7 +67,11 @@ def caption_holds(text: str, objects: list[dict]) -> bool:
         mentioned.append(match[0])
     assert len(mentioned) >= 2, text
     relation = re.search(r"left of|right of|above|below", text)
-    return relation is None or relation_holds(relation[0], mentioned[0], mentioned[1])
+    if relation is None:
+        return True
+    holds = relation_holds(relation[0], mentioned[0], mentioned[1])
+    assert holds or relation_holds(relation[0], mentioned[1], mentioned[0]), f"false by a mere tie: {text}"
+    return holds
 
 
 def expected_answer(question: str, objects: list[dict]) -> str | None:
@@ -272,6 +276,16 @@ def test_wrong_settings_are_named():
         WorldConfig.preset("big")
     with pytest.raises(ValueError, match="unknown question kind 'colour'"):
         language.ask("colour", sample_scene(np.random.default_rng(0)), np.random.default_rng(0))
+
+
+def test_a_finished_world_is_kept_and_never_mixed_with_another(tmp_path):
+    config = WorldConfig.preset("smoke", instruct_teacher=8)
+    first = write_dataset(tmp_path, config, progress=False)
+    changed = (tmp_path / "pretrain.json").stat().st_mtime_ns
+    assert write_dataset(tmp_path, config, progress=False) == first
+    assert (tmp_path / "pretrain.json").stat().st_mtime_ns == changed
+    with pytest.raises(FileExistsError, match="another config"):
+        write_dataset(tmp_path, WorldConfig.preset("smoke", instruct_teacher=8, seed=1), progress=False)
 
 
 def test_records_per_image_spreads_the_rounds(tmp_path):

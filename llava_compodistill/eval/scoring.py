@@ -141,6 +141,3 @@ def _answer_logits(model: nn.Module, recorder: MergeRecorder) -> Iterator[list]:
         yield collected
     finally:
         del head.forward
-
-
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .language import KINDS, RELATIONS, Caption, Mention, is_true, perturb
+from .language import KINDS, RELATIONS, Caption, Mention, is_clearly_false, is_true, perturb
 from .world import HELD_OUT, MAX_OBJECTS, MIN_OBJECTS, SEEN, SIZES, Pair, Scene, pick, pick_distinct, place
 
 __all__ = ["KINDS", "caption_pair", "scene_for"]
@@ -53,7 +53,7 @@ def caption_pair(kind: str, rng: np.random.Generator, unseen: bool = False) -> t
 
 
 def scene_for(true: Caption, false: Caption, rng: np.random.Generator) -> Scene:
-    """A random scene in which the first caption is true and the second is false; bystanders are seen combinations."""
+    """A random scene where the first caption is true and the second clearly false; bystanders are seen pairs."""
     named = [m.pair for m in true.mentions]
     sizes = [m.size for m in true.mentions]
     others = [p for p in SEEN if p not in named]
@@ -61,5 +61,5 @@ def scene_for(true: Caption, false: Caption, rng: np.random.Generator) -> Scene:
         count = max(len(named), int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1)))
         extra = pick_distinct(rng, others, count - len(named))
         scene = place(rng, named + extra, sizes + [None] * len(extra))
-        if is_true(true, scene) and not is_true(false, scene):
+        if is_true(true, scene) and is_clearly_false(false, scene):
             return scene

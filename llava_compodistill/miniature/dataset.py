@@ -16,7 +16,9 @@ from tqdm import tqdm
 from .compositional import KINDS, caption_pair, scene_for
 from .language import (
     CAPTION_PROMPT,
+    CHOICE_PROMPT,
     HORIZONTAL,
+    MATCH_PROMPT,
     OPPOSITE,
     RELATIONS,
     Caption,
@@ -260,9 +262,15 @@ def write_dataset(out: str | Path, config: WorldConfig | None = None, workers: i
     ==============================================  ==================================================================
 
     No scene occurs twice in the whole folder. Held-out colour-shape pairs occur in ``*_unseen`` sets only.
+    A folder that was completed with the same config is left as it is; one with another config is an error.
     """
     config = config or WorldConfig()
     out = Path(out)
+    if (done := out / "manifest.json").is_file():
+        manifest = json.loads(done.read_text(encoding="utf-8"))
+        if (manifest["format_version"], manifest["config"]) == (FORMAT_VERSION, asdict(config)):
+            return manifest
+        raise FileExistsError(f"{out} holds a world made with another config: choose another folder or delete it")
     scenes = _Scenes()
     counts: dict[str, int] = {}
 
@@ -312,7 +320,7 @@ def write_dataset(out: str | Path, config: WorldConfig | None = None, workers: i
         "images": {stream: len(images) for stream, images in scenes.images.items()},
         "image_size": IMAGE_SIZE,
         "held_out_pairs": [list(p) for p in HELD_OUT],
-        "prompts": {"caption": CAPTION_PROMPT},
+        "prompts": {"caption": CAPTION_PROMPT, "choice": CHOICE_PROMPT, "match": MATCH_PROMPT},
         "vocabulary": vocabulary(),
     }
     _write_json(out / "manifest.json", manifest, indent=1)

@@ -83,6 +83,19 @@ def is_true(caption: Caption, scene: Scene) -> bool:
     return caption.relation is None or RELATIONS[caption.relation](found[0], found[1])
 
 
+def is_clearly_false(caption: Caption, scene: Scene) -> bool:
+    """False, and not merely by a tie: "above" is clearly false only of an object that is below.
+
+    Objects are drawn a little off their cell's centre, so two objects of one row may look as if one were higher.
+    """
+    if is_true(caption, scene):
+        return False
+    without_relation = replace(caption, relation=None)
+    return not is_true(without_relation, scene) or is_true(
+        replace(caption, relation=OPPOSITE[caption.relation]), scene
+    )
+
+
 # -- captions ---------------------------------------------------------------------------------------------------------
 
 
@@ -122,8 +135,8 @@ def perturb(caption: Caption, kind: str, rng: np.random.Generator) -> Caption | 
     """The caption changed in the way of SugarCrepe's ``kind``; None where the change does not apply.
 
     The result has the same form and number of objects and differs in one place; whether it is false is for the caller
-    to check against the scene. The ``add_*`` kinds move an addition rather than lengthen the text: "base + true addition"
-    against "base + false addition", since length alone would otherwise give the answer away.
+    to check against the scene. The ``add_*`` kinds exchange an addition rather than lengthen the text: "base + true
+    addition" against "base + false addition", since length alone would otherwise give the answer away.
     """
     mentions = list(caption.mentions)
     i, j = (int(v) for v in rng.permutation(len(mentions))[:2])
@@ -172,7 +185,7 @@ def false_caption(caption: Caption, scene: Scene, rng: np.random.Generator) -> C
     """A false neighbour of a true caption that uses seen combinations only (safe for training)."""
     while True:
         changed = perturb(caption, pick(rng, KINDS), rng)
-        if changed and not changed.pairs() & set(HELD_OUT) and not is_true(changed, scene):
+        if changed and not changed.pairs() & set(HELD_OUT) and is_clearly_false(changed, scene):
             return changed
 
 

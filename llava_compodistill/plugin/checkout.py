@@ -52,9 +52,13 @@ def verify(root: Path) -> None:
         return
     below = [child.name for child in sorted(root.iterdir()) if child.is_dir()] if root.is_dir() else []
     inside = [name for name in below if all((root / name / landmark).is_file() for landmark in LANDMARKS)]
-    hint = f"There is one in {root / inside[0]}: name that folder." if inside else (
-        "Clone it (git clone https://github.com/haotian-liu/LLaVA), or unpack the registry's copy (pip install "
-        "--no-deps --target LLaVA llava-torch==1.2.2.post1), and name that folder."
+    hint = (
+        f"There is one in {root / inside[0]}: name that folder."
+        if inside
+        else (
+            "Clone it (git clone https://github.com/haotian-liu/LLaVA), or unpack the registry's copy (pip install "
+            "--no-deps --target LLaVA llava-torch==1.2.2.post1), and name that folder."
+        )
     )
     raise CheckoutError(f"{root} is no LLaVA checkout: {missing[0]} is missing. {hint}")
 
@@ -74,7 +78,9 @@ def copy_scripts(root: Path, force: bool = False, dry_run: bool = False) -> Repo
             continue
         if name in SHARED_WITH_LLAVA:
             if _differs(path, root / "scripts" / name):
-                report.notes.append(f"scripts/{name} is LLaVA's or yours and stays; ours is scripts/compodistill_{name}")
+                report.notes.append(
+                    f"scripts/{name} is LLaVA's or yours and stays; ours is scripts/compodistill_{name}"
+                )
                 name = f"compodistill_{name}"
         target = root / "scripts" / name
         label = f"scripts/{name}"

@@ -1,7 +1,7 @@
 """Qwen1.5, Qwen2 and Qwen2.5 language models for LLaVA, beside the Llama and Mistral it has.
 
-Qwen1.5, 2 and 2.5 share transformers' `qwen2` architecture. Loading them as LlavaLlama drops their q/k/v biases without
-a word; here they keep them, and their padded vocabulary is not shrunk.
+Qwen1.5, 2 and 2.5 share transformers' `qwen2` architecture. Loading them as LlavaLlama drops their q/k/v biases
+without a word; here they keep them, and their padded vocabulary is not shrunk.
 """
 
 from __future__ import annotations

@@ -75,18 +75,22 @@ def load_extra_weights(model: torch.nn.Module, path: str) -> None:
         raise CheckpointError(f"{path} does not fit the model in config.json: {error}") from error
 
 
-def load_model(path: str, base: str | None = None, merge_lora: bool = True, **kwargs: Any) -> torch.nn.Module:
+def load_model(
+    path: str, base: str | None = None, merge_lora: bool = True, vision_tower: str | None = None, **kwargs: Any
+) -> torch.nn.Module:
     """Load a LLaVA model of any checkpoint kind, without its tokenizer and without the vision tower's weights.
 
     Args:
         path: a full, LoRA or adapter checkpoint, or the hub name of a full one.
         base: the language model under a LoRA or adapter checkpoint. A LoRA names its own when this is None.
         merge_lora: fold LoRA weights into the language model, as LLaVA does; else return a trainable PeftModel.
+        vision_tower: the encoder to use when the folder that the checkpoint names is not on this machine.
         **kwargs: for `from_pretrained`.
     """
     kind = checkpoint_kind(path) if os.path.isdir(path) else "full"
     config = AutoConfig.from_pretrained(path)
     cls = model_class(config.model_type)
+    _find_tower(config, path, vision_tower)
     if kind in ("full", "base"):
         if not isinstance(config, cls.config_class):
             values = config.to_dict()
@@ -98,7 +102,8 @@ def load_model(path: str, base: str | None = None, merge_lora: bool = True, **kw
             base = json.load(file).get("base_model_name_or_path")
     if base is None:
         raise CheckpointError(
-            f"{path} holds {'a LoRA' if kind == 'lora' else 'an adapter'} only: name its language model (--model-base)."
+            f"{path} holds {'a LoRA' if kind == 'lora' else 'an adapter'} only: name its language model "
+            "(--model-base)."
         )
     model = cls.from_pretrained(base, config=config, **kwargs)
     extra = "non_lora_trainables.bin" if kind == "lora" else "mm_projector.bin"
@@ -110,6 +115,20 @@ def load_model(path: str, base: str | None = None, merge_lora: bool = True, **kw
         if merge_lora:
             model = model.merge_and_unload()
     return model
+
+
+def _find_tower(config: Any, path: str, substitute: str | None) -> None:
+    """A tower given as a folder may have moved since training; hub names are left to transformers."""
+    name = getattr(config, "mm_vision_tower", None)
+    is_hub_name = name is None or (not name.startswith((".", "/")) and name.count("/") <= 1)
+    if is_hub_name or os.path.isdir(name):
+        return
+    if substitute is None:
+        raise CheckpointError(
+            f"{os.path.join(path, 'config.json')}: mm_vision_tower {name} is not there. Put the encoder's folder (or "
+            "hub name) of this machine into that entry."
+        )
+    config.mm_vision_tower = substitute
 
 
 def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:

@@ -1,7 +1,8 @@
-"""register() and unregister(): give LLaVA the plugin's models, towers, adapters, templates and loader, and take them back.
+"""register() and unregister(): give LLaVA the plugin's models, towers, adapters, templates and loader, and take them
+back.
 
-Real extension points first (AutoConfig, AutoModelForCausalLM, conv_templates); where LLaVA imports by name, the name is
-rebound at its consumer. Every rebound symbol's signature is checked before anything is changed.
+Real extension points first (AutoConfig, AutoModelForCausalLM, conv_templates); where LLaVA imports by name, the name
+is rebound at its consumer. Every rebound symbol's signature is checked before anything is changed.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ def _check_signature(module: str, symbol: str) -> None:
     found = list(inspect.signature(function).parameters) if callable(function) else None
     if found != SIGNATURES[module, symbol]:
         raise HostError(
-            f"{module}.{symbol} has the parameters {found}, not {SIGNATURES[module, symbol]}: this LLaVA is not one of "
-            f"the supported revisions ({'; '.join(SUPPORTED_REVISIONS)})."
+            f"{module}.{symbol} has the parameters {found}, not {SIGNATURES[module, symbol]}: this LLaVA is not one "
+            f"of the supported revisions ({'; '.join(SUPPORTED_REVISIONS)})."
         )
 
 

@@ -1,8 +1,8 @@
 """Conversation templates for Qwen, tokenizer set-up, and label masks that do not guess.
 
 LLaVA's `preprocess_v1` and `preprocess_mpt` measure the lengths of pieces and hope they add up; with a tokenizer
-without BOS they do not, every label becomes IGNORE_INDEX and the loss is a silent zero. Here a conversation is tokenized
-piece by piece, so the mask is exact by construction, whatever the tokenizer.
+without BOS they do not, every label becomes IGNORE_INDEX and the loss is a silent zero. Here a conversation is
+tokenized piece by piece, so the mask is exact by construction, whatever the tokenizer.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def checked_preprocess(original: Callable[..., dict]) -> Callable[..., dict]:
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Any) -> None:
     """Set the end-of-sequence and padding tokens that training and LLaVA's evaluation rely on.
 
-    The end token becomes the template's own (LLaVA's evaluation has no other stop criterion). The padding token must be
-    another one: the collator's mask is `input_ids != pad`, which would hide every end of an answer.
+    The end token becomes the template's own (LLaVA's evaluation has no other stop criterion). The padding token must
+    be another one: the collator's mask is `input_ids != pad`, which would hide every end of an answer.
 
     Raises:
         ValueError: when the tokenizer has no token to pad with.

@@ -1,0 +1,98 @@
+"""How alike two models look at an image (paper, Section 3.1 and Figures 2 and 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..capture import GroupMeans, capture_visual_attention
+from ..eval.scoring import Question, batches
+from ..layer_matching import match_layers, visual_understanding_layers
+from ..losses import attention_similarity
+from ..models import llava_core
+from ..visual_tokens import MergedBatch, record_merge
+
+
+@dataclass
+class Similarity:
+    """Cosine similarity of two models' head-averaged attention over the visual tokens.
+
+    Attributes:
+        band: mean over the student's band against the matched teacher groups, as L_ADL sees it (1 - L_ADL).
+        by_layer: for each student layer, the answer rows' similarity to the teacher layer at equal relative depth.
+    """
+
+    band: float
+    by_layer: list[float]
+
+
+def layer_at_equal_depth(layer: int, num_layers: int, other_num_layers: int) -> int:
+    """The layer of another model whose middle is nearest to this layer's in relative depth."""
+    return min(other_num_layers - 1, int((layer + 0.5) * other_num_layers / num_layers))
+
+
+@torch.inference_mode()
+def all_maps(model: nn.Module, inputs: dict[str, torch.Tensor], layers: Sequence[int] | None = None):
+    """One forward: ({layer: [B, N, N_v]}, merged batch) for the given layers, all of them when None."""
+    core = llava_core(model)
+    layers = range(core.config.num_hidden_layers) if layers is None else layers
+    with record_merge(core) as recorder, capture_visual_attention(core, layers, lambda: recorder.batch) as capture:
+        core.get_model()(**_merged(core, inputs))
+        return dict(capture.maps), recorder.batch
+
+
+def _merged(core: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The backbone's inputs: the head is not needed to see where a model looks."""
+    _, position_ids, mask, _, embeds, _ = core.prepare_inputs_labels_for_multimodal(
+        inputs["input_ids"], None, inputs.get("attention_mask"), None, inputs.get("labels"), inputs["images"]
+    )
+    return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+
+
+def similarity(
+    student: nn.Module,
+    teacher: nn.Module,
+    questions: Sequence[Question],
+    tokenizer: Any,
+    *,
+    version: str = "qwen_1_5",
+    batch_size: int = 64,
+) -> Similarity:
+    """Compare a student's attention with its teacher's on question-answer pairs.
+
+    Both models read the same sequences; every real query counts in `band`, the queries that predict the answer in
+    `by_layer`.
+    """
+    student, teacher = llava_core(student), llava_core(teacher)
+    depth, teacher_depth = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    band = visual_understanding_layers(depth)
+    groups = match_layers(band, visual_understanding_layers(teacher_depth))
+    partners = [layer_at_equal_depth(layer, depth, teacher_depth) for layer in range(depth)]
+    band_sum = torch.zeros(())
+    layer_sums = torch.zeros(depth)
+    samples = 0
+    for inputs in batches(questions, student, tokenizer, version=version, batch_size=batch_size):
+        maps, batch = all_maps(student, inputs)
+        teacher_maps, teacher_batch = all_maps(teacher, inputs)
+        _check_same_places(batch, teacher_batch)
+        means = GroupMeans(groups)
+        for layer in means.layers:
+            means.receive(layer, teacher_maps[layer])
+        rows, answers = batch.attention_rows("all"), batch.attention_rows("answer")
+        for layer, target in zip(band, means.means, strict=True):
+            band_sum += attention_similarity(maps[layer], target, rows, reduction="none").sum() / len(band)
+        for layer, partner in enumerate(partners):
+            layer_sums[layer] += attention_similarity(
+                maps[layer], teacher_maps[partner], answers, reduction="none"
+            ).sum()
+        samples += len(rows)
+    return Similarity(float(band_sum / samples), (layer_sums / samples).tolist())
+
+
+def _check_same_places(student: MergedBatch, teacher: MergedBatch) -> None:
+    if not torch.equal(student.visual_index, teacher.visual_index):
+        raise ValueError("The models place visual tokens differently: their encoders have other numbers of patches.")

@@ -1,0 +1,163 @@
+"""Pictures of a miniature run: loss curves, similarity by layer, and where the models look."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from .settings import METHODS, Settings
+
+#: Colour-blind safe (Okabe-Ito), the same method in the same colour everywhere.
+COLORS = {
+    "teacher": "#000000",
+    "sft": "#999999",
+    "kd": "#E69F00",
+    "compodistill": "#0072B2",
+    "vat": "#56B4E9",
+    "taf": "#009E73",
+    "control": "#D55E00",
+}
+OVERLAY_EXAMPLES = 4
+
+
+def draw_all(results: Sequence[dict[str, Any]], settings: Settings, root: Path) -> list[Path]:
+    """Draw what the run's results allow and return the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    students = [result for result in results if result["method"] != "teacher"]
+    drawn = [draw_losses(students, root / "loss_curves.png"), draw_similarity(students, root / "similarity.png")]
+    drawn.append(draw_overlays(results, root, root / "attention_overlays.png"))
+    return drawn
+
+
+def draw_losses(students: Sequence[dict[str, Any]], path: Path) -> Path:
+    """L_LM, L_KL, L_ADL of the main stage and the attention similarity, over steps."""
+    import matplotlib.pyplot as plt
+
+    terms = {
+        "lm": "$L_{LM}$",
+        "kl": "$L_{KL}$",
+        "attention": "$L_{ADL}$",
+        "attention_similarity": "attention similarity",
+    }
+    figure, axes = plt.subplots(1, len(terms), figsize=(16, 3.6))
+    for axis, (term, title) in zip(axes, terms.items(), strict=True):
+        for method in dict.fromkeys(result["method"] for result in students):
+            history = next(result for result in students if result["method"] == method)["history"]
+            stage = "dft" if "dft" in history else "sft"
+            points = [(entry["step"], entry[term]) for entry in history[stage] if term in entry]
+            if points:
+                steps, values = zip(*points, strict=True)
+                axis.plot(steps, values, color=COLORS[method], label=METHODS[method].label, linewidth=1.4)
+        axis.set_title(title)
+        axis.set_xlabel("step of the main stage")
+        axis.spines[["top", "right"]].set_visible(False)
+        if term in ("lm", "kl"):
+            axis.set_yscale("log")
+    axes[0].legend(frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
+def draw_similarity(students: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Similarity to the teacher's attention by layer, answer tokens as queries (the paper's Figure 2)."""
+    import matplotlib.pyplot as plt
+
+    from ..layer_matching import visual_understanding_layers
+
+    figure, axis = plt.subplots(figsize=(6.4, 4))
+    depth = len(students[0]["scores"]["similarity_by_layer"])
+    band = visual_understanding_layers(depth)
+    axis.axvspan(band[0] - 0.5, band[-1] + 0.5, color="#f0f0f0", label="visual understanding layers")
+    for method in dict.fromkeys(result["method"] for result in students):
+        curves = [r["scores"]["similarity_by_layer"] for r in students if r["method"] == method]
+        curve = [mean(values) for values in zip(*curves, strict=True)]
+        axis.plot(range(depth), curve, "o-", color=COLORS[method], label=METHODS[method].label)
+    axis.set_xticks(range(depth))
+    axis.set_xlabel("student layer (teacher layer at equal relative depth)")
+    axis.set_ylabel("cosine similarity to the teacher")
+    axis.set_title("Attention of the answer token over the image")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
+def draw_overlays(results: Sequence[dict[str, Any]], root: Path, path: Path) -> Path:
+    """Attention of the answer token over the image, averaged over the band: teacher | KD | CompoDistill."""
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    from ..analysis.similarity import all_maps
+    from ..eval.scoring import batches
+    from ..layer_matching import visual_understanding_layers
+    from .evaluate import read_questions
+    from .report import label, load_for_evaluation
+
+    seen: dict[str, dict[str, Any]] = {}
+    for result in results:
+        seen.setdefault(result["method"], result)
+    columns = [m for m in ("teacher", "sft", "kd", "compodistill", "control") if m in seen]
+    questions = read_questions(root / "data" / "relation_test.jsonl", root / "data" / "images")
+    stride = max(1, len(questions) // OVERLAY_EXAMPLES)
+    questions = questions[::stride][:OVERLAY_EXAMPLES]
+    looks: dict[str, list[np.ndarray]] = {}
+    for method in columns:
+        model, tokenizer = load_for_evaluation(Path(seen[method]["checkpoint"]))
+        band = visual_understanding_layers(model.config.num_hidden_layers)
+        side = model.get_vision_tower().num_patches_per_side
+        looks[method] = []
+        for inputs in batches(questions, model, tokenizer, version="qwen_1_5", batch_size=1):
+            maps, batch = all_maps(model, inputs, band)
+            rows = batch.attention_rows("answer")
+            first = int(rows[0].nonzero()[0])  # the query that says the answer's first token
+            look = sum(maps[layer][0, first] for layer in band) / len(band)
+            looks[method].append((look / look.sum()).reshape(side, side).float().cpu().numpy())
+    figure, axes = plt.subplots(
+        len(questions), len(columns) + 1, figsize=(2.3 * (len(columns) + 1), 2.6 * len(questions)), squeeze=False
+    )
+    for row, question in enumerate(questions):
+        with Image.open(question.image) as image:
+            picture = np.asarray(image.convert("RGB").resize((224, 224), Image.NEAREST))
+        axes[row][0].imshow(picture)
+        words = question.prompt.split()
+        half = len(words) // 2 + 1
+        axes[row][0].set_title(f"{' '.join(words[:half])}\n{' '.join(words[half:])} {question.answer}", fontsize=7.5)
+        top = max(looks[method][row].max() for method in columns)
+        for column, method in enumerate(columns, start=1):
+            axis = axes[row][column]
+            axis.imshow(picture.mean(axis=2), cmap="gray", alpha=0.55)
+            shown = axis.imshow(
+                looks[method][row], cmap="magma", alpha=0.65, vmin=0, vmax=top, extent=(0, 224, 224, 0),
+                interpolation="nearest",
+            )  # fmt: skip
+            alike = _cosine(looks[method][row], looks["teacher"][row])
+            axis.set_title(label(method) if method == "teacher" else f"{label(method)}\ncos {alike:.2f}", fontsize=8.5)
+        figure.colorbar(shown, ax=axes[row].tolist(), fraction=0.012, pad=0.01)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.suptitle("Share of the answer token's attention over the image, mean of the visual understanding layers")
+    return _save(figure, path, tight=False)
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+
+
+def _save(figure: Any, path: Path, tight: bool = True) -> Path:
+    import matplotlib.pyplot as plt
+
+    if tight:
+        figure.tight_layout()
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A run's results.json."""
+    return json.loads(path.read_text(encoding="utf-8"))

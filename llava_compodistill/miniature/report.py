@@ -1,0 +1,143 @@
+"""What a run of the miniature experiment found: a table, the same as JSON, and pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .language import KINDS
+from .settings import METHODS, Settings
+
+
+def load_for_evaluation(path: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a checkpoint, through the plugin's loader, ready for `eval.scoring`."""
+    import torch
+
+    from ..plugin import import_llava, register
+    from ..plugin.templates import prepare_tokenizer, use_template
+
+    register(train=True)
+    loader = import_llava("llava.model.builder").load_pretrained_model
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer, model, _, _ = loader(str(path), None, path.name, device=device, torch_dtype=torch.float32)
+    prepare_tokenizer(tokenizer, use_template("qwen_1_5"))
+    return model.eval(), tokenizer
+
+
+def evaluate_runs(
+    settings: Settings, root: Path, runs: Sequence[dict[str, Any]], split: str, console: Console
+) -> list[dict[str, Any]]:
+    """Evaluate the teacher and every student; each result is kept beside its checkpoint and read back next time."""
+    teacher_path = root / "models" / "llava-teacher"
+    jobs = [{"method": "teacher", "seed": 0, "checkpoint": str(teacher_path), "steps": None, "seconds": None}, *runs]
+    teacher: Any = None
+    results = []
+    for job in jobs:
+        checkpoint = Path(job["checkpoint"])
+        kept = checkpoint / f"evaluation-{split}.json"
+        if not kept.is_file():
+            with console.status(f"evaluating {job['method']}, seed {job['seed']}, on {split}"):
+                if teacher is None:
+                    teacher = load_for_evaluation(teacher_path)[0]
+                kept.write_text(json.dumps(_evaluate(checkpoint, teacher, settings, root, split), indent=1) + "\n")
+        results.append({**job, "scores": json.loads(kept.read_text(encoding="utf-8"))})
+    return results
+
+
+def _evaluate(checkpoint: Path, teacher: Any, settings: Settings, root: Path, split: str) -> dict[str, Any]:
+    from ..analysis.similarity import similarity
+    from .evaluate import evaluate, read_questions
+
+    model, tokenizer = load_for_evaluation(checkpoint)
+    scores = evaluate(model, tokenizer, root / "data", split).as_dict()
+    questions = read_questions(root / "data" / f"relation_{split}.jsonl", root / "data" / "images")
+    alike = similarity(model, teacher, questions[: settings.similarity_questions], tokenizer)
+    return {**scores, "attention_similarity": alike.band, "similarity_by_layer": alike.by_layer}
+
+
+def publish(results: list[dict[str, Any]], settings: Settings, root: Path, console: Console) -> None:
+    """Write results.json and the pictures, and print the table."""
+    from . import pictures
+
+    record = {"environment": environment(), "settings": asdict(settings), "results": results}
+    (root / "results.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+    console.print(table(results))
+    for path in pictures.draw_all(results, settings, root):
+        console.print(f"picture: {path}")
+    console.print(f"figures: {root / 'results.json'}")
+    for result in results:
+        console.print(f"checkpoint of {label(result['method'])}, seed {result['seed']}: {result['checkpoint']}")
+
+
+def label(method: str) -> str:
+    return "Teacher" if method == "teacher" else METHODS[method].label
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """One row a method: means over the seeds, with the standard deviation where there are several."""
+    grid = Table(title="Miniature world: accuracy in % (compositional types: chance 50)")
+    names = [
+        "", "recognition", "relation\nquestions", "compo-\nsitional", *(kind.replace("_", "\n") for kind in KINDS),
+        "unseen\npairs", "attention\nsimilarity", "steps", "time",
+    ]  # fmt: skip
+    for name in names:
+        grid.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    for method in methods:
+        mine = [result for result in results if result["method"] == method]
+        scores = [result["scores"] for result in mine]
+        cells = [
+            percent([s["recognition"] for s in scores]),
+            percent([s["relation"] for s in scores]),
+            percent([s["compositional_mean"] for s in scores]),
+            *(percent([s["compositional"][kind] for s in scores], spread=False) for kind in KINDS),
+            percent([s["unseen_mean"] for s in scores]),
+            "-" if method == "teacher" else f"{mean(s['attention_similarity'] for s in scores):.3f}",
+            "-" if mine[0]["steps"] is None else str(mine[0]["steps"]),
+            "-" if mine[0]["seconds"] is None else f"{mean(r['seconds'] for r in mine) / 60:.1f} min",
+        ]
+        grid.add_row(label(method), *cells)
+    return grid
+
+
+def percent(values: Sequence[float], spread: bool = True) -> str:
+    text = f"{100 * mean(values):.1f}"
+    return f"{text} ± {100 * stdev(values):.1f}" if spread and len(values) > 1 else text
+
+
+def standard_error(share: float, count: int) -> float:
+    """Of an accuracy measured on `count` items, for reading differences against."""
+    return math.sqrt(share * (1 - share) / count)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and commit, so that a figure can be traced."""
+    import torch
+    import transformers
+
+    from ..version import __version__
+
+    found = {
+        "llava_compodistill": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    try:
+        from ..env_report import commit
+
+        found["commit"] = commit()
+    except ImportError:
+        pass
+    return found

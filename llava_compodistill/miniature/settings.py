@@ -1,0 +1,117 @@
+"""The miniature experiment's settings: sizes, steps and rates, one preset a line of use.
+
+Chosen on the validation split; the test split is only reported. All students get the same steps, batch and rates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from .dataset import WorldConfig
+from .language_models import STUDENT, TEACHER, LanguageModelSpec, PretrainSettings
+from .tower import TowerSettings
+
+
+@dataclass(frozen=True)
+class Method:
+    """One student of the comparison.
+
+    Attributes:
+        label: its row in the table.
+        distilled: three stages with a teacher, or LLaVA's two without.
+        flags: what it changes on the scripts' command line.
+        environment: what it changes in the scripts' settings.
+    """
+
+    label: str
+    distilled: bool = True
+    environment: dict[str, str] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+
+#: Table 2 in small: neither VAT nor TAF, and both; the control shows that it is this image's attention that helps.
+METHODS = {
+    "sft": Method("SFT", distilled=False),
+    "kd": Method("KD (logits)", environment={"PROJECTOR": "mlp2x_gelu", "VAT": "False"}),
+    "compodistill": Method("CompoDistill"),
+    "vat": Method("KD + VAT", environment={"PROJECTOR": "mlp2x_gelu"}),
+    "taf": Method("KD + TAF", environment={"VAT": "False"}),
+    "control": Method("CompoDistill, shuffled targets", flags=("--shuffle_attention_targets", "True")),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that defines a run of the miniature experiment."""
+
+    world: WorldConfig = field(default_factory=WorldConfig)
+    tower: TowerSettings = field(default_factory=TowerSettings)
+    text: PretrainSettings = field(default_factory=PretrainSettings)
+    student: LanguageModelSpec = STUDENT
+    teacher: LanguageModelSpec = TEACHER
+    batch: int = 32
+    teacher_pretrain_steps: int = 80
+    teacher_steps: int = 2000
+    teacher_learning_rate: float = 1.5e-3
+    pretrain_steps: int = 80
+    distil_steps: int = 1150
+    supervised_steps: int = 170
+    pretrain_learning_rate: float = 2e-3
+    learning_rate: float = 2e-3
+    supervised_learning_rate: float = 5e-4
+    attention_weight: float = 2.0
+    kl_weight: float = 1.0
+    max_length: int = 1024
+    similarity_questions: int = 400
+    methods: tuple[str, ...] = ("sft", "kd", "compodistill")
+
+    @property
+    def student_steps(self) -> int:
+        """Optimizer steps of every student, over its stages."""
+        return self.pretrain_steps + self.distil_steps + self.supervised_steps
+
+
+def preset(name: str) -> Settings:
+    """The settings of a preset: default (two CPU cores, minutes), smoke (seconds) or gpu (larger models and data).
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name == "default":
+        return Settings()
+    if name == "smoke":
+        return Settings(
+            world=WorldConfig.preset("smoke"),
+            tower=TowerSettings(steps=20),
+            text=PretrainSettings(steps=10),
+            batch=8,
+            teacher_pretrain_steps=4,
+            teacher_steps=12,
+            pretrain_steps=3,
+            distil_steps=6,
+            supervised_steps=3,
+            similarity_questions=16,
+        )
+    if name == "gpu":
+        return Settings(
+            world=WorldConfig.preset("gpu"),
+            tower=TowerSettings(hidden_size=192, intermediate_size=768, num_hidden_layers=6, steps=4_000),
+            text=PretrainSettings(steps=1_000, batch_size=128),
+            student=replace(STUDENT, hidden_size=256, intermediate_size=1024, num_hidden_layers=8),
+            teacher=replace(
+                TEACHER,
+                hidden_size=512,
+                intermediate_size=2048,
+                num_hidden_layers=16,
+                num_attention_heads=8,
+                num_key_value_heads=8,
+            ),
+            batch=128,
+            teacher_steps=6_000,
+            teacher_learning_rate=5e-4,
+            distil_steps=2_400,
+            supervised_steps=400,
+            learning_rate=5e-4,
+            supervised_learning_rate=1e-4,
+        )
+    raise ValueError(f"preset {name!r}: must be default, smoke or gpu.")

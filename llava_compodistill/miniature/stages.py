@@ -1,0 +1,221 @@
+"""Runs the project's own training scripts on the miniature world: the same files that train full-size models."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ..resources import folder
+from .settings import METHODS, Settings
+
+#: The Trainer prints a line a logged step; this many steps lie between two.
+LOGGING_STEPS = 10
+_LOGGED = re.compile(r"^\{'loss'")
+
+
+class StageFailed(RuntimeError):
+    """A training script ended with an error; the message holds the end of its log."""
+
+
+def run_script(
+    name: str,
+    environment: Mapping[str, object],
+    flags: list[str],
+    log: Path,
+    threads: int,
+    on_log: Callable[[], None] = lambda: None,
+) -> float:
+    """Run a training script and return its seconds. Its output goes to `log`, and its end is shown when it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    variables = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        **{key: str(value) for key, value in environment.items()},
+    }
+    started = time.monotonic()
+    command = ["bash", str(folder("scripts") / name), *flags]
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                if _LOGGED.match(line):
+                    on_log()
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            raise
+    if code != 0:
+        tail = "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-15:])
+        raise StageFailed(f"{name} ended with status {code}; the end of {log}:\n{tail}")
+    return time.monotonic() - started
+
+
+def common_flags(settings: Settings, seed: int) -> list[str]:
+    return [
+        *("--seed", str(seed)),
+        *("--data_seed", str(seed)),
+        *("--disable_tqdm", "True"),
+        *("--save_strategy", "no"),
+        *("--group_by_modality_length", "False"),
+        *("--image_aspect_ratio", "square"),
+    ]
+
+
+def common_environment(settings: Settings) -> dict[str, object]:
+    return {
+        "BATCH": settings.batch,
+        "GLOBAL_BATCH": settings.batch,
+        "MAX_LENGTH": settings.max_length,
+        "GRADIENT_CHECKPOINTING": "False",
+        "WORKERS": 0,
+        "LOGGING_STEPS": LOGGING_STEPS,
+    }
+
+
+def train_teacher(settings: Settings, root: Path, threads: int, on_log: Callable[[], None] = lambda: None) -> Path:
+    """Train the teacher with teacher_pretrain.sh and teacher_finetune.sh."""
+    models, data = root / "models", root / "data"
+    output, adapter = models / "llava-teacher", models / "teacher-pretrain"
+    environment = {
+        **common_environment(settings),
+        "TEACHER_LLM": models / "qwen-teacher",
+        "TOWER": models / "siglip",
+    }
+    flags = common_flags(settings, 0)
+    run_script(
+        "teacher_pretrain.sh",
+        {
+            **environment,
+            "DATA": data / "pretrain.json",
+            "IMAGES": data / "images",
+            "OUTPUT": adapter,
+            "LR": settings.pretrain_learning_rate,
+        },
+        [*flags, "--max_steps", str(settings.teacher_pretrain_steps)],
+        root / "logs" / "teacher-pretrain.log",
+        threads,
+        on_log,
+    )
+    run_script(
+        "teacher_finetune.sh",
+        {
+            **environment,
+            "DATA": data / "instruct_teacher.json",
+            "IMAGES": data / "images",
+            "PRETRAINED": adapter,
+            "OUTPUT": output,
+            "LR": settings.teacher_learning_rate,
+        },
+        [*flags, "--max_steps", str(settings.teacher_steps)],
+        root / "logs" / "teacher-finetune.log",
+        threads,
+        on_log,
+    )
+    return output
+
+
+def train_student(
+    method: str, seed: int, settings: Settings, root: Path, threads: int, on_log: Callable[[], None] = lambda: None
+) -> dict[str, object]:
+    """Train one student through its stages; returns where its checkpoint lies, its seconds and its logged steps."""
+    chosen = METHODS[method]
+    run = root / "students" / f"{method}-seed{seed}"
+    models, data = root / "models", root / "data"
+    environment: dict[str, object] = {
+        **common_environment(settings),
+        "STUDENT": models / "qwen-student",
+        "TEACHER": models / "llava-teacher",
+        "TOWER": models / "siglip",
+        **chosen.environment,
+    }
+    instruct = {"DATA": data / "instruct_student.json", "IMAGES": data / "images"}
+    captions = {"DATA": data / "pretrain.json", "IMAGES": data / "images"}
+    flags = common_flags(settings, seed)
+
+    def steps(number: int) -> list[str]:
+        return ["--max_steps", str(number)]
+
+    def script(name: str, stage: str, changes: Mapping[str, object], more: list[str]) -> float:
+        return run_script(
+            name,
+            {**environment, **changes},
+            [*flags, *more],
+            root / "logs" / f"{run.name}-{stage}.log",
+            threads,
+            on_log,
+        )
+
+    seconds = 0.0
+    dpt, dft, final = run / "pretrain", run / "dft", run / "llava-student"
+    if chosen.distilled:
+        weight = ["--kl_weight", str(settings.kl_weight)]
+        seconds += script(
+            "dpt.sh",
+            "dpt",
+            {**captions, "OUTPUT": dpt, "LR": settings.pretrain_learning_rate},
+            [*steps(settings.pretrain_steps), *weight],
+        )
+        seconds += script(
+            "dft.sh",
+            "dft",
+            {**instruct, "DPT": dpt, "OUTPUT": dft, "LR": settings.learning_rate},
+            [
+                *steps(settings.distil_steps),
+                *weight,
+                *("--attention_weight", str(settings.attention_weight)),
+                *("--measure_attention", "True"),
+                *chosen.flags,
+            ],
+        )
+        seconds += script(
+            "sft.sh",
+            "sft",
+            {**instruct, "DFT": dft, "OUTPUT": final, "LR": settings.supervised_learning_rate},
+            steps(settings.supervised_steps),
+        )
+        stages = {"dpt": dpt, "dft": dft, "sft": final}
+    else:
+        # baseline_sft.sh runs both of its steps with the flags it is given; the pre-training is run first, by itself,
+        # so that each can have its own number of steps.
+        pretrain = {
+            "PRETRAIN_DATA": data / "pretrain.json",
+            "PRETRAIN_IMAGES": data / "images",
+            "PRETRAINED": dpt,
+            "PRETRAIN_LR": settings.pretrain_learning_rate,
+            "PRETRAIN_BATCH": settings.batch,
+            "PRETRAIN_GLOBAL_BATCH": settings.batch,
+            **instruct,
+            "OUTPUT": final,
+        }
+        seconds += script("baseline_sft.sh", "pt", {**pretrain, "ONLY": "pretrain"}, steps(settings.pretrain_steps))
+        seconds += script(
+            "baseline_sft.sh",
+            "sft",
+            {**pretrain, "LR": settings.learning_rate},
+            steps(settings.distil_steps + settings.supervised_steps),
+        )
+        stages = {"pt": dpt, "sft": final}
+    return {
+        "checkpoint": str(final),
+        "seconds": seconds,
+        "steps": settings.student_steps,
+        "history": {stage: _history(path) for stage, path in stages.items()},
+    }
+
+
+def _history(output: Path) -> list[dict[str, float]]:
+    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
+    return [entry for entry in state["log_history"] if "loss" in entry]

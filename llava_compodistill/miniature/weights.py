@@ -1,0 +1,61 @@
+"""The small weights that travel with the package: tokenizer, tower, the student's base model and the teacher.
+
+They were made by `llava-compodistill miniature quickstart --from-scratch` and frozen with `miniature store-weights`;
+the manifest beside them records the settings, versions and commit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from ..version import __version__
+
+STORED = Path(__file__).resolve().parent / "weights"
+FOLDERS = ("tokenizer", "siglip", "qwen-student", "llava-teacher")
+
+
+def have_stored_weights() -> bool:
+    """Whether this installation carries the weights."""
+    return all((STORED / name / "tokenizer_config.json").is_file() for name in FOLDERS if name != "siglip")
+
+
+def install(models: Path) -> dict:
+    """Copy the stored weights to a run's `models` folder; returns their manifest."""
+    for name in FOLDERS:
+        shutil.copytree(STORED / name, models / name, dirs_exist_ok=True)
+    set_tower_path(models / "llava-teacher", models / "siglip")
+    return json.loads((STORED / "manifest.json").read_text(encoding="utf-8"))
+
+
+def set_tower_path(model: Path, tower: Path) -> None:
+    """LLaVA finds the encoder by the path in the model's config, which is another one on every machine."""
+    path = model / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["mm_vision_tower"] = str(tower.resolve())
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def store(models: Path, manifest: dict, out: Path = STORED) -> None:
+    """Freeze a run's models as the stored ones, in fp16 (about half the size; the figures are measured with these)."""
+    from safetensors.torch import load_file, save_file
+
+    for name in FOLDERS:
+        target = out / name
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for path in sorted((models / name).iterdir()):
+            if path.suffix == ".safetensors":
+                weights = {key: value.half().contiguous() for key, value in load_file(path).items()}
+                save_file(weights, target / path.name, metadata={"format": "pt"})
+            elif path.suffix == ".json" and path.name not in ("trainer_state.json", "training_args.json"):
+                shutil.copy(path, target / path.name)
+    teacher = out / "llava-teacher" / "config.json"
+    config = json.loads(teacher.read_text(encoding="utf-8"))
+    config["mm_vision_tower"] = "siglip"
+    config.pop("_name_or_path", None)
+    teacher.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (out / "manifest.json").write_text(
+        json.dumps({"version": __version__, **manifest}, indent=1) + "\n", encoding="utf-8"
+    )

@@ -1,0 +1,229 @@
+"""The chunked answer loss against a plain computation in float64, gradients included."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llava_compodistill.losses import IGNORE_INDEX, answer_rows, logit_distillation_loss
+from llava_compodistill.ops.answer_loss import answer_loss, chunked
+
+
+def make_inputs(rows=11, student_vocab=17, teacher_vocab=20, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return dict(
+        student_hidden=normal(rows, 6),
+        student_head_weight=normal(student_vocab, 6),
+        labels=torch.randint(0, student_vocab, (rows,), generator=generator),
+        teacher_hidden=normal(rows, 9),
+        teacher_head_weight=normal(teacher_vocab, 9),
+        student_bias=normal(student_vocab),
+        teacher_bias=normal(teacher_vocab),
+    )
+
+
+def plain(inputs, temperature=1.0, vocab_size=None):
+    """Whole logits, textbook formulas, in the dtype of the inputs with a softmax in at least float32."""
+    student = F.linear(inputs["student_hidden"], inputs["student_head_weight"], inputs.get("student_bias"))
+    student = student if student.dtype == torch.float64 else student.float()
+    lm = F.cross_entropy(student, inputs["labels"], reduction="sum")
+    if inputs.get("teacher_hidden") is None:
+        return lm, torch.zeros_like(lm)
+    teacher = F.linear(inputs["teacher_hidden"], inputs["teacher_head_weight"], inputs.get("teacher_bias"))
+    teacher = teacher.detach().to(student.dtype)
+    common = vocab_size or min(student.shape[1], teacher.shape[1])
+    p = torch.softmax(teacher[:, :common] / temperature, dim=1)
+    q = torch.softmax(student[:, :common] / temperature, dim=1)
+    return lm, (p * (p / q).log()).sum() * temperature**2
+
+
+def run(function, inputs, weights=(1.0, 1.0), train=("student_hidden", "student_head_weight", "student_bias"), **kw):
+    """(lm_sum, kl_sum, gradients of the weighted sum)."""
+    inputs = {k: v.detach().requires_grad_(k in train) if v is not None else None for k, v in inputs.items()}
+    lm, kl = function(inputs, **kw) if function is plain else function(**inputs, **kw)
+    (weights[0] * lm + weights[1] * kl).backward()
+    return [lm.detach(), kl.detach(), *(inputs[name].grad for name in train)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(
+    ("student_vocab", "teacher_vocab", "vocab_size"), [(17, 17, None), (17, 20, None), (20, 17, None), (19, 20, 13)]
+)
+@pytest.mark.parametrize("chunk_rows", [1, 4, 10, 11, 1024])
+def test_against_plain(temperature, student_vocab, teacher_vocab, vocab_size, chunk_rows):
+    inputs = make_inputs(student_vocab=student_vocab, teacher_vocab=teacher_vocab)
+    options = dict(temperature=temperature, vocab_size=vocab_size)
+    # Weights that differ: the two terms must keep their own gradients.
+    expected = run(plain, inputs, weights=(0.3, 1.7), **options)
+    result = run(answer_loss, inputs, weights=(0.3, 1.7), chunk_rows=chunk_rows, **options)
+    for value, exact in zip(result, expected, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)])
+def test_single_terms(weights):
+    inputs = make_inputs()
+    expected = run(plain, inputs, weights=weights)
+    for value, exact in zip(run(answer_loss, inputs, weights=weights), expected, strict=True):
+        torch.testing.assert_close(value, exact)
+    # The other term not used at all
+    hidden = inputs["student_hidden"].requires_grad_()
+    answer_loss(**inputs)[int(weights[1])].backward()
+    torch.testing.assert_close(hidden.grad, expected[2])
+
+
+def test_without_teacher_and_bias():
+    inputs = make_inputs()
+    for name in ("teacher_hidden", "teacher_head_weight", "teacher_bias", "student_bias"):
+        inputs[name] = None
+    train = ("student_hidden", "student_head_weight")
+    result = run(answer_loss, inputs, train=train, chunk_rows=3)
+    for value, exact in zip(result, run(plain, inputs, train=train), strict=True):
+        torch.testing.assert_close(value, exact)
+    assert result[1].item() == 0
+
+
+def test_gradcheck():
+    inputs = make_inputs(rows=3, student_vocab=5, teacher_vocab=6)
+
+    def function(hidden, weight, bias):
+        changed = inputs | dict(student_hidden=hidden, student_head_weight=weight, student_bias=bias)
+        return answer_loss(**changed, temperature=1.5, chunk_rows=2)
+
+    names = ("student_hidden", "student_head_weight", "student_bias")
+    assert torch.autograd.gradcheck(function, [inputs[name].requires_grad_() for name in names])
+
+
+def test_identical_models_have_no_divergence():
+    inputs = make_inputs(dtype=torch.float32)
+    for part in ("hidden", "head_weight", "bias"):
+        inputs[f"teacher_{part}"] = inputs[f"student_{part}"]
+    result = run(answer_loss, inputs, weights=(0.0, 1.0), temperature=2.0, chunk_rows=4)
+    assert result[1].abs() < 1e-5 and all((grad.abs() < 1e-6).all() for grad in result[2:])
+
+
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_no_rows(with_teacher):
+    inputs = make_inputs(rows=0)
+    if not with_teacher:
+        inputs["teacher_hidden"] = inputs["teacher_head_weight"] = inputs["teacher_bias"] = None
+    lm, kl, *grads = run(answer_loss, inputs)
+    assert lm.item() == 0 and kl.item() == 0
+    assert grads[0].shape == (0, 6) and (grads[1] == 0).all() and grads[1].shape == (17, 6)
+
+
+def test_frozen_parts_get_no_gradient(monkeypatch):
+    inputs = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in make_inputs().items()}
+    inputs["student_head_weight"].requires_grad_(False)
+    inputs["student_bias"].requires_grad_(False)
+    calls = []
+    monkeypatch.setattr(chunked, "_add_weight_gradient", lambda *args: calls.append(args))
+    sum(answer_loss(**inputs)).backward()
+    assert not calls
+    assert inputs["student_hidden"].grad is not None
+    for name, tensor in inputs.items():
+        assert tensor.grad is None or name == "student_hidden"
+
+    # The head alone, as when everything under it is frozen
+    inputs["student_head_weight"].requires_grad_()
+    monkeypatch.undo()
+    sum(answer_loss(**inputs | dict(student_hidden=inputs["student_hidden"].detach()))).backward()
+    expected = run(plain, make_inputs())
+    torch.testing.assert_close(inputs["student_head_weight"].grad, expected[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("chunk_rows", [7, 64])
+def test_no_less_accurate_than_plain_in_the_same_dtype(dtype, chunk_rows, monkeypatch):
+    monkeypatch.setattr(chunked, "_VOCAB_BLOCK", 50)  # several blocks of the head's gradient, the last one short
+    inputs = make_inputs(rows=64, student_vocab=333, teacher_vocab=340, dtype=dtype)
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    truth, reference = run(plain, wide), run(plain, inputs)
+    result = run(answer_loss, inputs, chunk_rows=chunk_rows)
+    assert result[0].dtype == result[1].dtype == torch.float32
+    assert all(grad.dtype == dtype for grad in result[2:])
+    for value, same, exact in zip(result, reference, truth, strict=True):
+        tolerance = max(torch.finfo(value.dtype).eps, 1e-6) * exact.abs().max()
+        assert (value - exact).abs().max() <= (same - exact).abs().max() + tolerance
+    # A term that is wrong by more than rounding would not pass:
+    assert (result[2] - truth[2]).abs().max() < 0.05 * truth[2].abs().max()
+
+
+def test_mixed_dtypes_and_autocast():
+    inputs = make_inputs(dtype=torch.float32)
+    narrow_teacher = dict(inputs)
+    for part in ("teacher_hidden", "teacher_head_weight", "teacher_bias"):
+        narrow_teacher[part] = inputs[part].bfloat16()
+    rounded = dict(inputs) | {n: t.float() for n, t in narrow_teacher.items() if n.startswith("teacher")}
+    expected, result = run(plain, rounded), run(answer_loss, narrow_teacher)
+    torch.testing.assert_close(result[0], expected[0])  # the student is not narrowed by its teacher
+    torch.testing.assert_close(result[1], expected[1], rtol=2e-2, atol=0.1)
+
+    exact = run(answer_loss, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lm, kl, *grads = run(answer_loss, inputs)
+    narrow = run(answer_loss, {n: t.bfloat16() if t.is_floating_point() else t for n, t in inputs.items()})
+    assert lm.dtype == torch.float32 and all(grad.dtype == torch.float32 for grad in grads)
+    assert lm.item() == narrow[0].item() != exact[0].item()
+    for grad, wide in zip(grads, exact[2:], strict=True):
+        torch.testing.assert_close(grad, wide, rtol=0.1, atol=0.1)
+
+
+def test_agrees_with_the_whole_sequence_reference():
+    """Selected rows and sums here, whole logits and means there: the same L_KL and L_LM, causal shift included."""
+    torch.manual_seed(0)
+    hidden, teacher_hidden = torch.randn(2, 9, 6), torch.randn(2, 9, 8)
+    head, teacher_head = torch.randn(15, 6), torch.randn(18, 8)
+    labels = torch.randint(0, 15, (2, 9))
+    labels[torch.rand(2, 9) < 0.5] = IGNORE_INDEX
+    samples, rows, targets = answer_rows(labels)
+    lm, kl = answer_loss(
+        hidden[samples, rows], head, targets, teacher_hidden[samples, rows], teacher_head, temperature=2.0
+    )
+    logits, teacher_logits = hidden @ head.T, teacher_hidden @ teacher_head.T
+    expected = logit_distillation_loss(logits, teacher_logits, labels, temperature=2.0)
+    torch.testing.assert_close(kl / len(targets), expected)
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(lm / len(targets), expected)
+
+
+def test_logits_live_one_chunk_at_a_time():
+    shapes = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                shapes.append(result.numel())
+            return result
+
+    inputs = make_inputs(rows=64, student_vocab=500, teacher_vocab=500)
+    inputs["student_hidden"].requires_grad_()
+    with Recorder():
+        sum(answer_loss(**inputs, chunk_rows=8)).backward()
+    assert max(shapes) == 500 * 9  # the teacher's head; a chunk of logits has 8 rows
+    assert 500 * 8 in shapes
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(labels=torch.full((11,), IGNORE_INDEX)), ValueError, "answer_rows"),
+        (dict(labels=torch.full((11,), 17)), ValueError, r"\[0, 17\)"),
+        (dict(labels=torch.zeros(11)), TypeError, "int64"),
+        (dict(labels=torch.zeros(10, dtype=torch.int64)), ValueError, r"\[11\], got \[10\]"),
+        (dict(teacher_hidden=None), ValueError, "together"),
+        (dict(teacher_hidden=torch.zeros(10, 9)), ValueError, "same rows"),
+        (dict(student_head_weight=torch.zeros(17, 5)), ValueError, r"student.*\[17, 5\]"),
+        (dict(student_bias=torch.zeros(16)), ValueError, r"\[17\], got \[16\]"),
+        (dict(vocab_size=18), ValueError, r"\[1, 17\].*18"),
+        (dict(temperature=0.0), ValueError, "temperature"),
+        (dict(chunk_rows=0), ValueError, "chunk_rows"),
+    ],
+)
+def test_errors(change, error, message):
+    with pytest.raises(error, match=message):
+        answer_loss(**make_inputs() | change)

@@ -1,0 +1,189 @@
+"""The scripts: every flag parsed by the real parser, the paper's hyper-parameters, launchers and bad input."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import HfArgumentParser
+
+from llava_compodistill import resources
+
+SCRIPTS = resources.folder("scripts")
+TRAINING = ("teacher_pretrain", "teacher_finetune", "dpt", "dft", "sft", "baseline_sft")
+# A machine that need not be asked: nothing is started to find out what it has.
+CPU = {"GPUS": "0", "HAS_BF16": "0", "HAS_TF32": "0", "HAS_DEEPSPEED": "1"}
+EIGHT_GPUS = {"GPUS": "8", "HAS_BF16": "1", "HAS_TF32": "1", "HAS_DEEPSPEED": "1"}
+KEPT = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
+
+
+def bash(script: str, *flags: str, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess:
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    environment |= {"PYTHON": sys.executable, **settings}
+    command = ["bash", str(SCRIPTS / f"{script}.sh"), *flags]
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+
+
+def commands(script: str, *flags: str, **settings: str) -> list[list[str]]:
+    """The commands a script would run: each a list of arguments."""
+    result = bash(script, *flags, DRY_RUN="1", **settings)
+    assert result.returncode == 0, result.stderr
+    return [block.split("\n") for block in result.stdout.strip("\n").split("\n\n")]
+
+
+def arguments(command: list[str]) -> list[str]:
+    """What comes after the entry point."""
+    return command[command.index("llava_compodistill.train") + 1 :]
+
+
+def parse(command: list[str]):
+    from llava_compodistill.arguments import DataArguments, ModelArguments, TrainingArguments
+
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    return parser.parse_args_into_dataclasses(arguments(command), look_for_args_file=False)
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.sh")), ids=lambda path: path.name)
+def test_bash_can_read_it(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+@pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.sh")), ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(path):
+    result = subprocess.run(["shellcheck", "-x", str(path)], cwd=path.parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("lora", ["0", "1"])
+@pytest.mark.parametrize("script", TRAINING)
+def test_every_flag_is_known_and_the_flags_agree(script, lora):
+    from llava_compodistill.arguments import check_arguments
+
+    for command in commands(script, LORA=lora, **CPU):
+        flags = [word for word in arguments(command) if word.startswith("--")]
+        assert len(flags) == len(set(flags)), "a flag is given twice"
+        model, data, training = parse(command)
+        check_arguments(model, data, training)
+        assert training.lr_scheduler_type == "cosine" and training.weight_decay == 0
+        assert training.warmup_ratio == 0.03
+        assert training.num_train_epochs == 1 and training.model_max_length == 2048
+
+
+# Appendix E.1 and Table 8 for the student, LLaVA-1.5 for the teacher: stage, global batch, learning rate.
+RECIPES = {
+    "teacher_pretrain": [("pt", 256, 1e-3)],
+    "teacher_finetune": [("sft", 128, 2e-5)],
+    "dpt": [("dpt", 256, 1e-3)],
+    "dft": [("dft", 128, 1e-4)],
+    "sft": [("sft", 128, 1e-4)],
+    "baseline_sft": [("pt", 256, 1e-3), ("sft", 128, 1e-4)],
+}
+
+
+@pytest.mark.parametrize("processes", [1, 8])
+@pytest.mark.parametrize("script", TRAINING)
+def test_the_recipe_is_the_papers_on_any_number_of_processes(script, processes):
+    machine = {**CPU, "NPROC": str(processes), "LAUNCHER": "torchrun"}
+    found = []
+    for command in commands(script, **machine):
+        _, _, training = parse(command)
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+        found.append((training.stage, batch, training.learning_rate))
+    assert found == RECIPES[script]
+
+
+def test_each_stage_starts_from_the_output_of_the_one_before():
+    for lora in ("0", "1"):
+        dpt, dft, sft = (parse(commands(script, LORA=lora, **CPU)[0]) for script in ("dpt", "dft", "sft"))
+        assert dft[0].pretrain_mm_mlp_adapter == f"{dpt[2].output_dir}/mm_projector.bin"
+        assert sft[0].model_name_or_path == dft[2].output_dir
+        assert sft[0].teacher_model_path is None
+        assert dpt[0].teacher_model_path == dft[0].teacher_model_path
+        assert (dft[2].lora_enable, dft[2].lora_r, dft[2].lora_alpha)[: 1 + 2 * int(lora)] == (
+            (True, 128, 256) if lora == "1" else (False,)
+        )
+        assert not dpt[2].lora_enable
+        for model, _, training in (dpt, dft, sft):
+            assert model.mm_projector_type == "taf"
+            assert "llava" in Path(training.output_dir).name
+            assert ("lora" in Path(training.output_dir).name) == training.lora_enable
+    teacher = [parse(commands(script, **CPU)[0]) for script in ("teacher_pretrain", "teacher_finetune")]
+    assert teacher[1][0].pretrain_mm_mlp_adapter == f"{teacher[0][2].output_dir}/mm_projector.bin"
+    assert dpt[0].teacher_model_path == teacher[1][2].output_dir
+    assert {model.vision_tower for model, _, _ in (*teacher, dpt, dft, sft)} == {"google/siglip-so400m-patch14-384"}
+
+
+def test_settings_and_flags_override_the_defaults():
+    settings = {"STUDENT": "./a student", "LR": "2e-4", "GLOBAL_BATCH": "12", "BATCH": "3", "PROJECTOR": "mlp2x_gelu"}
+    (command,) = commands("dft", "--attention_weight", "0.5", "--num_train_epochs", "3", **settings, **CPU)
+    model, _, training = parse(command)
+    assert model.model_name_or_path == "./a student" and model.mm_projector_type == "mlp2x_gelu"
+    assert (training.learning_rate, training.gradient_accumulation_steps) == (2e-4, 4)
+    assert (training.attention_weight, training.num_train_epochs) == (0.5, 3)
+
+
+def test_launchers():
+    (command,) = commands("dft", **CPU)
+    assert command[:3] == [sys.executable, "-m", "llava_compodistill.train"]
+    assert "--use_cpu" in command and "--bf16" not in command and "--deepspeed" not in command
+    (command,) = commands("dft", **EIGHT_GPUS)
+    assert command[:5] == [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "8"]
+    assert command[command.index("--deepspeed") + 1] == str(SCRIPTS / "zero2.json")
+    assert command[command.index("--bf16") + 1] == "True" and "--tf32" in command and "--use_cpu" not in command
+    (command,) = commands("dft", **{**EIGHT_GPUS, "CUDA_VISIBLE_DEVICES": "2,3,5,7", "GPUS": "4", "NPROC": "2"})
+    assert command[command.index("--include") + 1] == "localhost:2,3" and "--num_gpus" not in command
+    (command,) = commands("dft", **{**EIGHT_GPUS, "HAS_DEEPSPEED": "0"})
+    assert command[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "8"] and "--deepspeed" not in command
+    (command,) = commands("dft", **{**EIGHT_GPUS, "HAS_BF16": "0", "HAS_TF32": "0"})
+    assert "--fp16" in command and "--tf32" not in command
+
+
+def test_the_machine_is_asked_when_nothing_is_set():
+    (command,) = commands("sft", LAUNCHER="python", NPROC="1", PRECISION="fp32")
+    assert command[:3] == [sys.executable, "-m", "llava_compodistill.train"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"LAUNCHER": "mpirun"}, "LAUNCHER=mpirun: must be auto, deepspeed, torchrun or python"),
+        ({"PRECISION": "fp8"}, "PRECISION=fp8: must be auto, bf16, fp16 or fp32"),
+        ({"GLOBAL_BATCH": "10", "BATCH": "4"}, "GLOBAL_BATCH=10 is no multiple of BATCH*NPROC*NNODES=4*1*1"),
+        ({"DEEPSPEED_CONFIG": "zero9.json"}, "DEEPSPEED_CONFIG=zero9.json: no such file"),
+        ({"LAUNCHER": "python", "NPROC": "2"}, "LAUNCHER=python runs one process"),
+    ],
+)
+def test_a_bad_setting_is_named_with_the_values_allowed(settings, message):
+    result = bash("dft", DRY_RUN="1", **CPU, **settings)
+    assert result.returncode == 2 and result.stdout == ""
+    assert f"dft.sh: {message}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("dpt", "The teacher not found: ./checkpoints/llava-qwen1.5-4b. Set TEACHER"),
+        ("sft", "The checkpoint of the DFT stage not found"),
+        ("teacher_finetune", "The pre-trained adapter not found"),
+        ("baseline_sft", "The captions not found"),
+    ],
+)
+def test_a_missing_input_stops_the_script_before_any_work(script, message, tmp_path):
+    result = bash(script, cwd=tmp_path, **CPU)
+    assert result.returncode == 2 and message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_runs_in_the_folder_of_the_user_and_its_status_is_the_scripts(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/bash\npwd\nprintf "%s\\n" "$@" | head -n 2\nexit 7\n')
+    stub.chmod(0o755)
+    (tmp_path / "data.json").write_text("[]")
+    result = bash("dpt", cwd=tmp_path, **{**CPU, "PYTHON": str(stub), "TEACHER": ".", "DATA": "data.json"})
+    assert result.returncode == 7
+    assert result.stdout.split() == [str(tmp_path), "-m", "llava_compodistill.train"]

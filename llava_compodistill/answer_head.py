@@ -81,8 +81,8 @@ def answer_loss_head(
         if teacher is not None and not torch.equal(teacher.targets, targets):
             raise ValueError(
                 f"Teacher and student predict different answer tokens ({len(teacher.targets)} and {len(targets)} "
-                "rows): their tokenizers or --model_max_length differ, or their encoders give other numbers of visual tokens "
-                "and only one sequence was truncated."
+                "rows): their tokenizers or --model_max_length differ, or their encoders give other numbers of visual "
+                "tokens and only one sequence was truncated."
             )
         lm, kl = answer_loss(
             hidden[batch.answer_mask()],

@@ -30,8 +30,8 @@ class ModelArguments(_llava_train.ModelArguments):
     teacher_model_path: str | None = field(
         default=None,
         metadata={
-            "help": "LLaVA checkpoint of the teacher, for the distilled stages (and for --mm_projector_type taf, which "
-            "fetches P_T from it)."
+            "help": "LLaVA checkpoint of the teacher, for the distilled stages; --mm_projector_type taf fetches P_T "
+            "from it."
         },
     )
     teacher_model_base: str | None = field(

@@ -50,9 +50,7 @@ class AttentionCapture:
     def tap(self, layer: int) -> compat.AttentionTap:
         def receive(module: nn.Module, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
             if query.shape[2] != key.shape[2]:
-                raise RuntimeError(
-                    "Attention maps are captured from whole sequences: call the model without a key/value cache."
-                )
+                raise RuntimeError(compat.WHOLE_SEQUENCES)
             batch = self._batch()
             if batch.visual_index.shape[1] == 0:
                 return

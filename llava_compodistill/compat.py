@@ -13,11 +13,15 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import torch
 import transformers
 import transformers.trainer
 from packaging.version import Version
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 TRANSFORMERS = Version(transformers.__version__)
 
@@ -42,8 +46,11 @@ AttentionTap = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], None]
 # --------------------------------------------------------------------------------------------------------------------
 def prepare_for_llava() -> None:
     """Give transformers back the names that LLaVA 1.2.2 imports from it."""
-    if not hasattr(transformers.trainer, "ALL_LAYERNORM_LAYERS"):  # moved to pytorch_utils in 4.4x, removed in 5.0
-        transformers.trainer.ALL_LAYERNORM_LAYERS = [nn.LayerNorm]
+    # The layers that LLaVA's optimizer spares from weight decay: moved to pytorch_utils in 4.4x, removed in 5.0; in
+    # 4.37 only Llama's norm is among them.
+    known = getattr(transformers.trainer, "ALL_LAYERNORM_LAYERS", [nn.LayerNorm])
+    norms = [norm for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm) if norm not in known]
+    transformers.trainer.ALL_LAYERNORM_LAYERS = [*known, *norms]
 
 
 def translate_training_arguments(args: Any) -> None:
@@ -72,6 +79,7 @@ def tokenizer_argument(tokenizer: Any) -> dict[str, Any]:
 # Attention backends
 # --------------------------------------------------------------------------------------------------------------------
 _TAPPED = "compodistill_tapped"
+WHOLE_SEQUENCES = "Attention maps are captured from whole sequences: call the model without a key/value cache."
 
 
 def attention_implementation(model: nn.Module) -> str:
@@ -85,7 +93,7 @@ def tap_attention(module: nn.Module, tap: AttentionTap) -> Iterator[None]:
 
     The module goes on computing its output with its own backend; other modules are not touched.
     """
-    if getattr(module, "_compodistill_tap", None) is not None:
+    if hasattr(module, "_compodistill_tap"):
         raise RuntimeError("This attention layer is tapped already: leave the other capture context first.")
     install = _tap_by_interface if ALL_ATTENTION_FUNCTIONS is not None else _tap_by_rotary
     module._compodistill_tap = tap
@@ -93,7 +101,7 @@ def tap_attention(module: nn.Module, tap: AttentionTap) -> Iterator[None]:
         with install(module):
             yield
     finally:
-        module._compodistill_tap = None
+        del module._compodistill_tap
 
 
 @contextlib.contextmanager
@@ -110,6 +118,7 @@ def _tap_by_interface(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.config = config
+        del module._compodistill_backend
 
 
 def _tapped_attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
@@ -137,6 +146,9 @@ def _tap_by_rotary(module: nn.Module) -> Iterator[None]:
         return query, key
 
     def tapped_forward(*args, **kwargs):
+        cache = kwargs.get("past_key_value")
+        if cache is not None and cache.get_seq_length(module.layer_idx):
+            raise RuntimeError(WHOLE_SEQUENCES)  # the keys rotated here are the new ones only
         source.apply_rotary_pos_emb = rotate
         try:
             return forward(*args, **kwargs)
@@ -176,6 +188,31 @@ def default_train_sampler(trainer: transformers.Trainer, base: type, dataset: An
     """`Trainer._get_train_sampler` gained the data set as an argument in 4.50."""
     method = base._get_train_sampler
     return method(trainer, dataset) if len(inspect.signature(method).parameters) > 1 else method(trainer)
+
+
+def ends_window(trainer: transformers.Trainer) -> bool:
+    """Before 4.46, asked inside a micro-batch: whether the training loop will make an optimizer step after it."""
+    if trainer.accelerator.sync_gradients:
+        return True
+    # An epoch of fewer micro-batches than a step accumulates ends with a step, which accelerate does not know of.
+    state = trainer.accelerator.gradient_state
+    loader = state.active_dataloader
+    return loader is not None and state.end_of_dataloader and len(loader) <= trainer.args.gradient_accumulation_steps
+
+
+@contextlib.contextmanager
+def reads_own_rng_state() -> Iterator[None]:
+    """Let torch >= 2.6 read the rng_state.pth that the Trainer has written: it holds NumPy's state beside tensors.
+
+    Remove when transformers 4.37 goes: newer releases do this themselves.
+    """
+    if not hasattr(torch.serialization, "safe_globals"):
+        yield
+        return
+    core = getattr(numpy, "_core", None) or numpy.core
+    needed = [core.multiarray._reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32))]
+    with torch.serialization.safe_globals(needed):
+        yield
 
 
 def hands_out_windows(trainer: transformers.Trainer) -> bool:

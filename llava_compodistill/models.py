@@ -6,6 +6,7 @@ The teacher never becomes a submodule of the student, so it is in no state dict 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -174,6 +175,17 @@ def share_visual_tokens(student: nn.Module, teacher: nn.Module) -> Iterator[None
         yield
     finally:
         del teacher.encode_images, student.encode_images
+
+
+@contextlib.contextmanager
+def encode_in_own_precision(model: nn.Module) -> Iterator[None]:
+    """Inside the context a model takes images of any precision; LLaVA hands them on as they are, and a teacher in bf16
+    beside a student in fp32 would refuse them."""
+    model.encode_images = functools.partial(encode_images, model)
+    try:
+        yield
+    finally:
+        del model.encode_images
 
 
 def encode_images(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

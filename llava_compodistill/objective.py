@@ -19,8 +19,15 @@ from .answer_head import TeacherAnswers, answer_loss_head, collect_teacher_answe
 from .arguments import TrainingArguments, parse_band
 from .capture import AttentionCapture, GroupMeans, capture_visual_attention
 from .layer_matching import match_layers, visual_understanding_layers
-from .losses import attention_distillation_loss, attention_similarity
-from .models import llava_core, projector, same_tower, share_tower, share_visual_tokens
+from .losses import attention_distillation_loss, attention_similarity, counting_samples
+from .models import (
+    encode_in_own_precision,
+    llava_core,
+    projector,
+    same_tower,
+    share_tower,
+    share_visual_tokens,
+)
 from .taf import TAFProjector
 from .visual_tokens import MergeRecorder, record_merge
 
@@ -29,12 +36,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LossSums:
-    """Sums over one micro-batch; `lm` and `kl` over answer rows, the others over samples that hold an image."""
+    """Sums over one micro-batch; `lm` and `kl` over answer rows, the others over `samples` that hold an image."""
 
     lm: torch.Tensor
     kl: torch.Tensor | None = None
     attention: torch.Tensor | None = None
     similarity: torch.Tensor | None = None
+    samples: torch.Tensor | None = None
 
 
 class Objective:
@@ -104,9 +112,12 @@ class Objective:
         """
         if self._recorder is None:
             raise RuntimeError("Objective: call it inside `with objective.running():`.")
-        shared = share_visual_tokens(self.student, self.teacher) if self.shares_tokens else contextlib.nullcontext()
         answers, target_maps = None, None
-        with shared:
+        with contextlib.ExitStack() as stack:
+            if self.shares_tokens:
+                stack.enter_context(share_visual_tokens(self.student, self.teacher))
+            elif self.teacher is not None:
+                stack.enter_context(encode_in_own_precision(self.teacher))
             if self.teacher is not None:
                 answers, target_maps = self._run_teacher(inputs)
             if self._capture is not None:
@@ -191,6 +202,7 @@ class Objective:
                     )
                 )
         sums.similarity = torch.stack(similarities).mean(dim=0).sum()
+        sums.samples = counting_samples(rows).sum()
         if losses:
             sums.attention = torch.stack(losses).mean(dim=0).sum()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 
 from . import checkpoint, compat
 from .arguments import TrainingArguments
-from .models import llava_core
+from .models import compute_dtype, llava_core
 from .objective import LossSums, Objective
 from .plugin.host import import_llava
 from .visual_tokens import IGNORE_INDEX
@@ -93,7 +93,8 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         self.model_accepts_loss_kwargs = True
         self._counts: Counts | None = None
         self._waiting: list[dict[str, Any]] = []
-        self._logged: dict[str, list[torch.Tensor]] = {}
+        self._unlogged: torch.Tensor | None = None  # running sums since the last log, see _remember
+        self._logged_step = 0
 
     # -----------------------------------------------------------------------------------------------------------------
     # Loss
@@ -108,7 +109,8 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
             sums = self.objective(model, inputs)
         terms = self._normalise(sums, counts)
         self._stop_if_not_finite(terms)
-        self._remember(sums, counts)
+        if in_step:
+            self._remember(sums, counts)
         loss = sum(terms.values())
         # DDP, FSDP and DeepSpeed average gradients over ranks; our counts are over ranks already.
         loss = loss * self.accelerator.num_processes
@@ -155,13 +157,15 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
                 return super().training_step(model, inputs, *args, **kwargs)
         # Before 4.46 micro-batches come one by one: keep them until the window is whole, then run it.
         self._waiting.append(inputs)
-        if not self.accelerator.sync_gradients:
+        if not compat.ends_window(self):
             return torch.zeros((), device=self.args.device)
         window, self._waiting = self._waiting, []
         self._counts = self._count(window)
         total = torch.zeros((), device=self.args.device)
         for position, waiting in enumerate(window):
             last = position == len(window) - 1
+            if last and not self.accelerator.sync_gradients:
+                self.accelerator.trigger_sync_in_backward(model)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model), self.objective.running():
                 total += super().training_step(model, waiting)
         return total
@@ -192,28 +196,36 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
     # Logging
     # -----------------------------------------------------------------------------------------------------------------
     def _remember(self, sums: LossSums, counts: Counts) -> None:
-        share = torch.stack([counts.answer_tokens, counts.image_samples])
-        for field in fields(sums):
-            value = getattr(sums, field.name)
-            if value is not None:
-                by = share[0 if field.name in ("lm", "kl") else 1]
-                self._logged.setdefault(field.name, []).append(value.detach().float() / by)
+        if self._unlogged is None:
+            self._logged_step = self.state.global_step
+        values = (
+            sums.lm / counts.answer_tokens,
+            None if sums.kl is None else sums.kl / counts.answer_tokens,
+            None if sums.attention is None else sums.attention / counts.image_samples,
+            sums.similarity,
+            sums.samples,
+        )
+        row = torch.stack([torch.zeros_like(sums.lm) if value is None else value for value in values]).detach().float()
+        self._unlogged = row if self._unlogged is None else self._unlogged + row
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the terms, each the mean over the optimizer steps since the last log, over ranks."""
-        if "loss" in logs and self._logged:
-            steps = max(1, self.state.global_step - getattr(self, "_steps_logged", 0))
-            self._steps_logged = self.state.global_step
-            names = [field.name for field in fields(LossSums)]
-            sums = [torch.stack(self._logged[n]).sum() if n in self._logged else torch.zeros(()) for n in names]
-            totals = torch.stack([value.to(self.args.device) for value in sums])
+        """Add the terms, unweighted: each the mean over the optimizer steps since the last log, over ranks; the
+        similarity over the samples with an image, left out where there was none."""
+        if "loss" in logs and self._unlogged is not None:
+            steps = max(1, self.state.global_step - self._logged_step)
+            totals = self._unlogged
             if self.accelerator.num_processes > 1:
                 totals = self.accelerator.reduce(totals, "sum")
-            labels = {"similarity": "attention_similarity"}
-            for name, total in zip(names, totals.tolist(), strict=True):
-                if name in self._logged:
-                    logs[labels.get(name, name)] = round(total / steps, 6)
-            self._logged.clear()
+            lm, kl, attention, similarity, samples = totals.tolist()
+            terms = {"lm": lm / steps}
+            if self.objective.teacher is not None:
+                terms["kl"] = kl / steps
+            if self.args.aligns_attention:
+                terms["attention"] = attention / steps
+            if samples:
+                terms["attention_similarity"] = similarity / samples
+            logs.update({name: round(value, 6) for name, value in terms.items()})
+            self._unlogged = None
         super().log(logs, *args, **kwargs)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -234,7 +246,6 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         return compat.default_train_sampler(self, transformers.Trainer, dataset)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        self._steps_logged = 0
         self._move_teacher()
         if self.objective.needs_calibration:
             self._calibrate()
@@ -249,7 +260,10 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
             samples = self.data_collator([self.train_dataset[index] for index in range(start, stop)])
             batches.append({**self._prepare_inputs(samples), "use_cache": False})
         self.objective.student.to(self.args.device)
-        self.objective.calibrate(batches)
+        dtype = compute_dtype(self.args)
+        # Nothing has wrapped the models for mixed precision yet.
+        with torch.autocast(self.args.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            self.objective.calibrate(batches)
 
     def _move_teacher(self) -> None:
         if self.objective.teacher is not None:
@@ -266,6 +280,10 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         output_dir = output_dir or self.args.output_dir
         if self.args.should_save:
             checkpoint.save(self.model, output_dir, self.args, self.tokenizer_to_save, state_dict)
+
+    def _load_rng_state(self, checkpoint):
+        with compat.reads_own_rng_state():
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         checkpoint.load_into(self.model if model is None else model, resume_from_checkpoint)

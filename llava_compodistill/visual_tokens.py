@@ -99,7 +99,12 @@ def record_merge(model: nn.Module) -> Iterator[MergeRecorder]:
 
     Args:
         model: a LLaVA causal language model (not a wrapper around one).
+
+    Raises:
+        RuntimeError: inside another `record_merge` of the same model.
     """
+    if "prepare_inputs_labels_for_multimodal" in vars(model):
+        raise RuntimeError("This model's merge is recorded already: leave the other record_merge() first.")
     merge = model.prepare_inputs_labels_for_multimodal
     recorder = MergeRecorder()
 

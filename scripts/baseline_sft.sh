@@ -1,7 +1,8 @@
 #!/bin/bash
 # The baseline: the student trained by LLaVA's two steps (PT, SFT) with an ordinary adapter and no teacher, at the
 # paper's batch sizes and rates, so that it differs from CompoDistill in the distillation alone.
-# An adapter that is there already is used again; flags given to this script go to both steps.
+# An adapter that is there already is used again; flags given to this script go to both steps. ONLY=pretrain stops after
+# the first, so that each can be given its own.
 set -euo pipefail
 
 STUDENT=${STUDENT:-Qwen/Qwen1.5-1.8B} # or Qwen/Qwen1.5-0.5B
@@ -25,7 +26,9 @@ BATCH=${BATCH:-16}
 LR=${LR:-1e-4} # Appendix E.1, as SFT (LLaVA-1.5 itself uses 2e-5)
 EPOCHS=${EPOCHS:-1} # Table 8
 MAX_LENGTH=${MAX_LENGTH:-2048} # Table 8
+ONLY=${ONLY:-}
 
+# shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 need_model "The student's language model" "$STUDENT" "Set STUDENT."
 need_path "The captions" "$PRETRAIN_DATA" "Set PRETRAIN_DATA to a JSON file in LLaVA's format."
@@ -70,6 +73,7 @@ else
         --report_to "${REPORT_TO:-none}" \
         "$@"
 fi
+[[ $ONLY != pretrain ]] || exit 0
 
 launch \
     --stage sft \

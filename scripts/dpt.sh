@@ -16,6 +16,7 @@ LR=${LR:-1e-3} # Appendix E.1 (Table 8 prints 2e-4: LR=2e-4)
 EPOCHS=${EPOCHS:-1} # Table 8
 MAX_LENGTH=${MAX_LENGTH:-2048} # Table 8
 
+# shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 need_model "The student's language model" "$STUDENT" "Set STUDENT."
 need_model "The teacher" "$TEACHER" "Set TEACHER, or train one with teacher_pretrain.sh and teacher_finetune.sh."

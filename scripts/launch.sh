@@ -119,7 +119,7 @@ machine_flags() {
         *) fail "PRECISION=$PRECISION: must be auto, bf16, fp16 or fp32." ;;
     esac
     ((!HAS_TF32)) || MACHINE+=(--tf32 True)
-    ((GPUS)) || [[ $LAUNCHER == deepspeed ]] || MACHINE+=(--use_cpu True)
+    ((GPUS)) || MACHINE+=(--use_cpu True)
 }
 
 # Micro-batch and accumulation that make up the global batch, into BATCHES.

@@ -3,6 +3,7 @@
 # installed but Python 3.10-3.12. Arguments are passed on: bash scripts/quickstart.sh --help
 set -euo pipefail
 
+# shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 setup_env "$ROOT/.venv" "${PINS_CURRENT[@]}"

@@ -20,6 +20,7 @@ LR=${LR:-1e-4} # Appendix E.1. Table 8 prints 2e-4, the rate of the authors' LoR
 EPOCHS=${EPOCHS:-1} # Table 8
 MAX_LENGTH=${MAX_LENGTH:-2048} # Table 8
 
+# shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 need_model "The checkpoint of the DFT stage" "$DFT" "Run dft.sh (with the same LORA), or set DFT to its output."
 need_path "The instruction data" "$DATA" "Set DATA to a JSON file in LLaVA's format."

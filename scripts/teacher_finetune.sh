@@ -16,6 +16,7 @@ LR=${LR:-2e-5} # LLaVA-1.5
 EPOCHS=${EPOCHS:-1}
 MAX_LENGTH=${MAX_LENGTH:-2048}
 
+# shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 need_model "The teacher's language model" "$TEACHER_LLM" "Set TEACHER_LLM."
 need_path "The pre-trained adapter" "$PRETRAINED/mm_projector.bin" "Run teacher_pretrain.sh, or set PRETRAINED to its output."

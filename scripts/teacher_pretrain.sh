@@ -14,6 +14,7 @@ LR=${LR:-1e-3} # LLaVA-1.5
 EPOCHS=${EPOCHS:-1}
 MAX_LENGTH=${MAX_LENGTH:-2048}
 
+# shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 need_model "The teacher's language model" "$TEACHER_LLM" "Set TEACHER_LLM."
 need_path "The captions" "$DATA" "Set DATA to a JSON file in LLaVA's format."

@@ -6,6 +6,7 @@
 #   TEST_ENVS      environments to test in: ".venv .venv-llava"
 set -euo pipefail
 
+# shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 STARTED=$SECONDS

@@ -131,6 +131,9 @@ def test_launchers():
     (command,) = commands("dft", **CPU)
     assert command[:3] == [sys.executable, "-m", "llava_compodistill.train"]
     assert "--use_cpu" in command and "--bf16" not in command and "--deepspeed" not in command
+    # transformers 5 counts a single process when deepspeed runs on CPUs without this flag.
+    (command,) = commands("dft", LAUNCHER="deepspeed", NPROC="2", **CPU)
+    assert "--use_cpu" in command and "--deepspeed" in command
     (command,) = commands("dft", **EIGHT_GPUS)
     assert command[:5] == [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "8"]
     assert command[command.index("--deepspeed") + 1] == str(SCRIPTS / "zero2.json")

@@ -68,6 +68,13 @@ def flags(world: dict[str, Path], stage: str, output: Path, **changes: object) -
     return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
 
 
+def run(world: dict[str, Path], stage: str, output: Path, **changes: object):
+    """Run a stage in this process and return its trainer."""
+    from llava_compodistill import train
+
+    return train.main(flags(world, stage, output, **changes))
+
+
 def read_log(output: Path) -> list[dict]:
     """The logged steps of a finished run."""
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]

@@ -81,7 +81,7 @@ def run(settings: Settings, root: Path, seeds: list[int], args: argparse.Namespa
 
     root.mkdir(parents=True, exist_ok=True)
     threads = jobs(args.jobs)[1]
-    stored = args.preset == "default" and not args.from_scratch and weights.have_stored_weights()
+    stored = args.preset != "gpu" and not args.from_scratch and weights.have_stored_weights()
     _once(root / "data" / "manifest.json", args.force, "data", lambda: _write_data(settings, root, stored))
     _once(
         root / "models" / "manifest.json", args.force, "models", lambda: _make_models(settings, root, stored, threads)
@@ -119,7 +119,8 @@ def _make_models(settings: Settings, root: Path, stored: bool, threads: int) -> 
     from .tokenizer import train_tokenizer
     from .tower import train_tower
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # tensors this small lose more than they gain by a second thread
     started = time.monotonic()
     train_tokenizer(models / "tokenizer")
     made: dict[str, Any] = {"stored": False, "settings": asdict(settings)}
@@ -129,7 +130,7 @@ def _make_models(settings: Settings, root: Path, stored: bool, threads: int) -> 
     steps = settings.teacher_pretrain_steps + settings.teacher_steps
     with _progress() as progress:
         bar = progress.add_task("teacher", total=steps)
-        train_teacher(settings, root, os.cpu_count() or 1, lambda: progress.advance(bar, LOGGING_STEPS))
+        train_teacher(settings, root, threads, lambda: progress.advance(bar, LOGGING_STEPS))
     made["seconds"] = round(time.monotonic() - started)
     return made
 

@@ -21,6 +21,10 @@ from .settings import METHODS, Settings
 def load_for_evaluation(path: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a checkpoint, through the plugin's loader, ready for `eval.scoring`."""
     import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
     from ..plugin import import_llava, register
     from ..plugin.templates import prepare_tokenizer, use_template

@@ -59,8 +59,11 @@ def preprocess_qwen(sources: Sequence[Sequence[dict]], tokenizer: Any, has_image
             if turn["from"] not in roles:
                 raise SampleError(f"a turn is from {turn['from']!r}: must be human or gpt.")
             is_answer = turn["from"] == "gpt"
+            stop = template.sep.rstrip("\n")
             pieces.append((roles[turn["from"]], False))
-            pieces.append((turn["value"] + template.sep, is_answer))
+            # The end token is learned with the answer; generation stops there, so the newline after it is not.
+            pieces.append((turn["value"] + stop, is_answer))
+            pieces.append((template.sep[len(stop) :], False))
         ids: list[int] = []
         labels: list[int] = []
         # The pieces meet at special tokens and newlines, where tokenizing apart or together is the same.

@@ -41,16 +41,24 @@ def save(
     Args:
         model: the student, wrapped in PEFT or not.
         state_dict: gathered weights, where the trainer has them (DeepSpeed); else they are read from the model.
+
+    Raises:
+        CheckpointError: when DeepSpeed was not asked to gather the weights.
     """
+    if state_dict is not None and not state_dict:
+        from .plugin.loader import CheckpointError
+
+        raise CheckpointError('ZeRO-3 gathered no weights: set "stage3_gather_16bit_weights_on_model_save" to true.')
     os.makedirs(output_dir, exist_ok=True)
     core = llava_core(model)
     core.config.compodistill = {"stage": args.stage, "version": __version__}
     if args.stage in ("pt", "dpt"):
-        torch.save(_adapter_weights(core, "model.mm_projector"), os.path.join(output_dir, ADAPTER_FILE))
+        torch.save(_adapter_weights(core, "model.", state_dict), os.path.join(output_dir, ADAPTER_FILE))
     elif hasattr(model, "peft_config"):
-        lora = {n: _whole(p) for n, p in model.named_parameters() if "lora_" in n or _trained_bias(n, p)}
-        model.save_pretrained(output_dir, state_dict=lora)
-        extra = _adapter_weights(core, "base_model.model.model.mm_projector")
+        names = [n for n, p in model.named_parameters() if "lora_" in n or _trained_bias(n, p)]
+        source = dict(model.named_parameters()) if state_dict is None else state_dict
+        model.save_pretrained(output_dir, state_dict={name: _copy(source[name]) for name in names})
+        extra = _adapter_weights(core, "base_model.model.model.", state_dict)
         torch.save(extra, os.path.join(output_dir, LORA_EXTRA_FILE))
     else:
         weights = core.state_dict() if state_dict is None else state_dict
@@ -91,8 +99,9 @@ def load_into(model: nn.Module, folder: str) -> None:
 
 def last_complete(output_dir: str) -> str | None:
     """The newest `checkpoint-N` that was written to its end, or None. Half-written ones are named and passed over."""
-    folders = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    for folder in reversed(folders):
+    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
+    folders = [path for path, step in steps.items() if step.isdecimal()]
+    for folder in sorted(folders, key=lambda path: int(steps[path]), reverse=True):
         if (folder / "trainer_state.json").is_file():  # the trainer writes it last
             return str(folder)
         logger.warning("%s is incomplete (killed while saving?) and is passed over.", folder)
@@ -128,14 +137,20 @@ def check_disk_space(model: nn.Module, args: Any) -> None:
         )
 
 
-def _adapter_weights(core: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
-    module = core.get_model().mm_projector
-    return {f"{prefix}.{name}": _whole(parameter) for name, parameter in module.named_parameters()}
+def _adapter_weights(
+    core: nn.Module, prefix: str, state_dict: dict[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    """The whole adapter, its frozen part too."""
+    source = dict(core.named_parameters()) if state_dict is None else state_dict
+    return {
+        f"{prefix}mm_projector.{name.split('mm_projector.', 1)[1]}": _copy(value)
+        for name, value in source.items()
+        if "mm_projector." in name
+    }
 
 
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    with compat.gathered([parameter]):
-        return parameter.detach().cpu().clone()
+def _copy(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().cpu().clone()
 
 
 def _trained_bias(name: str, parameter: torch.Tensor) -> bool:
@@ -148,6 +163,7 @@ def _save_config(core: nn.Module, output_dir: str) -> None:
     try:
         core.config.architectures = [type(core).__name__]
         core.config.save_pretrained(output_dir)
+        compat.make_config_portable(output_dir)
         if core.generation_config is not None:
             core.generation_config.save_pretrained(output_dir)
     finally:

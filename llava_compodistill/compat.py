@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
+import json
+import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -23,7 +28,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+logger = logging.getLogger(__name__)
+
 TRANSFORMERS = Version(transformers.__version__)
+#: The releases that every test runs on; those between go through the same branches.
+TESTED_TRANSFORMERS = ("4.37.2", "5.18.0")
 
 #: transformers 5.18 dropped --warmup_ratio: --warmup_steps below 1 is a ratio there.
 HAS_WARMUP_RATIO = "warmup_ratio" in transformers.TrainingArguments.__dataclass_fields__
@@ -31,6 +40,9 @@ HAS_WARMUP_RATIO = "warmup_ratio" in transformers.TrainingArguments.__dataclass_
 HAS_EVALUATION_STRATEGY = "evaluation_strategy" in transformers.TrainingArguments.__dataclass_fields__
 #: Since 4.46 the Trainer collects the micro-batches of one optimizer step before it runs them.
 COLLECTS_ACCUMULATION_WINDOW = hasattr(transformers.Trainer, "get_batch_samples")
+#: Since 4.38 the Trainer's shuffling depends on seed and epoch alone; before, on the global random state, so that a
+#: run resumed in its second epoch, or on another number of processes, saw another order.
+SEEDS_SAMPLER = "accelerator_config" in transformers.TrainingArguments.__dataclass_fields__
 #: Since 4.48 attention is a function looked up by name at every call; before, a class fixed at construction.
 try:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -44,6 +56,27 @@ AttentionTap = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], None]
 # --------------------------------------------------------------------------------------------------------------------
 # Importing LLaVA
 # --------------------------------------------------------------------------------------------------------------------
+def check_transformers() -> None:
+    """Refuse a transformers that cannot work; say once when it is none of the tested ones.
+
+    Raises:
+        ImportError: naming the release and the way out.
+    """
+    oldest = Version(TESTED_TRANSFORMERS[0])
+    if TRANSFORMERS < oldest:
+        raise ImportError(
+            f"transformers {TRANSFORMERS} is too old: llava_compodistill needs {oldest} (LLaVA's own generation) or "
+            f"newer, and is tested with {' and '.join(TESTED_TRANSFORMERS)}."
+        )
+    if transformers.__version__ not in TESTED_TRANSFORMERS:
+        _say_once(f"transformers {TRANSFORMERS} is not one of the tested releases ({', '.join(TESTED_TRANSFORMERS)}).")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
 def prepare_for_llava() -> None:
     """Give transformers back the names that LLaVA 1.2.2 imports from it."""
     # The layers that LLaVA's optimizer spares from weight decay: moved to pytorch_utils in 4.4x, removed in 5.0; in
@@ -73,6 +106,22 @@ def tokenizer_argument(tokenizer: Any) -> dict[str, Any]:
     """The Trainer's keyword for the tokenizer: `tokenizer` became `processing_class` in 4.46, and went in 5.0."""
     modern = "processing_class" in inspect.signature(transformers.Trainer.__init__).parameters
     return {"processing_class" if modern else "tokenizer": tokenizer}
+
+
+def make_config_portable(folder: str | os.PathLike) -> None:
+    """Add to a folder's config.json the keys under which transformers 4.x looks for what 5.x saves elsewhere.
+
+    Without `rope_theta` a model saved by 5.x would run in LLaVA's generation with the default base of its rotary
+    embedding, and say nothing (Qwen's is a hundred times larger).
+    """
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rotary = config.get("rope_parameters") or {}
+    if "rope_theta" in rotary:
+        config.setdefault("rope_theta", rotary["rope_theta"])
+    if config.get("dtype"):
+        config.setdefault("torch_dtype", config["dtype"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -182,12 +231,6 @@ def divides_by_accumulation(trainer: transformers.Trainer) -> bool:
     whole step, which `model_accepts_loss_kwargs` declares.
     """
     return not COLLECTS_ACCUMULATION_WINDOW
-
-
-def default_train_sampler(trainer: transformers.Trainer, base: type, dataset: Any) -> Any:
-    """`Trainer._get_train_sampler` gained the data set as an argument in 4.50."""
-    method = base._get_train_sampler
-    return method(trainer, dataset) if len(inspect.signature(method).parameters) > 1 else method(trainer)
 
 
 def ends_window(trainer: transformers.Trainer) -> bool:

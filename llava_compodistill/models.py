@@ -6,7 +6,6 @@ The teacher never becomes a submodule of the student, so it is in no state dict 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -91,9 +90,7 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
     core.config.use_cache = False
     continued = getattr(core.get_model(), "mm_projector", None) is not None
     if continued:
-        if core.config.mm_projector_type != model_args.mm_projector_type:
-            logger.info("The student keeps its adapter of type %s.", core.config.mm_projector_type)
-        model_args.mm_projector_type = core.config.mm_projector_type
+        _keep_vision(core.config, model_args)
     elif model_args.mm_projector_type == PROJECTOR_TYPE:
         _describe_taf(core.config, model_args, teacher)
     _initialize_vision(core, model_args, training_args)
@@ -112,6 +109,10 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
         freeze_backbone=model_args.freeze_backbone,
         freeze_adapter=training_args.freeze_mm_mlp_adapter,
     )
+    if not training_args.deepspeed:  # what is trained is held in fp32, see student_dtype
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     return model
 
 
@@ -153,24 +154,29 @@ def share_tower(student: nn.Module, teacher: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def share_visual_tokens(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
+def encode_once(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
     """Inside the context the teacher's forward encodes the images and the student's, which follows, reuses the result.
 
-    Under TAF the encoder and P_T are the same weights on the same pixels in both models (paper, Section 4.2).
+    That is the encoder's features, and under TAF the teacher's visual tokens as well, since P_T is the same weights on
+    the same pixels in both models (paper, Section 4.2).
     """
     student, teacher = llava_core(student), llava_core(teacher)
-    tokens: list[torch.Tensor] = []
+    encoded: list[torch.Tensor] = []
 
     def encode_for_both(images: torch.Tensor) -> torch.Tensor:
-        tokens.append(encode_images(teacher, images))
-        return tokens[-1]
+        features = teacher.get_vision_tower()(images)
+        tokens = project(teacher, features)
+        encoded.append(tokens if has_adapter_of(student, teacher) else features)
+        return tokens
 
-    def encode_again(images: torch.Tensor) -> torch.Tensor:
-        if not tokens:
-            raise RuntimeError("share_visual_tokens: run the teacher's forward before the student's.")
-        return projector(student)(tokens.pop(), from_teacher=True)
+    def reuse(images: torch.Tensor) -> torch.Tensor:
+        if not encoded:
+            raise RuntimeError("encode_once: run the teacher's forward before the student's.")
+        if has_adapter_of(student, teacher):
+            return projector(student)(encoded.pop(), from_teacher=True)
+        return project(student, encoded.pop())
 
-    teacher.encode_images, student.encode_images = encode_for_both, encode_again
+    teacher.encode_images, student.encode_images = encode_for_both, reuse
     try:
         yield
     finally:
@@ -181,18 +187,32 @@ def share_visual_tokens(student: nn.Module, teacher: nn.Module) -> Iterator[None
 def encode_in_own_precision(model: nn.Module) -> Iterator[None]:
     """Inside the context a model takes images of any precision; LLaVA hands them on as they are, and a teacher in bf16
     beside a student in fp32 would refuse them."""
-    model.encode_images = functools.partial(encode_images, model)
+    model.encode_images = lambda images: project(model, model.get_vision_tower()(images))
     try:
         yield
     finally:
         del model.encode_images
 
 
-def encode_images(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """[B, 3, H, W] -> [B, N_v, D]: LLaVA's own, minding that encoder and adapter may differ in precision."""
-    features = model.get_vision_tower()(images)
+def project(model: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """[B, N_v, D_v] -> [B, N_v, D], minding that encoder and adapter may differ in precision."""
     weight = next(projector(model).parameters(), None)
     return projector(model)(features if weight is None else features.to(weight.dtype))
+
+
+def has_adapter_of(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether the student's TAF adapter was fetched from this very teacher. Decided once for a pair."""
+    adapter = projector(student)
+    if not isinstance(adapter, TAFProjector):
+        return False
+    if getattr(adapter, "_fetched_from", None) != id(teacher):
+        mine, theirs = adapter.teacher_adapter.state_dict(), projector(teacher).state_dict()
+        adapter._fetched_from = id(teacher)
+        adapter._same_weights = mine.keys() == theirs.keys() and all(
+            mine[name].shape == value.shape and torch.equal(mine[name].to(value), value)
+            for name, value in theirs.items()
+        )
+    return adapter._same_weights
 
 
 def _load_student(model_args: Any, training_args: Any) -> nn.Module:
@@ -260,6 +280,28 @@ def config_stub() -> Any:
     return SimpleNamespace(mm_projector_type="linear", hidden_size=0)
 
 
+def _keep_vision(config: Any, model_args: Any) -> None:
+    """A checkpoint goes on with the encoder, layer and adapter it was trained with, whatever the flags' defaults are:
+    LLaVA would write the flags into the config and go on with the modules that are there."""
+    for flag, key in _VISION_FLAGS.items():
+        kept = getattr(config, key, None)
+        if kept is None or kept == getattr(model_args, flag):
+            continue
+        logger.info("The student keeps its %s %s (not --%s %s).", key, kept, flag, getattr(model_args, flag))
+        setattr(model_args, flag, kept)
+
+
+_VISION_FLAGS = {
+    "vision_tower": "mm_vision_tower",
+    "mm_vision_select_layer": "mm_vision_select_layer",
+    "mm_vision_select_feature": "mm_vision_select_feature",
+    "mm_patch_merge_type": "mm_patch_merge_type",
+    "mm_projector_type": "mm_projector_type",
+    "mm_use_im_start_end": "mm_use_im_start_end",
+    "mm_use_im_patch_token": "mm_use_im_patch_token",
+}
+
+
 def _initialize_vision(core: nn.Module, model_args: Any, training_args: Any) -> None:
     import copy
 
@@ -308,8 +350,4 @@ def _add_lora(model: nn.Module, training_args: Any) -> nn.Module:
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model = get_peft_model(model, config)
-    for parameter in model.parameters():  # what is trained is held in fp32, see student_dtype
-        if parameter.requires_grad and not training_args.deepspeed:
-            parameter.data = parameter.data.float()
-    return model
+    return get_peft_model(model, config)

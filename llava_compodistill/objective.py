@@ -22,11 +22,12 @@ from .layer_matching import match_layers, visual_understanding_layers
 from .losses import attention_distillation_loss, attention_similarity, counting_samples
 from .models import (
     encode_in_own_precision,
+    encode_once,
+    has_adapter_of,
     llava_core,
     projector,
     same_tower,
     share_tower,
-    share_visual_tokens,
 )
 from .taf import TAFProjector
 from .visual_tokens import MergeRecorder, record_merge
@@ -67,7 +68,7 @@ class Objective:
         self.vocab_size = vocab_size
         self.student_layers: list[int] = []
         self.groups: list[list[int]] = []
-        self.shares_tokens = False
+        self.encodes_once = False
         self._recorder: MergeRecorder | None = None
         self._capture: AttentionCapture | None = None
         if teacher is not None:
@@ -114,8 +115,8 @@ class Objective:
             raise RuntimeError("Objective: call it inside `with objective.running():`.")
         answers, target_maps = None, None
         with contextlib.ExitStack() as stack:
-            if self.shares_tokens:
-                stack.enter_context(share_visual_tokens(self.student, self.teacher))
+            if self.encodes_once:
+                stack.enter_context(encode_once(self.student, self.teacher))
             elif self.teacher is not None:
                 stack.enter_context(encode_in_own_precision(self.teacher))
             if self.teacher is not None:
@@ -216,13 +217,21 @@ class Objective:
                 f"{mine.mm_vision_tower} (layer {mine.mm_vision_select_layer}) is not the teacher's "
                 f"{theirs.mm_vision_tower} (layer {theirs.mm_vision_select_layer})."
             )
-        self.shares_tokens = taf
+        self.encodes_once = same
         if same:
             share_tower(self.student, self.teacher)
-        what = (
-            "encoder and teacher adapter run once a batch for both models" if taf else "each model encodes the images"
+        if taf and not has_adapter_of(self.student, self.teacher):
+            logger.warning(
+                "The student's frozen adapter is not this teacher's: was it distilled from another one so far? Each "
+                "model keeps its own adapter."
+            )
+        both = (
+            "encoder and teacher adapter run" if taf and has_adapter_of(self.student, self.teacher) else "encoder runs"
         )
-        logger.info("Vision: %s.", what if same else "the towers differ, so " + what)
+        logger.info(
+            "Vision: %s.",
+            f"the {both} once a batch for both models" if same else "the towers differ, each model encodes the images",
+        )
         # The sequences must be cut at the same length for their rows to correspond.
         self.teacher.config.tokenizer_model_max_length = getattr(
             self.student.config, "tokenizer_model_max_length", None

@@ -150,3 +150,7 @@ def _set_up_logging(args: TrainingArguments) -> None:
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():
+        # A process that leaves while gloo's threads still clean up after a collective of its tensors is aborted.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.utils.data import Sampler
 
 from . import checkpoint, compat
 from .arguments import TrainingArguments
@@ -41,6 +42,26 @@ class Counts:
     image_samples: torch.Tensor
 
 
+class SeededRandomSampler(Sampler):
+    """A shuffled order that depends on the seed and the epoch alone: the same after resuming and on every rank."""
+
+    def __init__(self, size: int, seed: int = 0):
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self):
+        return iter(
+            torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        )
+
+
 class SeededLengthGroupedSampler(_llava_trainer.LengthGroupedSampler):
     """LLaVA's grouping by modality and length, drawn from the seed and the epoch instead of the global state, so that
     a resumed run sees the order of an unbroken one."""
@@ -57,6 +78,18 @@ class SeededLengthGroupedSampler(_llava_trainer.LengthGroupedSampler):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed + self.epoch)
             return iter(list(super().__iter__()))
+
+
+class TellEpoch(transformers.TrainerCallback):
+    """Tell the sampler its epoch: on several ranks older releases of accelerate do not."""
+
+    def __init__(self, trainer: transformers.Trainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        sampler = self.trainer.train_sampler
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(int(state.epoch or 0))
 
 
 class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
@@ -89,6 +122,8 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
                 "Several GPUs in one process (DataParallel) are not supported: use torchrun or deepspeed."
             )
         self.tokenizer_to_save = tokenizer
+        self.train_sampler: Any = None
+        self.add_callback(TellEpoch(self))
         # The loss arrives normalised over the whole optimizer step.
         self.model_accepts_loss_kwargs = True
         self._counts: Counts | None = None
@@ -235,15 +270,20 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
             return None
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         if self.args.group_by_modality_length:
-            return SeededLengthGroupedSampler(
+            self.train_sampler = SeededLengthGroupedSampler(
                 self.args.train_batch_size,
                 world_size=self.args.world_size * self.args.gradient_accumulation_steps,
                 lengths=dataset.modality_lengths,
                 group_by_modality=True,
-                seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+                seed=seed,
             )
-        return compat.default_train_sampler(self, transformers.Trainer, dataset)
+        elif compat.SEEDS_SAMPLER:
+            self.train_sampler = transformers.Trainer._get_train_sampler(self, dataset)
+        else:
+            self.train_sampler = SeededRandomSampler(len(dataset), seed)
+        return self.train_sampler
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self._move_teacher()

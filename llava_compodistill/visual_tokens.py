@@ -123,7 +123,8 @@ def record_merge(model: nn.Module) -> Iterator[MergeRecorder]:
             visual_index=_positions(visual),
         )
         right_padded = getattr(model.config, "tokenizer_padding_side", "right") == "right"
-        if attention_mask is None or right_padded:
+        merged = embeds is not None  # without images the padding is as the caller made it
+        if attention_mask is None or (merged and right_padded):
             mask = None
         return merged_ids, position_ids, mask, past_key_values, embeds, None
 

@@ -260,7 +260,7 @@ def test_losses_and_gradients_of_dft_equal_the_reference(world, tmp_path, pair):
 
     objective = Objective(student, teacher, arguments(tmp_path, **options), common)
     groups = [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
-    assert objective.groups == groups and objective.shares_tokens == taf
+    assert objective.groups == groups and objective.encodes_once
     samples = merged_samples(batch, model_options.get("tokenizer_model_max_length"))
     features = encoder_features(teacher, batch.inputs["images"]).double()
     weights = weights_of(student)

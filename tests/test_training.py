@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -10,9 +11,11 @@ import shutil
 import subprocess
 import sys
 
+import accelerate
 import pytest
 import tiny
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from llava_compodistill import checkpoint, train
@@ -487,10 +490,10 @@ def test_a_resumed_run_equals_an_unbroken_one(dft, world, monkeypatch, tmp_path,
 # ----------------------------------------------------------------------------------------------------------------------
 # Several processes
 # ----------------------------------------------------------------------------------------------------------------------
-def launch(flags, processes=2, **environment):
+def launch(flags, processes=2, entry=("-m", "llava_compodistill.train"), **environment):
     """Run the entry point under torchrun, on the CPU; returns its output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "llava_compodistill.train", *flags]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *entry, *flags]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=240
     )
@@ -520,3 +523,45 @@ def test_two_processes_give_the_losses_of_one(dft, world, sharp_teacher, mixed, 
     weights = load_file(tmp_path / "two" / "model.safetensors")
     names = {name: p for name, p in trained_weights(single.model).items()}
     assert_same_weights({name: weights[name] for name in names}, names, 1e-5)
+
+
+def zero_config(folder, stage: int):
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # the tiny weights too are partitioned
+    values = {name: "auto" for name in ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")}
+    path = folder / f"zero{stage}.json"
+    values |= {"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto"}
+    path.write_text(json.dumps({**values, "zero_optimization": zero, "zero_allow_untested_optimizer": True}))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_gives_the_losses_of_one_process(dft, world, sharp_teacher, mixed, tmp_path, stage):
+    # ZeRO-3 draws other random numbers: nothing may start from any.
+    tiny.run(world, "pt", tmp_path / "pt", mm_projector_type="mlp2x_gelu", max_steps=1)
+    adapter = {"pretrain_mm_mlp_adapter": tmp_path / "pt" / "mm_projector.bin"}
+    single, expected = dft("one", max_steps=3, gradient_accumulation_steps=2, **PLAIN, **adapter)
+    # Told to use the CPU, accelerate before 1.0 forgets DeepSpeed; newer ones stay with one process unless told.
+    modern = Version(accelerate.__version__) >= Version("1.0")
+    device = {"ddp_backend": "gloo"} if modern else {"use_cpu": None}
+    config = zero_config(tmp_path, stage)
+    flags = parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", deepspeed=config, **device, **adapter)
+    # With a GPU accelerate starts DeepSpeed's communication; on the CPU it starts torch's alone.
+    (tmp_path / "entry.py").write_text(
+        "import deepspeed, runpy\n"
+        "initialize = deepspeed.initialize\n"
+        "deepspeed.initialize = lambda *a, **k: print('ENGINE', flush=True) or initialize(*a, **k)\n"
+        "deepspeed.init_distributed('gloo', auto_mpi_discovery=False)\n"
+        "runpy.run_module('llava_compodistill.train', run_name='__main__')\n"
+    )
+    output = launch(
+        flags, entry=[str(tmp_path / "entry.py")], DS_ACCELERATOR="cpu", PYTHONPATH=os.pathsep.join(sys.path)
+    )
+    assert output.count("ENGINE") == 2, "DeepSpeed was not used"
+    assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-4)
+    saved = load_file(tmp_path / "two" / "model.safetensors")
+    names = trained_weights(single.model)
+    assert_same_weights({name: saved[name] for name in names}, names, 1e-4)

@@ -17,7 +17,8 @@ import numpy as np
 from .language import QUESTIONS, ask, text_round
 from .world import sample_scene
 
-ROPE_THETA = 10_000.0
+#: As in Qwen2. At short head sizes it also leaves more of the query and key free of rotation, to match by content.
+ROPE_THETA = 1_000_000.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ def _config_values(spec: LanguageModelSpec, tokenizer) -> dict:
         "num_attention_heads": spec.num_attention_heads,
         "num_key_value_heads": spec.num_key_value_heads,
         "max_position_embeddings": spec.max_position_embeddings,
+        # transformers' 0.02 suits widths of thousands; here attention would start, and stay long, almost flat.
+        "initializer_range": spec.hidden_size**-0.5,
+        "rope_theta": ROPE_THETA,
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
@@ -155,6 +159,8 @@ def build_language_model(
     import torch
     from transformers import AutoTokenizer, Qwen2ForCausalLM
 
+    from .. import compat
+
     settings = settings or PretrainSettings()
     out = Path(out)
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_path))
@@ -162,7 +168,7 @@ def build_language_model(
     model = Qwen2ForCausalLM(qwen2_config(spec, tokenizer))
     losses = pretrain_text(model, tokenizer, settings, progress)
     model.save_pretrained(out)
-    _portable_config(out / "config.json")
+    compat.make_config_portable(out)
     # The files themselves, not tokenizer.save_pretrained: each transformers version would write its own dialect.
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
         (out / name).write_bytes((Path(tokenizer_path) / name).read_bytes())
@@ -175,11 +181,3 @@ def build_language_model(
     world = {"spec": asdict(spec), "settings": asdict(settings), "report": report}
     (out / "world.json").write_text(json.dumps(world, indent=1))
     return report
-
-
-def _portable_config(path: Path) -> None:
-    """Add the keys under which transformers 4.x looks for what transformers 5 saves elsewhere."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config.setdefault("rope_theta", ROPE_THETA)
-    config.setdefault("torch_dtype", "float32")
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

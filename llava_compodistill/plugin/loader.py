@@ -198,7 +198,7 @@ def add_image_tokens(model: torch.nn.Module, tokenizer: Any) -> None:
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
     if getattr(model.config, "mm_use_im_start_end", False):
         tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # ZeRO-3 gives weights no shape
         model.resize_token_embeddings(len(tokenizer))
 
 

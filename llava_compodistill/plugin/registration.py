@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from .. import compat
 from .host import SUPPORTED_REVISIONS, HostError, import_llava
 
 #: (module, symbol) -> the parameters that the supported revisions have.
@@ -53,6 +54,10 @@ def register(train: bool = False) -> None:
     Raises:
         HostError: when LLaVA is missing, broken, or a revision whose symbols differ from the supported ones.
     """
+    try:
+        compat.check_transformers()
+    except ImportError as error:
+        raise HostError(str(error)) from error
     import_llava("llava.model.builder")
     if train:
         import_llava(TRAIN_MODULE)

@@ -44,6 +44,11 @@ class SiglipVisionTower(nn.Module):
         size = self.image_processor.size
         self.image_processor.crop_size = {"height": size["height"], "width": size["width"]}
         self.vision_tower = SiglipVisionModel.from_pretrained(self.vision_tower_name, device_map=device_map)
+        for module in list(self.vision_tower.modules()):
+            if isinstance(getattr(module, "head", None), nn.Module):
+                # Pools the patches into one vector, which nobody reads; and its nn.MultiheadAttention uses weights
+                # that ZeRO-3 does not gather.
+                module.head = nn.Identity()
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
 

@@ -35,12 +35,14 @@ def save(
     args: Any,
     tokenizer: Any = None,
     state_dict: dict[str, torch.Tensor] | None = None,
+    adapter: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a checkpoint of the kind that the stage calls for.
 
     Args:
         model: the student, wrapped in PEFT or not.
         state_dict: gathered weights, where the trainer has them (DeepSpeed); else they are read from the model.
+        adapter: what `adapter_weights` gives, which under ZeRO-3 all ranks have to call; else it is called here.
 
     Raises:
         CheckpointError: when DeepSpeed was not asked to gather the weights.
@@ -51,15 +53,15 @@ def save(
         raise CheckpointError('ZeRO-3 gathered no weights: set "stage3_gather_16bit_weights_on_model_save" to true.')
     os.makedirs(output_dir, exist_ok=True)
     core = llava_core(model)
+    adapter = adapter_weights(model) if adapter is None else adapter
     core.config.compodistill = {"stage": args.stage, "version": __version__}
     if args.stage in ("pt", "dpt"):
-        torch.save(_adapter_weights(core, "model.", state_dict), os.path.join(output_dir, ADAPTER_FILE))
+        torch.save(_prefixed("model.", adapter), os.path.join(output_dir, ADAPTER_FILE))
     elif hasattr(model, "peft_config"):
         names = [n for n, p in model.named_parameters() if "lora_" in n or _trained_bias(n, p)]
         source = dict(model.named_parameters()) if state_dict is None else state_dict
         model.save_pretrained(output_dir, state_dict={name: _copy(source[name]) for name in names})
-        extra = _adapter_weights(core, "base_model.model.model.", state_dict)
-        torch.save(extra, os.path.join(output_dir, LORA_EXTRA_FILE))
+        torch.save(_prefixed("base_model.model.model.", adapter), os.path.join(output_dir, LORA_EXTRA_FILE))
     else:
         weights = core.state_dict() if state_dict is None else state_dict
         # LLaVA loads the encoder from `mm_vision_tower`; a copy here would be dead weight.
@@ -69,6 +71,13 @@ def save(
     if tokenizer is not None:
         tokenizer.save_pretrained(output_dir)
     torch.save(args, os.path.join(output_dir, "training_args.bin"))
+
+
+def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's weights by name ("mm_projector. ..."), its frozen part included. Under ZeRO-3 a call of all ranks."""
+    parameters = dict(llava_core(model).get_model().mm_projector.named_parameters())
+    with compat.gathered(list(parameters.values())):
+        return {f"mm_projector.{name}": _copy(parameter) for name, parameter in parameters.items()}
 
 
 def load_into(model: nn.Module, folder: str) -> None:
@@ -137,16 +146,8 @@ def check_disk_space(model: nn.Module, args: Any) -> None:
         )
 
 
-def _adapter_weights(
-    core: nn.Module, prefix: str, state_dict: dict[str, torch.Tensor] | None
-) -> dict[str, torch.Tensor]:
-    """The whole adapter, its frozen part too."""
-    source = dict(core.named_parameters()) if state_dict is None else state_dict
-    return {
-        f"{prefix}mm_projector.{name.split('mm_projector.', 1)[1]}": _copy(value)
-        for name, value in source.items()
-        if "mm_projector." in name
-    }
+def _prefixed(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: value for name, value in weights.items()}
 
 
 def _copy(weight: torch.Tensor) -> torch.Tensor:

@@ -123,6 +123,7 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
             )
         self.tokenizer_to_save = tokenizer
         self.train_sampler: Any = None
+        self._adapter: dict[str, torch.Tensor] | None = None
         self.add_callback(TellEpoch(self))
         # The loss arrives normalised over the whole optimizer step.
         self.model_accepts_loss_kwargs = True
@@ -293,6 +294,10 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
 
     def _calibrate(self) -> None:
         """Measure layer distances for adaptive matching on the first batches of the data, the same on every rank."""
+        if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+            raise ValueError(
+                "--layer_matching adaptive runs the student before ZeRO-3 can gather it: use ZeRO-2, or group matching."
+            )
         size = self.args.per_device_train_batch_size
         batches = []
         for start in range(0, min(len(self.train_dataset), size * self.args.calibration_batches), size):
@@ -316,10 +321,15 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         # Not LLaVATrainer's: it saves an adapter without the state that resuming needs.
         return transformers.Trainer._save_checkpoint(self, model, trial, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._adapter = checkpoint.adapter_weights(self.model)  # on every rank; what follows runs on one
+        super().save_model(output_dir, _internal_call)
+        self._adapter = None
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
         if self.args.should_save:
-            checkpoint.save(self.model, output_dir, self.args, self.tokenizer_to_save, state_dict)
+            checkpoint.save(self.model, output_dir, self.args, self.tokenizer_to_save, state_dict, self._adapter)
 
     def _load_rng_state(self, checkpoint):
         with compat.reads_own_rng_state():

@@ -23,6 +23,14 @@ def world(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def siglip(tmp_path_factory) -> Path:
+    """A random SigLIP tower: 56 pixels, 16 patches (`factory.save_tower`)."""
+    import factory
+
+    return factory.save_tower(tmp_path_factory.mktemp("towers") / "siglip")
+
+
+@pytest.fixture(scope="session")
 def teacher_path(world, tmp_path_factory) -> Path:
     """A tiny LLaVA teacher with an ordinary adapter, made by two steps of pt and of sft each."""
     import tiny
@@ -43,3 +51,10 @@ def dpt_path(world, teacher_path, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("dpt") / "dpt"
     tiny.run(world, "dpt", output, teacher_model_path=teacher_path)
     return output
+
+
+@pytest.fixture(autouse=True)
+def no_precision_left_behind():
+    """transformers 4.37 puts the precision of a run into the environment, where the next run of the process finds it."""
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)

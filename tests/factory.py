@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -10,8 +12,30 @@ from reference import IGNORE, IMAGE
 from llava_compodistill.plugin import register
 from llava_compodistill.taf import fetch_teacher_adapter, taf_config
 
-PATCHES = 16  # of tiny.make_world's tower
+PIXELS, PATCHES = 56, 16
+WIDTH = 64  # D_v
 SHARP = 6.0  # makes random attention far from uniform
+
+
+def save_tower(path: Path, family: str = "siglip") -> Path:
+    """A random SigLIP or CLIP vision tower in a folder, with its image processor."""
+    import transformers
+
+    prefix = {"siglip": "Siglip", "clip": "CLIP"}[family]
+    config = getattr(transformers, f"{prefix}VisionConfig")(
+        hidden_size=WIDTH,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=PIXELS,
+        patch_size=PIXELS // math.isqrt(PATCHES),
+    )
+    torch.manual_seed(0)
+    getattr(transformers, f"{prefix}VisionModel")(config).save_pretrained(path)
+    size = {"height": PIXELS, "width": PIXELS}
+    values = {"size": size} if family == "siglip" else {"size": {"shortest_edge": PIXELS}, "crop_size": size}
+    getattr(transformers, f"{prefix}ImageProcessor")(**values).save_pretrained(path)
+    return path
 
 
 def make_model(
@@ -49,7 +73,7 @@ def make_model(
     )
     values = {
         "mm_vision_tower": str(tower),
-        "mm_hidden_size": 64,
+        "mm_hidden_size": WIDTH,
         "mm_vision_select_layer": -2,
         "mm_projector_type": "mlp2x_gelu",
         "tokenizer_padding_side": "right",
@@ -100,7 +124,7 @@ def make_batch(layouts: list[str], vocab: int = 90, seed: int = 0, dtype=torch.f
         place = slice(0, len(ids)) if padding == "right" else slice(width - len(ids), width)
         input_ids[row, place] = torch.tensor(ids)
         labels[row, place] = torch.tensor(targets)
-    pixels = torch.rand(images, 3, 56, 56, generator=generator, dtype=torch.float64).to(dtype) * 2 - 1
+    pixels = torch.rand(images, 3, PIXELS, PIXELS, generator=generator, dtype=torch.float64).to(dtype) * 2 - 1
     inputs = {"input_ids": input_ids, "labels": labels, "attention_mask": input_ids != 0, "images": pixels}
     return SimpleNamespace(inputs=inputs, samples=samples, padding=padding)
 

@@ -47,9 +47,9 @@ def close(found, expected, tolerance=ROUNDING):
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mistral"])
-def test_maps_of_the_model_equal_the_reference(world, family, attention, padding):
+def test_maps_of_the_model_equal_the_reference(siglip, family, attention, padding):
     dtype = precision(attention, padding)
-    model = make_model(world["siglip"], family, attention=attention, dtype=dtype, tokenizer_padding_side=padding)
+    model = make_model(siglip, family, attention=attention, dtype=dtype, tokenizer_padding_side=padding)
     batch = make_batch(LAYOUTS, padding=padding, dtype=dtype)
     with torch.no_grad():
         means, merged, logits = forward(model, batch, [0, 2])
@@ -70,9 +70,9 @@ def test_maps_of_the_model_equal_the_reference(world, family, attention, padding
             close(found, attention_maps[2][:, :, sample.visual])
 
 
-def test_maps_agree_with_the_models_own_attentions(world):
+def test_maps_agree_with_the_models_own_attentions(siglip):
     """The second opinion: transformers' own eager probabilities."""
-    model = make_model(world["siglip"], attention="eager", dtype=torch.float32)
+    model = make_model(siglip, attention="eager", dtype=torch.float32)
     batch = make_batch(LAYOUTS, dtype=torch.float32)
     with torch.no_grad():
         maps, merged, _ = forward(model, batch, [1, 3])
@@ -86,8 +86,8 @@ def test_maps_agree_with_the_models_own_attentions(world):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_tapping_changes_no_output_and_leaves_no_trace(world, attention):
-    model = make_model(world["siglip"], attention=attention, dtype=torch.float32)
+def test_tapping_changes_no_output_and_leaves_no_trace(siglip, attention):
+    model = make_model(siglip, attention=attention, dtype=torch.float32)
     batch = make_batch(LAYOUTS, dtype=torch.float32)
 
     def state():
@@ -109,8 +109,8 @@ def test_tapping_changes_no_output_and_leaves_no_trace(world, attention):
     torch.testing.assert_close(after, expected, rtol=0, atol=0)
 
 
-def test_a_tap_is_gone_after_an_error(world):
-    model = make_model(world["siglip"])
+def test_a_tap_is_gone_after_an_error(siglip):
+    model = make_model(siglip)
     batch = make_batch(["qIqa"])
     with pytest.raises(KeyError), capture_visual_attention(model, [1], lambda: {}["no batch"]), record_merge(model):
         model(**batch.inputs, use_cache=False)
@@ -118,14 +118,14 @@ def test_a_tap_is_gone_after_an_error(world):
     assert forward(model, batch, [1])[0][1].shape[-1] == PATCHES
 
 
-def test_a_batch_without_images_gives_no_maps(world):
-    model = make_model(world["siglip"])
+def test_a_batch_without_images_gives_no_maps(siglip):
+    model = make_model(siglip)
     maps, merged, _ = forward(model, make_batch(["qqa", "qaa"]), [1])
     assert maps == {} and merged.visual_index.shape == (2, 0)
 
 
-def test_wrong_use_is_an_error(world):
-    model = make_model(world["siglip"])
+def test_wrong_use_is_an_error(siglip):
+    model = make_model(siglip)
     batch = make_batch(["qIqa"])
     with pytest.raises(ValueError, match="Layer 4: the model has layers 0 to 3"):
         forward(model, batch, [4])
@@ -164,9 +164,9 @@ def gradients(model, batch, layers):
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_gradient_checkpointing_gives_the_same_gradients(world, family, attention):
+def test_gradient_checkpointing_gives_the_same_gradients(siglip, family, attention):
     dtype = precision(attention)
-    model = make_model(world["siglip"], family, attention=attention, dtype=dtype).train()
+    model = make_model(siglip, family, attention=attention, dtype=dtype).train()
     batch = make_batch(LAYOUTS, dtype=dtype)
     plain = gradients(model, batch, [1, 2])
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -178,8 +178,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(world, family, attentio
         torch.testing.assert_close(checkpointed[name], expected, rtol=1e-6, atol=1e-9, msg=name)
 
 
-def test_reentrant_checkpointing_is_refused(world):
-    model = make_model(world["siglip"]).train()
+def test_reentrant_checkpointing_is_refused(siglip):
+    model = make_model(siglip).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(RuntimeError, match="use_reentrant"):
         gradients(model, make_batch(LAYOUTS), [1])
@@ -239,7 +239,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_losses_and_gradients_of_dft_equal_the_reference(world, tmp_path, pair):
+def test_losses_and_gradients_of_dft_equal_the_reference(siglip, tmp_path, pair):
     options = dict(PAIRS[pair])
     taf, family = options.pop("taf", True), options.pop("family", "qwen2")
     temperature = options.get("kd_temperature", 1.0)
@@ -247,9 +247,9 @@ def test_losses_and_gradients_of_dft_equal_the_reference(world, tmp_path, pair):
     model_options = {k: options.pop(k) for k in ("attention", "tokenizer_model_max_length") if k in options}
     dtype = model_options["dtype"] = precision(model_options.get("attention", "sdpa"))
     teacher = make_model(
-        world["siglip"], family, hidden=48, layers=6, heads=6, kv_heads=3, vocab=128, seed=1, **model_options
+        siglip, family, hidden=48, layers=6, heads=6, kv_heads=3, vocab=128, seed=1, **model_options
     ).requires_grad_(False)
-    student = make_model(world["siglip"], family, seed=2, teacher=teacher if taf else None, **model_options)
+    student = make_model(siglip, family, seed=2, teacher=teacher if taf else None, **model_options)
     if taf:
         student.get_model().mm_projector.teacher_adapter.requires_grad_(False)
     if checkpointed:
@@ -286,11 +286,11 @@ def test_losses_and_gradients_of_dft_equal_the_reference(world, tmp_path, pair):
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_the_attention_terms_own_gradient_is_right(world, tmp_path):
+def test_the_attention_terms_own_gradient_is_right(siglip, tmp_path):
     """Alone, where no other term can hide it; L_ADL reaches nothing above the tapped layer's query and key."""
-    teacher = make_model(world["siglip"], hidden=48, layers=6, heads=6, kv_heads=6, vocab=128, seed=1)
+    teacher = make_model(siglip, hidden=48, layers=6, heads=6, kv_heads=6, vocab=128, seed=1)
     teacher.requires_grad_(False)
-    student = make_model(world["siglip"], seed=2, teacher=teacher)
+    student = make_model(siglip, seed=2, teacher=teacher)
     batch = make_batch(LAYOUTS)
     objective = Objective(student, teacher, arguments(tmp_path, student_layers="1", teacher_layers="2,3"), 91)
     weights = weights_of(student)

@@ -14,6 +14,7 @@ from torch import nn
 from ..eval.scoring import Question, score
 from .compositional import KINDS
 from .language import CAPTION_PROMPT
+from .settings import VERSION
 
 #: The types that need a relation between objects; the others can be answered from the set of objects (the notes'
 #: pitfall: 80 % overall is chance on relations).
@@ -82,7 +83,7 @@ def evaluate(model: nn.Module, tokenizer: Any, data: str | Path, split: str = "v
 
 
 def _exact(model: nn.Module, tokenizer: Any, questions: Sequence[Question], batch_size: int) -> float:
-    return mean(result.greedy for result in score(questions, model, tokenizer, batch_size=batch_size))
+    return mean(result.greedy for result in score(questions, model, tokenizer, version=VERSION, batch_size=batch_size))
 
 
 def _compositional(model: nn.Module, tokenizer: Any, folder: Path, images: Path, batch_size: int) -> dict[str, float]:
@@ -94,6 +95,9 @@ def _compositional(model: nn.Module, tokenizer: Any, folder: Path, images: Path,
             for item in items
             for key in ("caption", "negative_caption")
         ]
-        scores = [result.log_probability for result in score(questions, model, tokenizer, batch_size=batch_size)]
+        scores = [
+            result.log_probability
+            for result in score(questions, model, tokenizer, version=VERSION, batch_size=batch_size)
+        ]
         accuracy[kind] = mean(true > false for true, false in zip(scores[::2], scores[1::2], strict=True))
     return accuracy

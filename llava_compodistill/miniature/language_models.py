@@ -26,8 +26,8 @@ class LanguageModelSpec:
     """Shape of a base model. ``extra_padding`` adds rows beyond the padded vocabulary, in multiples of 64."""
 
     hidden_size: int = 64
-    intermediate_size: int = 256
-    num_hidden_layers: int = 4
+    intermediate_size: int = 192
+    num_hidden_layers: int = 5
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     extra_padding: int = 0
@@ -39,23 +39,23 @@ class LanguageModelSpec:
 
 STUDENT = LanguageModelSpec()
 TEACHER = LanguageModelSpec(
-    hidden_size=96,
-    intermediate_size=384,
-    num_hidden_layers=8,
-    num_attention_heads=6,
-    num_key_value_heads=6,
+    hidden_size=128,
+    intermediate_size=320,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=4,
     extra_padding=64,
 )
 
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Text-only pre-training; the defaults take about a minute on one CPU core."""
+    """Text-only pre-training; the defaults take about half a minute on one CPU core."""
 
-    steps: int = 200
+    steps: int = 60
     batch_size: int = 32
     length: int = 96
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     warmup: int = 20
     seed: int = 0
 
@@ -94,10 +94,10 @@ def llama_config(spec: LanguageModelSpec, tokenizer):
 
 
 def chat_text(rounds: list[tuple[str, str]]) -> str:
-    """Rounds in ChatML, Qwen's conversation format."""
-    turns = ["<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"]
+    """Rounds in the template `qwen_base`."""
+    turns = ["Answer the questions. "]
     for question, answer in rounds:
-        turns.append(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n")
+        turns.append(f"USER: {question} ASSISTANT: {answer}<|endoftext|>")
     return "".join(turns)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .settings import METHODS, Settings
+from .settings import METHODS, VERSION, Settings
 
 #: Colour-blind safe (Okabe-Ito), the same method in the same colour everywhere.
 COLORS = {
@@ -111,7 +111,7 @@ def draw_overlays(results: Sequence[dict[str, Any]], root: Path, path: Path) -> 
         band = visual_understanding_layers(model.config.num_hidden_layers)
         side = model.get_vision_tower().num_patches_per_side
         looks[method] = []
-        for inputs in batches(questions, model, tokenizer, version="qwen_1_5", batch_size=1):
+        for inputs in batches(questions, model, tokenizer, version=VERSION, batch_size=1):
             maps, batch = all_maps(model, inputs, band)
             rows = batch.attention_rows("answer")
             first = int(rows[0].nonzero()[0])  # the query that says the answer's first token

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .language import KINDS
-from .settings import METHODS, Settings
+from .settings import METHODS, VERSION, Settings
 
 
 def load_for_evaluation(path: Path) -> tuple[Any, Any]:
@@ -33,7 +33,7 @@ def load_for_evaluation(path: Path) -> tuple[Any, Any]:
     loader = import_llava("llava.model.builder").load_pretrained_model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, model, _, _ = loader(str(path), None, path.name, device=device, torch_dtype=torch.float32)
-    prepare_tokenizer(tokenizer, use_template("qwen_1_5"))
+    prepare_tokenizer(tokenizer, use_template(VERSION))
     return model.eval(), tokenizer
 
 
@@ -64,7 +64,7 @@ def _evaluate(checkpoint: Path, teacher: Any, settings: Settings, root: Path, sp
     model, tokenizer = load_for_evaluation(checkpoint)
     scores = evaluate(model, tokenizer, root / "data", split).as_dict()
     questions = read_questions(root / "data" / f"relation_{split}.jsonl", root / "data" / "images")
-    alike = similarity(model, teacher, questions[: settings.similarity_questions], tokenizer)
+    alike = similarity(model, teacher, questions[: settings.similarity_questions], tokenizer, version=VERSION)
     return {**scores, "attention_similarity": alike.band, "similarity_by_layer": alike.by_layer}
 
 

@@ -29,6 +29,9 @@ class Method:
     flags: tuple[str, ...] = ()
 
 
+#: Conversation template of the miniature models, which are base models without a chat format of their own.
+VERSION = "qwen_base"
+
 #: Table 2 in small: neither VAT nor TAF, and both; the control shows that it is this image's attention that helps.
 METHODS = {
     "sft": Method("SFT", distilled=False),
@@ -49,16 +52,17 @@ class Settings:
     text: PretrainSettings = field(default_factory=PretrainSettings)
     student: LanguageModelSpec = STUDENT
     teacher: LanguageModelSpec = TEACHER
-    batch: int = 32
-    teacher_pretrain_steps: int = 80
-    teacher_steps: int = 2000
-    teacher_learning_rate: float = 1.5e-3
-    pretrain_steps: int = 80
-    distil_steps: int = 1150
-    supervised_steps: int = 170
-    pretrain_learning_rate: float = 2e-3
-    learning_rate: float = 2e-3
-    supervised_learning_rate: float = 5e-4
+    pretrain_batch: int = 32
+    batch: int = 8
+    teacher_pretrain_steps: int = 60
+    teacher_steps: int = 2800
+    teacher_learning_rate: float = 1e-3
+    pretrain_steps: int = 60
+    distil_steps: int = 1100
+    supervised_steps: int = 140
+    pretrain_learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
+    supervised_learning_rate: float = 3e-4
     attention_weight: float = 2.0
     kl_weight: float = 1.0
     max_length: int = 1024
@@ -84,7 +88,8 @@ def preset(name: str) -> Settings:
             world=WorldConfig.preset("smoke"),
             tower=TowerSettings(steps=20),
             text=PretrainSettings(steps=10),
-            batch=8,
+            pretrain_batch=8,
+            batch=4,
             teacher_pretrain_steps=4,
             teacher_steps=12,
             pretrain_steps=3,
@@ -106,7 +111,8 @@ def preset(name: str) -> Settings:
                 num_attention_heads=8,
                 num_key_value_heads=8,
             ),
-            batch=128,
+            pretrain_batch=128,
+            batch=64,
             teacher_steps=6_000,
             teacher_learning_rate=5e-4,
             distil_steps=2_400,

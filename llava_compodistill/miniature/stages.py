@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..resources import folder
-from .settings import METHODS, Settings
+from .settings import METHODS, VERSION, Settings
 
 #: The Trainer prints a line a logged step; this many steps lie between two.
 LOGGING_STEPS = 10
@@ -71,6 +71,7 @@ def common_flags(settings: Settings, seed: int) -> list[str]:
         *("--save_strategy", "no"),
         *("--group_by_modality_length", "False"),
         *("--image_aspect_ratio", "square"),
+        *("--adam_beta2", "0.98"),
     ]
 
 
@@ -78,11 +79,19 @@ def common_environment(settings: Settings) -> dict[str, object]:
     return {
         "BATCH": settings.batch,
         "GLOBAL_BATCH": settings.batch,
+        "PRETRAIN_BATCH": settings.pretrain_batch,
+        "PRETRAIN_GLOBAL_BATCH": settings.pretrain_batch,
         "MAX_LENGTH": settings.max_length,
         "GRADIENT_CHECKPOINTING": "False",
         "WORKERS": 0,
+        "VERSION": VERSION,
         "LOGGING_STEPS": LOGGING_STEPS,
     }
+
+
+def pretrain_batch(settings: Settings) -> dict[str, object]:
+    """Captions are shorter than conversations, so more of them make a batch."""
+    return {"BATCH": settings.pretrain_batch, "GLOBAL_BATCH": settings.pretrain_batch}
 
 
 def train_teacher(settings: Settings, root: Path, threads: int, on_log: Callable[[], None] = lambda: None) -> Path:
@@ -103,6 +112,7 @@ def train_teacher(settings: Settings, root: Path, threads: int, on_log: Callable
             "IMAGES": data / "images",
             "OUTPUT": adapter,
             "LR": settings.pretrain_learning_rate,
+            **pretrain_batch(settings),
         },
         [*flags, "--max_steps", str(settings.teacher_pretrain_steps)],
         root / "logs" / "teacher-pretrain.log",
@@ -165,7 +175,7 @@ def train_student(
         seconds += script(
             "dpt.sh",
             "dpt",
-            {**captions, "OUTPUT": dpt, "LR": settings.pretrain_learning_rate},
+            {**captions, **pretrain_batch(settings), "OUTPUT": dpt, "LR": settings.pretrain_learning_rate},
             [*steps(settings.pretrain_steps), *weight],
         )
         seconds += script(
@@ -195,8 +205,6 @@ def train_student(
             "PRETRAIN_IMAGES": data / "images",
             "PRETRAINED": dpt,
             "PRETRAIN_LR": settings.pretrain_learning_rate,
-            "PRETRAIN_BATCH": settings.batch,
-            "PRETRAIN_GLOBAL_BATCH": settings.batch,
             **instruct,
             "OUTPUT": final,
         }

@@ -27,10 +27,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "green": (40, 160, 70),
     "blue": (45, 85, 215),
     "yellow": (240, 200, 30),
-    "purple": (150, 60, 180),
-    "black": (30, 30, 30),
 }
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross", "star")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star")
 SIZES: tuple[str, ...] = ("small", "large")
 
 Pair = tuple[str, str]
@@ -39,9 +37,7 @@ Pair = tuple[str, str]
 HELD_OUT: tuple[Pair, ...] = (
     ("red", "star"),
     ("blue", "star"),
-    ("blue", "cross"),
-    ("green", "cross"),
-    ("green", "circle"),
+    ("blue", "circle"),
 )
 """Combinations that no training image or text contains.
 

@@ -27,10 +27,22 @@ QWEN = conversation_lib.Conversation(
     sep="<|im_end|>\n",
 )
 
-TEMPLATES = {"qwen_1_5": QWEN, "qwen_2": QWEN, "qwen_2_5": QWEN}
+#: LLaVA v1's wording with the end token of Qwen's base models, which have not learned ChatML.
+QWEN_BASE = conversation_lib.Conversation(
+    system="Answer the questions.",
+    roles=("USER", "ASSISTANT"),
+    version="qwen_base",
+    messages=(),
+    offset=0,
+    sep_style=conversation_lib.SeparatorStyle.TWO,
+    sep=" ",
+    sep2="<|endoftext|>",
+)
+
+TEMPLATES = {"qwen_1_5": QWEN, "qwen_2": QWEN, "qwen_2_5": QWEN, "qwen_base": QWEN_BASE}
 
 #: Tokens that never occur in a conversation, from which a padding token may be taken.
-_SPARE_TOKENS = ("<|endoftext|>", "<pad>", "[PAD]", "<|fim_pad|>", "<unk>")
+_SPARE_TOKENS = ("<|endoftext|>", "<pad>", "[PAD]", "<|fim_pad|>", "<unk>", "<|im_end|>")
 
 
 class SampleError(ValueError):
@@ -38,7 +50,7 @@ class SampleError(ValueError):
 
 
 def preprocess_qwen(sources: Sequence[Sequence[dict]], tokenizer: Any, has_image: bool = False) -> dict[str, list]:
-    """Tokenize conversations under a ChatML template; labels are IGNORE_INDEX except at the answers.
+    """Tokenize conversations under one of `TEMPLATES`; only answers and their end tokens get labels.
 
     Args:
         sources: conversations, each a list of {"from": "human" | "gpt", "value": text}.
@@ -48,26 +60,11 @@ def preprocess_qwen(sources: Sequence[Sequence[dict]], tokenizer: Any, has_image
         input_ids and labels, a list of [N] tensors each.
     """
     template = conversation_lib.default_conversation
-    roles = {"human": template.roles[0], "gpt": template.roles[1]}
     batch: dict[str, list] = {"input_ids": [], "labels": []}
     for source in sources:
-        turns = list(source)
-        if turns and turns[0]["from"] == "gpt":  # a conversation starts with the user, as in LLaVA
-            turns = turns[1:]
-        pieces = [(template.system + template.sep, False)]
-        for turn in turns:
-            if turn["from"] not in roles:
-                raise SampleError(f"a turn is from {turn['from']!r}: must be human or gpt.")
-            is_answer = turn["from"] == "gpt"
-            stop = template.sep.rstrip("\n")
-            pieces.append((roles[turn["from"]], False))
-            # The end token is learned with the answer; generation stops there, so the newline after it is not.
-            pieces.append((turn["value"] + stop, is_answer))
-            pieces.append((template.sep[len(stop) :], False))
         ids: list[int] = []
         labels: list[int] = []
-        # The pieces meet at special tokens and newlines, where tokenizing apart or together is the same.
-        for text, is_answer in pieces:
+        for text, is_answer in _pieces(source, template):
             if has_image and not is_answer:
                 tokens = tokenizer_image_token(text, tokenizer)
             else:
@@ -77,6 +74,39 @@ def preprocess_qwen(sources: Sequence[Sequence[dict]], tokenizer: Any, has_image
         batch["input_ids"].append(torch.tensor(ids, dtype=torch.long))
         batch["labels"].append(torch.tensor(labels, dtype=torch.long))
     return batch
+
+
+def _pieces(source: Sequence[dict], template: Any) -> list[tuple[str, bool]]:
+    """A conversation as (text, is it learned) pieces in turn, which joined are the template's own prompt.
+
+    Each prompt is one piece, tokenized as it will be when the model has to answer it.
+    """
+    roles = {"human": template.roles[0], "gpt": template.roles[1]}
+    chatml = template.sep_style == conversation_lib.SeparatorStyle.MPT
+    turns = list(source)
+    if turns and turns[0]["from"] == "gpt":  # a conversation starts with the user, as in LLaVA
+        turns = turns[1:]
+    pieces = [(template.system + template.sep, False)]
+    for turn in turns:
+        if turn["from"] not in roles:
+            raise SampleError(f"a turn is from {turn['from']!r}: must be human or gpt.")
+        is_answer = turn["from"] == "gpt"
+        role, value = roles[turn["from"]], turn["value"]
+        if chatml:
+            # The end token is learned with the answer; generation stops there, so the newline after it is not.
+            stop = template.sep.rstrip("\n")
+            pieces += [(role, False), (value + stop, is_answer), (template.sep[len(stop) :], False)]
+        elif is_answer:
+            pieces += [(f"{role}:", False), (f" {value}{template.sep2}", True)]
+        else:
+            pieces.append((f"{role}: {value}{template.sep}", False))
+    merged: list[tuple[str, bool]] = []
+    for text, is_answer in pieces:
+        if merged and not is_answer and not merged[-1][1]:
+            merged[-1] = (merged[-1][0] + text, False)
+        else:
+            merged.append((text, is_answer))
+    return merged
 
 
 def checked_preprocess(original: Callable[..., dict]) -> Callable[..., dict]:

@@ -41,6 +41,7 @@ class CheckedDataset(_llava_train.LazySupervisedDataset):
         records = read_records(data_path)
         self.tokenizer = tokenizer
         self.data_args = data_args
+        data_args.image_folder = data_args.image_folder or ""
         self.list_data_dict = check_records(
             records, data_path, data_args.image_folder, data_args.bad_samples, data_args.check_images
         )
@@ -50,9 +51,12 @@ class CheckedDataset(_llava_train.LazySupervisedDataset):
             position = (index + offset) % len(self)
             try:
                 return super().__getitem__(position)
-            except (SampleError, OSError, ValueError) as error:
+            except (SampleError, OSError, ValueError, AssertionError) as error:
                 record = self.list_data_dict[position]
-                message = f"sample {record.get('id', position)!r} (image {record.get('image')!r}): {error}"
+                cause = str(error)
+                if isinstance(error, AssertionError):  # LLaVA's own preprocessing, which says no more
+                    cause = "the conversation does not have the form that the template asks for"
+                message = f"sample {record.get('id', position)!r} (image {record.get('image')!r}): {cause}"
                 if self.data_args.bad_samples == "error":
                     raise DataError(f"{message}. --bad_samples skip passes over such samples.") from error
                 logger.warning("Skipped %s", message)
@@ -91,7 +95,8 @@ def check_records(
     for index, record in enumerate(records):
         problem = _problem(record, image_folder, check_images, seen)
         if problem is None:
-            good.append(record)
+            # LLaVA asks whether there is an "image", not what it is.
+            good.append({k: v for k, v in record.items() if k != "image"} if record.get("image") is None else record)
         else:
             problems.append((index, problem))
     if problems:
@@ -129,6 +134,8 @@ def _problem(record: Any, image_folder: str | None, check_images: bool, seen: di
             return f"unknown speaker: {turn['from']!r} (must be human or gpt)"
     if not any(turn["from"] == "gpt" for turn in turns):
         return "no answer from gpt"
+    if not any(turn["value"].split() for turn in turns):
+        return "nothing but empty turns"
     markers = sum(turn["value"].count("<image>") for turn in turns)
     image = record.get("image")
     if image is None:

@@ -30,7 +30,7 @@ from .models import (
     share_tower,
 )
 from .taf import TAFProjector
-from .visual_tokens import MergeRecorder, record_merge
+from .visual_tokens import MergeRecorder, count_visual_tokens, record_merge
 
 logger = logging.getLogger(__name__)
 
@@ -167,11 +167,8 @@ class Objective:
     def _align(self, sums: LossSums, target_maps: list[torch.Tensor]) -> None:
         batch = self._recorder.batch
         if not torch.equal(batch.visual_index, self._teacher_visual_index):
-            raise ValueError(
-                f"Teacher and student place visual tokens differently ({tuple(self._teacher_visual_index.shape)} and "
-                f"{tuple(batch.visual_index.shape)} positions): L_ADL compares their attention token by token, so "
-                "both need encoders with the same number of patches. Use the teacher's tower, or --vat False."
-            )
+            shapes = tuple(self._teacher_visual_index.shape), tuple(batch.visual_index.shape)
+            raise ValueError(_OTHER_PLACES.format(what=f"{shapes[0]} and {shapes[1]} positions"))
         rows = batch.attention_rows(self.args.attention_rows)
         columns = batch.visual_index >= 0
         order = _another_image(batch.has_image) if self.args.shuffle_attention_targets else None
@@ -217,6 +214,9 @@ class Objective:
                 f"{mine.mm_vision_tower} (layer {mine.mm_vision_select_layer}) is not the teacher's "
                 f"{theirs.mm_vision_tower} (layer {theirs.mm_vision_select_layer})."
             )
+        patches = count_visual_tokens(self.teacher), count_visual_tokens(self.student)
+        if self.captures and patches[0] != patches[1]:
+            raise ValueError(_OTHER_PLACES.format(what=f"{patches[0]} and {patches[1]} an image"))
         self.encodes_once = same
         if same:
             share_tower(self.student, self.teacher)
@@ -293,6 +293,12 @@ class Objective:
                 with collect_teacher_answers(model, recorder):
                     model(**inputs)
             return dict(capture.maps), recorder.batch.attention_rows(self.args.attention_rows)
+
+
+_OTHER_PLACES = (
+    "Teacher and student place visual tokens differently ({what}): L_ADL compares their attention token by token, so "
+    "both need encoders with the same number of patches. Use the teacher's tower, or --vat False."
+)
 
 
 def _another_image(has_image: torch.Tensor) -> torch.Tensor:

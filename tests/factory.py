@@ -17,7 +17,7 @@ WIDTH = 64  # D_v
 SHARP = 6.0  # makes random attention far from uniform
 
 
-def save_tower(path: Path, family: str = "siglip") -> Path:
+def save_tower(path: Path, family: str = "siglip", patches: int = PATCHES) -> Path:
     """A random SigLIP or CLIP vision tower in a folder, with its image processor."""
     import transformers
 
@@ -28,7 +28,7 @@ def save_tower(path: Path, family: str = "siglip") -> Path:
         num_hidden_layers=3,
         num_attention_heads=4,
         image_size=PIXELS,
-        patch_size=PIXELS // math.isqrt(PATCHES),
+        patch_size=PIXELS // math.isqrt(patches),
     )
     torch.manual_seed(0)
     getattr(transformers, f"{prefix}VisionModel")(config).save_pretrained(path)

@@ -12,9 +12,22 @@ from llava_compodistill.miniature import language_models, tokenizer, tower
 from llava_compodistill.miniature.dataset import WorldConfig, write_dataset
 
 NO_STEPS = language_models.PretrainSettings(steps=0)
-STUDENT = replace(language_models.STUDENT, hidden_size=32, intermediate_size=48, num_hidden_layers=4)
+# Every size is given, so that the tests do not move with the miniature's settings.
+STUDENT = replace(
+    language_models.STUDENT,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 TEACHER = replace(
-    language_models.TEACHER, hidden_size=48, intermediate_size=64, num_hidden_layers=6, num_attention_heads=6
+    language_models.TEACHER,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    num_key_value_heads=6,
 )
 
 

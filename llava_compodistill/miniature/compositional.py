@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from .language import KINDS, RELATIONS, Caption, Mention, is_clearly_false, is_true, perturb
-from .world import HELD_OUT, MAX_OBJECTS, MIN_OBJECTS, SEEN, SIZES, Pair, Scene, pick, pick_distinct, place
+from .world import HELD_OUT, MAX_OBJECTS, MIN_OBJECTS, SEEN, SIZES, Pair, Scene, pick, pick_distinct, pick_pairs, place
 
 __all__ = ["KINDS", "caption_pair", "scene_for"]
 
@@ -20,7 +20,7 @@ def _random_caption(kind: str, pairs: list[Pair], rng: np.random.Generator) -> C
     with_relation = kind in ("swap_obj", "replace_rel") or rng.random() < 0.5
     count = 3 if kind == "add_obj" or (not with_relation and rng.random() < 0.5) else 2
     mentions = []
-    for color, shape in pick_distinct(rng, pairs, count):
+    for color, shape in pick_pairs(rng, pairs, count):
         mentions.append(Mention(color, shape, pick(rng, SIZES) if rng.random() < 0.25 else None))
     return Caption(tuple(mentions), pick(rng, tuple(RELATIONS)) if with_relation else None)
 
@@ -43,6 +43,8 @@ def caption_pair(kind: str, rng: np.random.Generator, unseen: bool = False) -> t
         else:
             pairs = list(SEEN)
         first = _random_caption(kind, pairs, rng)
+        if len(first.mentions) < 2 + (kind == "add_obj"):  # too few colours among the drawn pairs
+            continue
         second = perturb(first, kind, rng)
         if second is None:
             continue
@@ -59,7 +61,7 @@ def scene_for(true: Caption, false: Caption, rng: np.random.Generator) -> Scene:
     others = [p for p in SEEN if p not in named]
     while True:
         count = max(len(named), int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1)))
-        extra = pick_distinct(rng, others, count - len(named))
+        extra = pick_pairs(rng, others, count - len(named), taken=named)
         scene = place(rng, named + extra, sizes + [None] * len(extra))
         if is_true(true, scene) and is_clearly_false(false, scene):
             return scene

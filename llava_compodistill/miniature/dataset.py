@@ -30,7 +30,7 @@ from .language import (
     true_caption,
     vocabulary,
 )
-from .world import HELD_OUT, IMAGE_SIZE, SEEN, Scene, pick, pick_distinct, render_array, sample_scene
+from .world import HELD_OUT, IMAGE_SIZE, SEEN, Scene, pick, pick_pairs, render_array, sample_scene
 
 FORMAT_VERSION = 1
 SPLITS = ("val", "test")
@@ -187,7 +187,7 @@ def _relation(stream: str, config: WorldConfig, scenes: _Scenes, rng: np.random.
     """Every question twice, over an image where the answer is yes and over one where it is no."""
     records: list[dict] = []
     for _ in range(config.relation // 2):
-        a, b = (Mention(*p) for p in pick_distinct(rng, SEEN, 2))
+        a, b = (Mention(*p) for p in pick_pairs(rng, SEEN, 2))
         relation = pick(rng, tuple(RELATIONS))
         yes, no = Caption((a, b), relation), Caption((a, b), OPPOSITE[relation])
         question = relation_question(a.pair, relation, b.pair)

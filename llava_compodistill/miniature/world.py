@@ -27,6 +27,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "green": (40, 160, 70),
     "blue": (45, 85, 215),
     "yellow": (240, 200, 30),
+    "purple": (150, 60, 180),
+    "black": (30, 30, 30),
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star")
 SIZES: tuple[str, ...] = ("small", "large")
@@ -107,6 +109,23 @@ def pick_distinct(rng: np.random.Generator, items: Sequence, count: int) -> list
     return [items[int(i)] for i in rng.permutation(len(items))[:count]]
 
 
+def pick_pairs(rng: np.random.Generator, pairs: Sequence[Pair], count: int, taken: Sequence[Pair] = ()) -> list[Pair]:
+    """Up to ``count`` of ``pairs`` in colours that differ from each other's and from those of ``taken``.
+
+    A colour then names one object of a scene, as a noun does in most photographs; with shared colours small models
+    need many times the training before they tell objects apart.
+    """
+    colors = {color for color, _ in taken}
+    picked: list[Pair] = []
+    for pair in pick_distinct(rng, pairs, len(pairs)):
+        if len(picked) == count:
+            break
+        if pair[0] not in colors:
+            colors.add(pair[0])
+            picked.append(pair)
+    return picked
+
+
 def place(rng: np.random.Generator, pairs: Sequence[Pair], sizes: Sequence[str | None] | None = None) -> Scene:
     """A scene that holds ``pairs`` in random distinct cells; a size of ``None`` is drawn at random."""
     cells = rng.permutation(GRID * GRID)[: len(pairs)]
@@ -118,9 +137,9 @@ def place(rng: np.random.Generator, pairs: Sequence[Pair], sizes: Sequence[str |
 
 
 def sample_scene(rng: np.random.Generator, pairs: Sequence[Pair] = SEEN) -> Scene:
-    """2 to 4 objects with distinct combinations from ``pairs``, uniformly."""
+    """2 to 4 objects from ``pairs`` in distinct colours."""
     count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
-    return place(rng, pick_distinct(rng, pairs, count))
+    return place(rng, pick_pairs(rng, pairs, count))
 
 
 # -- drawing ----------------------------------------------------------------------------------------------------------

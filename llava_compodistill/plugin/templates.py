@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from llava import conversation as conversation_lib
-from llava.constants import IGNORE_INDEX
-from llava.mm_utils import tokenizer_image_token
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from transformers import PreTrainedTokenizerBase
 
 #: Qwen's own chat template (ChatML), as its instruction models were trained on it.
@@ -62,18 +61,24 @@ def preprocess_qwen(sources: Sequence[Sequence[dict]], tokenizer: Any, has_image
     template = conversation_lib.default_conversation
     batch: dict[str, list] = {"input_ids": [], "labels": []}
     for source in sources:
-        ids: list[int] = []
-        labels: list[int] = []
+        ids = _beginning(tokenizer)
+        labels = [IGNORE_INDEX] * len(ids)
         for text, is_answer in _pieces(source, template):
-            if has_image and not is_answer:
-                tokens = tokenizer_image_token(text, tokenizer)
-            else:
-                tokens = tokenizer(text, add_special_tokens=False).input_ids
+            chunks = text.split(DEFAULT_IMAGE_TOKEN) if has_image and not is_answer else [text]
+            tokens = tokenizer(chunks[0], add_special_tokens=False).input_ids
+            for chunk in chunks[1:]:
+                tokens = [*tokens, IMAGE_TOKEN_INDEX, *tokenizer(chunk, add_special_tokens=False).input_ids]
             ids += tokens
             labels += tokens if is_answer else [IGNORE_INDEX] * len(tokens)
         batch["input_ids"].append(torch.tensor(ids, dtype=torch.long))
         batch["labels"].append(torch.tensor(labels, dtype=torch.long))
     return batch
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """The BOS token where the tokenizer puts one before a text, as LLaVA's evaluation will; Qwen's have none."""
+    first = list(tokenizer("").input_ids[:1])
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def _pieces(source: Sequence[dict], template: Any) -> list[tuple[str, bool]]:

@@ -74,7 +74,7 @@ def save(
 
 
 def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's weights by name ("mm_projector. ..."), its frozen part included. Under ZeRO-3 a call of all ranks."""
+    """The adapter's weights by name ("mm_projector. ..."), frozen part included. Under ZeRO-3 all ranks call it."""
     parameters = dict(llava_core(model).get_model().mm_projector.named_parameters())
     with compat.gathered(list(parameters.values())):
         return {f"mm_projector.{name}": _copy(parameter) for name, parameter in parameters.items()}
@@ -189,8 +189,10 @@ def _load_full(core: nn.Module, folder: str) -> None:
     weights: dict[str, torch.Tensor] = {}
     for shard in shards:
         weights.update(_read_folder(folder, shard.stem))
-    missing, unexpected = core.load_state_dict(weights, strict=False)
+    names = set(core.state_dict())
+    missing, unexpected = sorted(names - set(weights)), sorted(set(weights) - names)
     tied = set() if not core.config.tie_word_embeddings else {"lm_head.weight"}
     missing = [name for name in missing if "vision_tower" not in name and name not in tied]
     if missing or unexpected:
         raise CheckpointError(f"{folder} does not fit the model: missing {missing[:3]}, unknown {unexpected[:3]}.")
+    core.load_state_dict(weights, strict=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -288,6 +289,14 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self._move_teacher()
+        if resume_from_checkpoint and not self.is_deepspeed_enabled:
+            path = os.path.join(resume_from_checkpoint, "trainer_state.json")
+            state = transformers.TrainerState.load_from_json(path)
+            if 0 < self.args.max_steps <= state.global_step:
+                # Resumed at its end, transformers would make one step too many.
+                logger.info("%s is this run's last step: nothing is left to train.", resume_from_checkpoint)
+                self.state = state
+                return self._load_from_checkpoint(resume_from_checkpoint)
         if self.objective.needs_calibration:
             self._calibrate()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -296,7 +305,8 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         """Measure layer distances for adaptive matching on the first batches of the data, the same on every rank."""
         if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
             raise ValueError(
-                "--layer_matching adaptive runs the student before ZeRO-3 can gather it: use ZeRO-2, or group matching."
+                "--layer_matching adaptive runs the student before ZeRO-3 can gather it: use ZeRO-2, or another "
+                "matching."
             )
         size = self.args.per_device_train_batch_size
         batches = []

@@ -19,7 +19,11 @@ MAX_LENGTH=${MAX_LENGTH:-2048}
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 need_model "The teacher's language model" "$TEACHER_LLM" "Set TEACHER_LLM."
-need_path "The pre-trained adapter" "$PRETRAINED/mm_projector.bin" "Run teacher_pretrain.sh, or set PRETRAINED to its output."
+ADAPTER=()
+if [[ $PRETRAINED != none ]]; then # none: TEACHER_LLM is a LLaVA checkpoint that goes on with its own adapter
+    need_path "The pre-trained adapter" "$PRETRAINED/mm_projector.bin" "Run teacher_pretrain.sh, or set PRETRAINED to its output."
+    ADAPTER=(--pretrain_mm_mlp_adapter "$PRETRAINED/mm_projector.bin")
+fi
 need_path "The instruction data" "$DATA" "Set DATA to a JSON file in LLaVA's format."
 
 launch \
@@ -29,7 +33,7 @@ launch \
     --data_path "$DATA" \
     --image_folder "$IMAGES" \
     --vision_tower "$TOWER" \
-    --pretrain_mm_mlp_adapter "$PRETRAINED/mm_projector.bin" \
+    "${ADAPTER[@]}" \
     --mm_projector_type mlp2x_gelu \
     --mm_vision_select_layer "${SELECT_LAYER:--2}" \
     --mm_use_im_start_end False \

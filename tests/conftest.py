@@ -55,6 +55,6 @@ def dpt_path(world, teacher_path, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_precision_left_behind():
-    """transformers 4.37 puts the precision of a run into the environment, where the next run of the process finds it."""
+    """transformers 4.37 puts a run's precision into the environment, where the next run of the process finds it."""
     yield
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)

@@ -19,7 +19,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rotary embedding of x [H, N, d] at positions 0 ... N-1: the pair (i, i + d/2) turns by position / theta^(2i/d)."""
+    """Rotary embedding of x [H, N, d] at positions 0 ... N-1: pair (i, i + d/2) turns by position / theta^(2i/d)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequency

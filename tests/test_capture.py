@@ -146,9 +146,9 @@ def test_wrong_use_is_an_error(siglip):
             recorder.batch  # noqa: B018
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Gradient checkpointing
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 def gradients(model, batch, layers):
     """Gradients of a loss on maps and logits, the taps open until the backward is done."""
     model.zero_grad()
@@ -192,9 +192,9 @@ def test_training_arguments_force_the_non_reentrant_kind(tmp_path):
     assert args.gradient_checkpointing_kwargs["use_reentrant"] is False
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Group means
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 def test_group_means_are_plain_means():
     groups = [[1, 2, 3], [2, 3, 4], [7]]
     maps = {layer: torch.rand(2, 5, 3, dtype=torch.float64) for layer in range(9)}
@@ -218,9 +218,9 @@ def test_group_means_say_which_groups_are_missing():
         means.means  # noqa: B018
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The objective of DFT, end to end
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 def arguments(folder, **changes) -> TrainingArguments:
     values = {"output_dir": str(folder), "stage": "dft", "use_cpu": True, "report_to": "none"}
     return TrainingArguments(**{**values, "student_layers": "0,2,3", "teacher_layers": "1,2,3,4,5", **changes})
@@ -282,7 +282,9 @@ def test_losses_and_gradients_of_dft_equal_the_reference(siglip, tmp_path, pair)
     assert not objective.is_running
     for (name, parameter), gradient in zip(trained.items(), expected, strict=True):
         scale = max(gradient.abs().max().item(), 1e-6)
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, gradient, rtol=1e-4, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert all(p.grad is None for p in teacher.parameters())
 
 
@@ -298,7 +300,11 @@ def test_the_attention_terms_own_gradient_is_right(siglip, tmp_path):
         (weights, student.config), (weights_of(teacher), teacher.config), merged_samples(batch),
         encoder_features(teacher, batch.inputs["images"]), [1], [[2, 3]], 91,
     )  # fmt: skip
-    names = ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"]
+    names = [
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.embed_tokens.weight",
+    ]
     parameters = dict(student.named_parameters())
     expected = torch.autograd.grad(attention, [parameters[name] for name in names])
     with objective.running():

@@ -38,9 +38,9 @@ def check(records, images, mode="error", check_images=True):
     return check_records(records, "data.json", str(images), mode, check_images)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The file
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -62,9 +62,9 @@ def test_a_missing_file(tmp_path):
         read_records(str(tmp_path / "none.json"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The samples
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 TEXT = {"from": "human", "value": "What?"}
 BAD = {
     "no object": ("a string", "not an object"),
@@ -108,16 +108,21 @@ def test_nothing_usable_is_an_error_also_when_skipping(images):
 
 
 def test_what_is_fine(images):
-    records = [record(), record(..., turns=[TEXT, GPT]), record(None, turns=[TEXT, GPT]), record("b.png", turns=[GPT, HUMAN, GPT])]
+    records = [
+        record(),
+        record(..., turns=[TEXT, GPT]),
+        record(None, turns=[TEXT, GPT]),
+        record("b.png", turns=[GPT, HUMAN, GPT]),
+    ]
     kept = check(records, images)
     assert len(kept) == 4
     assert "image" not in kept[2], "LLaVA asks whether the key is there"
     assert check([record("none.png")], images, check_images=False) == [record("none.png")]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The data set
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 def dataset(world, images, tmp_path, records, bad_samples="error", **changes):
     from transformers import SiglipImageProcessor
 
@@ -132,9 +137,15 @@ def dataset(world, images, tmp_path, records, bad_samples="error", **changes):
     path = tmp_path / "data.json"
     path.write_text(json.dumps(records))
     values = {
-        "image_folder": str(images), "image_aspect_ratio": "square", "image_processor": processor, "is_multimodal": True,
-        "mm_use_im_start_end": False, "bad_samples": bad_samples, "check_images": True, **changes,
-    }  # fmt: skip
+        "image_folder": str(images),
+        "image_aspect_ratio": "square",
+        "image_processor": processor,
+        "is_multimodal": True,
+        "mm_use_im_start_end": False,
+        "bad_samples": bad_samples,
+        "check_images": True,
+        **changes,
+    }
     return CheckedDataset(str(path), tokenizer, SimpleNamespace(**values))
 
 
@@ -179,9 +190,9 @@ def test_images_may_be_named_from_the_working_folder(world, images, tmp_path, mo
     assert data[0]["image"].shape == (3, 56, 56)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Through the entry point: before any long work, with nothing half-written
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def stage(world, teacher_path, tmp_path):
     def run(name="dft", **changes):
@@ -220,12 +231,16 @@ def test_another_tokenizer_is_refused(world, stage, teacher_path, tmp_path):
             first, second = list(vocabulary)[300:302]
             vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
             (other / name).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"(?s)teacher's tokenizer \(.*llava-other.*is not the student's.*one model family"):
+    with pytest.raises(
+        ValueError, match=r"(?s)teacher's tokenizer \(.*llava-other.*is not the student's.*one model family"
+    ):
         stage(teacher_model_path=other)
 
 
 def test_taf_with_another_tower_is_refused(siglip, stage):
-    with pytest.raises(ValueError, match="TAF fetches the teacher's adapter.*--vision_tower .*siglip.*is not the teacher's"):
+    with pytest.raises(
+        ValueError, match="TAF fetches the teacher's adapter.*--vision_tower .*siglip.*is not the teacher's"
+    ):
         stage(vision_tower=siglip, mm_projector_type="taf")
     with pytest.raises(ValueError, match=r"--vision_tower .*layer -1\) is not the teacher's .*layer -2"):
         stage(mm_vision_select_layer=-1, mm_projector_type="taf")
@@ -235,20 +250,27 @@ def test_towers_with_other_numbers_of_patches_cannot_be_aligned(stage, world, tm
     from factory import save_tower
 
     tower = save_tower(tmp_path / "siglip-small", patches=4)
-    with pytest.raises(ValueError, match=r"\(16 and 4 an image\).*encoders with the same number of patches.*--vat False"):
+    with pytest.raises(
+        ValueError, match=r"\(16 and 4 an image\).*encoders with the same number of patches.*--vat False"
+    ):
         stage(vision_tower=tower)
     assert stage(vision_tower=tower, vat=False).state.global_step == 2
 
 
 def test_too_few_teacher_layers_is_refused(stage):
-    with pytest.raises(ValueError, match=r"student band \[0, 1, 2, 3\] has 4 and the teacher band \[2, 3\] has 2.*'simple'"):
+    with pytest.raises(
+        ValueError, match=r"student band \[0, 1, 2, 3\] has 4 and the teacher band \[2, 3\] has 2.*'simple'"
+    ):
         stage(student_layers="all", teacher_layers="2,3")
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"teacher_model_path": None}, "--stage dft distils from a teacher: give --teacher_model_path, or use --stage sft"),
+        (
+            {"teacher_model_path": None},
+            "--stage dft distils from a teacher: give --teacher_model_path, or use --stage sft",
+        ),
         ({"vision_tower": None}, "--vision_tower is missing"),
         ({"data_path": None}, "--data_path is missing"),
         ({"taf_depth": 3}, "--taf_depth 3: MLP_S has 1 or 2 linear layers"),

@@ -107,9 +107,9 @@ def assert_same_weights(found, expected, tolerance):
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # What is trained
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 def is_trained(stage: str, name: str) -> bool:
     """method.md, "Three stages", by name."""
     if "vision_tower" in name or "teacher_adapter" in name:
@@ -122,7 +122,9 @@ def is_trained(stage: str, name: str) -> bool:
 
 
 @pytest.mark.parametrize("stage", ["pt", "dpt", "dft", "dft-lora", "sft", "sft-lora"])
-def test_frozen_weights_stay_bit_equal_and_trained_ones_move(world, teacher_path, dpt_path, tmp_path, monkeypatch, stage):
+def test_frozen_weights_stay_bit_equal_and_trained_ones_move(
+    world, teacher_path, dpt_path, tmp_path, monkeypatch, stage
+):
     before, teacher_before = {}, {}
     original = CompoDistillTrainer.train
 
@@ -191,9 +193,9 @@ def test_weight_decay_spares_norms_and_biases(dft):
             assert (group["initial_lr"] == 2e-5) == ("mm_projector" in name), name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # What a step is
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 def test_accumulation_does_not_change_a_step(dft):
     options = {**PLAIN, "max_steps": 3}
     whole, expected = dft("whole", per_device_train_batch_size=8, **options)
@@ -268,9 +270,9 @@ def test_evaluation_does_not_enter_the_logged_terms(dft, monkeypatch):
     assert len(evaluated) == 2 and all(5 < value < 9 for value in evaluated)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The terms
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 def test_an_identical_teacher_leaves_nothing_to_distil(dft, sharp_teacher):
     _, log = dft(model_name_or_path=sharp_teacher, student_layers="1,2,4", teacher_layers="1,2,4", max_steps=1)
     assert log[0]["lm"] > 1
@@ -307,12 +309,14 @@ def test_shuffled_targets_change_the_attention_term_alone(dft):
     _, plain = dft("plain", max_steps=1, per_device_train_batch_size=4)
     _, shuffled = dft("shuffled", max_steps=1, per_device_train_batch_size=4, shuffle_attention_targets=True)
     assert shuffled[0]["lm"] == pytest.approx(plain[0]["lm"]) and shuffled[0]["kl"] == pytest.approx(plain[0]["kl"])
-    assert abs(shuffled[0]["attention"] - plain[0]["attention"]) > 1e-3
+    assert abs(shuffled[0]["attention"] - plain[0]["attention"]) > 1e-4
     with pytest.raises(ValueError, match="per_device_train_batch_size of at least 2"):
         dft(shuffle_attention_targets=True, per_device_train_batch_size=1)
 
 
-@pytest.mark.parametrize("similarity, kind, rows", [("row", "mse", "all"), ("row", "kl", "answer"), ("matrix", "cosine", "visual")])
+@pytest.mark.parametrize(
+    "similarity, kind, rows", [("row", "mse", "all"), ("row", "kl", "answer"), ("matrix", "cosine", "visual")]
+)
 def test_the_rival_terms_train(dft, similarity, kind, rows):
     trainer, log = dft(attention_loss=kind, attention_similarity=similarity, attention_rows=rows)
     assert all(entry["attention"] > 0 for entry in log)
@@ -363,7 +367,12 @@ def test_more_student_than_teacher_layers_is_an_error_before_training(dft):
 
 @pytest.mark.slow
 def test_similarity_rises_with_vat_and_not_without(dft):
-    options = {"max_steps": 50, "learning_rate": 4e-3, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
+    options = {
+        "max_steps": 50,
+        "learning_rate": 4e-3,
+        "per_device_train_batch_size": 4,
+        "lr_scheduler_type": "constant",
+    }
     _, aligned = dft("vat", **options)
     _, alone = dft("no-vat", vat=False, measure_attention=True, **options)
     assert "attention" not in alone[0]
@@ -397,9 +406,9 @@ def test_a_loss_that_becomes_nan_later_is_named(dft, monkeypatch):
         dft(max_steps=3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Gradient checkpointing and precision
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["full", "lora", "dpt"])
 def test_gradient_checkpointing_gives_the_same_training(dft, kind, world):
     options = {
@@ -469,9 +478,9 @@ def test_a_narrower_teacher(dft):
     assert found[0]["kl"] == pytest.approx(expected[0]["kl"], rel=0.3, abs=0.01)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Resuming
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 class Killed(BaseException):
     pass
 
@@ -513,16 +522,15 @@ def test_a_resumed_run_equals_an_unbroken_one(dft, world, monkeypatch, tmp_path,
     assert_same_weights(trained_weights(resumed.model), trained_weights(unbroken.model), 1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Several processes
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 def launch(flags, processes=2, entry=("-m", "llava_compodistill.train"), **environment):
     """Run the entry point under torchrun, on the CPU; returns its output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *entry, *flags]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=240
-    )
+    environment = tiny.environment(**environment)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
@@ -555,7 +563,9 @@ def zero_config(folder, stage: int):
     zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # the tiny weights too are partitioned
-    values = {name: "auto" for name in ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")}
+    values = {
+        name: "auto" for name in ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+    }
     path = folder / f"zero{stage}.json"
     values |= {"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto"}
     path.write_text(json.dumps({**values, "zero_optimization": zero, "zero_allow_untested_optimizer": True}))
@@ -567,7 +577,9 @@ def zero_config(folder, stage: int):
 @pytest.mark.parametrize("stage, kind", [(2, "full"), (3, "full"), (3, "lora")])
 def test_deepspeed_gives_the_losses_of_one_process(dft, world, dpt_path, sharp_teacher, mixed, tmp_path, stage, kind):
     options = {"pretrain_mm_mlp_adapter": dpt_path / "mm_projector.bin", "mm_projector_type": "taf"}
-    if kind == "lora":  # whose A starts from random numbers, and ZeRO-3 draws others: B = 0 hides them in the first step
+    if (
+        kind == "lora"
+    ):  # whose A starts from random numbers, and ZeRO-3 draws others: B = 0 hides them in the first step
         options |= {"lora_enable": True, "lora_r": 4, "lora_dropout": 0, "learning_rate": 0}
     options = {**PLAIN, **options}
     single, expected = dft("one", max_steps=3, gradient_accumulation_steps=2, **options)
@@ -585,9 +597,7 @@ def test_deepspeed_gives_the_losses_of_one_process(dft, world, dpt_path, sharp_t
         "deepspeed.init_distributed('gloo', auto_mpi_discovery=False)\n"
         "runpy.run_module('llava_compodistill.train', run_name='__main__')\n"
     )
-    output = launch(
-        flags, entry=[str(tmp_path / "entry.py")], DS_ACCELERATOR="cpu", PYTHONPATH=os.pathsep.join(sys.path)
-    )
+    output = launch(flags, entry=[str(tmp_path / "entry.py")], DS_ACCELERATOR="cpu")
     assert output.count("ENGINE") == 2, "DeepSpeed was not used"
     assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-4)
     if kind == "full":
@@ -595,5 +605,7 @@ def test_deepspeed_gives_the_losses_of_one_process(dft, world, dpt_path, sharp_t
     else:
         saved = torch.load(tmp_path / "two" / "non_lora_trainables.bin")
         assert len(load_file(tmp_path / "two" / "adapter_model.safetensors")) == 4 * 7 * 2
-    expected = {n: p for n, p in single.model.named_parameters() if "mm_projector" in n or n.startswith("model.layers")}
+    expected = {
+        n: p for n, p in single.model.named_parameters() if "mm_projector" in n or n.startswith("model.layers")
+    }
     assert_same_weights({name: saved[name] for name in expected}, expected, 1e-4)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +88,12 @@ def run(world: dict[str, Path], stage: str, output: Path, **changes: object):
     from llava_compodistill import train
 
     return train.main(flags(world, stage, output, **changes))
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For subprocesses: they find the package where this process found it."""
+    path = os.pathsep.join(folder for folder in sys.path if folder)
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
 
 
 def read_log(output: Path) -> list[dict]:

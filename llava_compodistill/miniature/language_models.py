@@ -27,7 +27,7 @@ class LanguageModelSpec:
 
     hidden_size: int = 64
     intermediate_size: int = 192
-    num_hidden_layers: int = 5
+    num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     extra_padding: int = 0
@@ -41,7 +41,7 @@ STUDENT = LanguageModelSpec()
 TEACHER = LanguageModelSpec(
     hidden_size=128,
     intermediate_size=320,
-    num_hidden_layers=6,
+    num_hidden_layers=5,
     num_attention_heads=4,
     num_key_value_heads=4,
     extra_padding=64,

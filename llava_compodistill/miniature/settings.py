@@ -52,10 +52,10 @@ class Settings:
     text: PretrainSettings = field(default_factory=PretrainSettings)
     student: LanguageModelSpec = STUDENT
     teacher: LanguageModelSpec = TEACHER
-    pretrain_batch: int = 32
-    batch: int = 8
+    batch: int = 32
     teacher_pretrain_steps: int = 60
-    teacher_steps: int = 2800
+    teacher_basics_steps: int = 1100
+    teacher_steps: int = 2200
     teacher_learning_rate: float = 1e-3
     pretrain_steps: int = 60
     distil_steps: int = 1100
@@ -88,10 +88,10 @@ def preset(name: str) -> Settings:
             world=WorldConfig.preset("smoke"),
             tower=TowerSettings(steps=20),
             text=PretrainSettings(steps=10),
-            pretrain_batch=8,
-            batch=4,
+            batch=8,
             teacher_pretrain_steps=4,
-            teacher_steps=12,
+            teacher_basics_steps=4,
+            teacher_steps=8,
             pretrain_steps=3,
             distil_steps=6,
             supervised_steps=3,
@@ -111,8 +111,7 @@ def preset(name: str) -> Settings:
                 num_attention_heads=8,
                 num_key_value_heads=8,
             ),
-            pretrain_batch=128,
-            batch=64,
+            batch=128,
             teacher_steps=6_000,
             teacher_learning_rate=5e-4,
             distil_steps=2_400,

@@ -79,19 +79,14 @@ def common_environment(settings: Settings) -> dict[str, object]:
     return {
         "BATCH": settings.batch,
         "GLOBAL_BATCH": settings.batch,
-        "PRETRAIN_BATCH": settings.pretrain_batch,
-        "PRETRAIN_GLOBAL_BATCH": settings.pretrain_batch,
+        "PRETRAIN_BATCH": settings.batch,
+        "PRETRAIN_GLOBAL_BATCH": settings.batch,
         "MAX_LENGTH": settings.max_length,
         "GRADIENT_CHECKPOINTING": "False",
         "WORKERS": 0,
         "VERSION": VERSION,
         "LOGGING_STEPS": LOGGING_STEPS,
     }
-
-
-def pretrain_batch(settings: Settings) -> dict[str, object]:
-    """Captions are shorter than conversations, so more of them make a batch."""
-    return {"BATCH": settings.pretrain_batch, "GLOBAL_BATCH": settings.pretrain_batch}
 
 
 def train_teacher(settings: Settings, root: Path, threads: int, on_log: Callable[[], None] = lambda: None) -> Path:
@@ -112,28 +107,40 @@ def train_teacher(settings: Settings, root: Path, threads: int, on_log: Callable
             "IMAGES": data / "images",
             "OUTPUT": adapter,
             "LR": settings.pretrain_learning_rate,
-            **pretrain_batch(settings),
         },
         [*flags, "--max_steps", str(settings.teacher_pretrain_steps)],
         root / "logs" / "teacher-pretrain.log",
         threads,
         on_log,
     )
-    run_script(
-        "teacher_finetune.sh",
-        {
-            **environment,
-            "DATA": data / "instruct_teacher.json",
-            "IMAGES": data / "images",
-            "PRETRAINED": adapter,
-            "OUTPUT": output,
-            "LR": settings.teacher_learning_rate,
-        },
-        [*flags, "--max_steps", str(settings.teacher_steps)],
-        root / "logs" / "teacher-finetune.log",
-        threads,
-        on_log,
-    )
+    # First where things are, then everything: relations are learned late, and hardly at all from the start.
+    basics = models / "teacher-basics"
+    lessons = [
+        ("basics", settings.teacher_basics_steps, "instruct_basics.json", basics, {"PRETRAINED": adapter}),
+        (
+            "finetune",
+            settings.teacher_steps,
+            "instruct_teacher.json",
+            output,
+            {"TEACHER_LLM": basics, "PRETRAINED": "none"},
+        ),
+    ]
+    for lesson, steps, file, folder_out, start in lessons:
+        run_script(
+            "teacher_finetune.sh",
+            {
+                **environment,
+                "DATA": data / file,
+                "IMAGES": data / "images",
+                "OUTPUT": folder_out,
+                "LR": settings.teacher_learning_rate,
+                **start,
+            },
+            [*flags, "--max_steps", str(steps)],
+            root / "logs" / f"teacher-{lesson}.log",
+            threads,
+            on_log,
+        )
     return output
 
 
@@ -175,7 +182,7 @@ def train_student(
         seconds += script(
             "dpt.sh",
             "dpt",
-            {**captions, **pretrain_batch(settings), "OUTPUT": dpt, "LR": settings.pretrain_learning_rate},
+            {**captions, "OUTPUT": dpt, "LR": settings.pretrain_learning_rate},
             [*steps(settings.pretrain_steps), *weight],
         )
         seconds += script(

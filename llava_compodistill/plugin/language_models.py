@@ -86,7 +86,12 @@ class LlavaQwen2ForCausalLM(Qwen2ForCausalLM, LlavaMetaForCausalLM):
                 inputs, position_ids, attention_mask, None, None, images, image_sizes
             )
         return super().generate(
-            position_ids=position_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            # Without it transformers 4.37 asks for a BOS token, and puts it before the answer.
+            inputs=inputs_embeds.new_empty(len(inputs_embeds), 0, dtype=torch.long),
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):

@@ -96,7 +96,7 @@ def load_model(
             values = config.to_dict()
             values.pop("model_type")
             config = cls.config_class(**values)
-        return cls.from_pretrained(path, config=config, **kwargs)
+        return _from_pretrained(cls, path, config, **kwargs)
     if kind == "lora" and base is None:
         with open(os.path.join(path, "adapter_config.json")) as file:
             base = json.load(file).get("base_model_name_or_path")
@@ -105,7 +105,7 @@ def load_model(
             f"{path} holds {'a LoRA' if kind == 'lora' else 'an adapter'} only: name its language model "
             "(--model-base)."
         )
-    model = cls.from_pretrained(base, config=config, **kwargs)
+    model = _from_pretrained(cls, base, config, new=("mm_projector", "image_newline"), **kwargs)
     extra = "non_lora_trainables.bin" if kind == "lora" else "mm_projector.bin"
     load_extra_weights(model, os.path.join(path, extra))
     if kind == "lora":
@@ -114,6 +114,19 @@ def load_model(
         model = PeftModel.from_pretrained(model, path, is_trainable=not merge_lora)
         if merge_lora:
             model = model.merge_and_unload()
+    return model
+
+
+def _from_pretrained(cls: type, path: str, config: Any, new: tuple[str, ...] = (), **kwargs: Any) -> torch.nn.Module:
+    """`from_pretrained` that insists on every weight but those of the `new` modules, where transformers would start
+    from random ones and warn."""
+    model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    missing = sorted(name for name in info["missing_keys"] if not any(part in name for part in (*new, "vision_tower")))
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} weights of a {cls.__name__}, such as {', '.join(missing[:3])}: it is "
+            f"incomplete, or its config.json names another architecture (model_type {config.model_type})."
+        )
     return model
 
 
@@ -164,8 +177,11 @@ def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:
             device = "cpu"
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
         dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
-        kwargs.update(compat.dtype_argument(dtype), low_cpu_mem_usage=True)
+        kwargs.update(compat.dtype_argument(dtype))
         if device == "cuda" or load_8bit or load_4bit:
+            # Without a device map transformers 4.37 leaves new weights on the meta device when one of the same size is
+            # loaded: it takes them for tied.
+            kwargs["low_cpu_mem_usage"] = True
             kwargs["device_map"] = device_map if device == "cuda" else {"": device}
         if load_8bit or load_4bit:
             kwargs["quantization_config"] = _quantization(load_4bit, dtype)

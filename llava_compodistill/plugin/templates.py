@@ -122,17 +122,24 @@ def checked_preprocess(original: Callable[..., dict]) -> Callable[..., dict]:
         if template.version in TEMPLATES:
             batch = preprocess_qwen(sources, tokenizer, has_image)
         else:
-            batch = original(sources, tokenizer, has_image=has_image)
+            try:
+                batch = original(sources, tokenizer, has_image=has_image)
+            except AttributeError as error:  # `preprocess_v1` asks Llama's tokenizer things that others do not know
+                raise SampleError(_misfit("the template asks for another tokenizer", template, tokenizer)) from error
         for labels in batch["labels"]:
             if not bool((labels != IGNORE_INDEX).any()):
-                raise SampleError(
-                    f"no label is left to learn from under the template {template.version!r} "
-                    f"({template.sep_style.name}) with {type(tokenizer).__name__}: the sample has no answer, or the "
-                    "template does not fit the tokenizer (Qwen needs --version qwen_1_5, Llama and Vicuna v1)."
-                )
+                raise SampleError(_misfit("no label is left to learn from", template, tokenizer))
         return batch
 
     return preprocess
+
+
+def _misfit(what: str, template: Any, tokenizer: Any) -> str:
+    return (
+        f"{what} under the template {template.version!r} ({template.sep_style.name}) with {type(tokenizer).__name__}: "
+        "the sample has no answer, or the template does not fit the tokenizer (Qwen needs --version qwen_1_5, Llama "
+        "and Vicuna v1)."
+    )
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Any) -> None:

@@ -49,7 +49,7 @@ def store(models: Path, manifest: dict, out: Path = STORED) -> None:
             if path.suffix == ".safetensors":
                 weights = {key: value.half().contiguous() for key, value in load_file(path).items()}
                 save_file(weights, target / path.name, metadata={"format": "pt"})
-            elif path.suffix == ".json" and path.name not in ("trainer_state.json", "training_args.json"):
+            elif path.suffix in (".json", ".txt") and path.name != "trainer_state.json":
                 shutil.copy(path, target / path.name)
     teacher = out / "llava-teacher" / "config.json"
     config = json.loads(teacher.read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from factory import PATCHES, encoder_features, make_batch, make_model
+from factory import PATCHES, encoder_features, make_batch, make_model, save_tower
 
 from llava_compodistill.arguments import TrainingArguments
 from llava_compodistill.capture import GroupMeans, attention_modules, capture_visual_attention
@@ -158,7 +158,9 @@ def gradients(model, batch, layers):
         for layer, attention in capture.maps.items():
             weight = torch.rand(attention.shape, generator=torch.Generator().manual_seed(layer), dtype=attention.dtype)
             loss = loss + (attention * weight).sum()
+        recorded = {layer: id(attention) for layer, attention in capture.maps.items()}
         loss.backward()
+        assert {layer: id(attention) for layer, attention in capture.maps.items()} == recorded, "recorded twice"
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -286,6 +288,59 @@ def test_losses_and_gradients_of_dft_equal_the_reference(siglip, tmp_path, pair)
             parameter.grad, gradient, rtol=1e-4, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
         )
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def small_pair(siglip, student_tower=None, **config):
+    teacher = make_model(siglip, hidden=48, layers=6, heads=6, vocab=128, seed=1, dtype=torch.float32, **config)
+    student = make_model(student_tower or siglip, seed=2, dtype=torch.float32, **config)
+    return student, teacher.requires_grad_(False)
+
+
+def test_sequences_that_are_cut_at_different_answers_are_an_error(siglip, tmp_path):
+    """Encoders with other numbers of patches, and a limit that only one model's sequence reaches."""
+    tower = save_tower(tmp_path / "siglip-4", patches=4)
+    student, teacher = small_pair(siglip, tower, tokenizer_model_max_length=20)
+    objective = Objective(student, teacher, arguments(tmp_path, vat=False), 91)
+    assert not objective.encodes_once
+    with objective.running():
+        objective(student, make_batch(["qIa"], dtype=torch.float32).inputs)
+        with pytest.raises(
+            ValueError, match=r"different answer tokens \(3 and 6 rows\).*only one sequence was truncated"
+        ):
+            objective(student, make_batch(["qIaaaaaa"], dtype=torch.float32).inputs)
+
+
+def test_wrong_use_of_the_objective_is_an_error(siglip, tmp_path):
+    student, teacher = small_pair(siglip)
+    objective = Objective(student, teacher, arguments(tmp_path), 91)
+    batch = make_batch(LAYOUTS, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="inside `with objective.running"):
+        objective(student, batch.inputs)
+    student.requires_grad_(False)
+    with objective.running(), pytest.raises(RuntimeError, match="layer 0 carries no gradient.*frozen"):
+        objective(student, batch.inputs)
+    student.requires_grad_(True)
+    with objective.running():
+        objective(student, batch.inputs).attention.backward()
+    assert student.model.layers[0].self_attn.q_proj.weight.grad.any()
+    for model in (student, teacher):  # nothing is left behind, by the errors neither
+        assert not {"prepare_inputs_labels_for_multimodal", "encode_images"} & set(vars(model))
+        assert "forward" not in vars(model.lm_head)
+
+
+def test_measuring_trains_nothing(siglip, tmp_path):
+    student, teacher = small_pair(siglip)
+    batch = make_batch(LAYOUTS, dtype=torch.float32)
+    trained = Objective(student, teacher, arguments(tmp_path), 91)
+    measured = Objective(student, teacher, arguments(tmp_path, vat=False, measure_attention=True), 91)
+    found = []
+    for objective in (trained, measured):
+        with objective.running():
+            found.append(objective(student, batch.inputs))
+    assert found[1].attention is None and not found[1].similarity.requires_grad
+    close(found[1].similarity, found[0].similarity.double(), 1e-6)
+    close(found[0].samples - found[0].attention, found[0].similarity.double(), 1e-6)
+    assert int(found[1].samples) == 3
 
 
 def test_the_attention_terms_own_gradient_is_right(siglip, tmp_path):

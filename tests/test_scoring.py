@@ -51,7 +51,7 @@ def test_greedy_agrees_with_generation(teacher, questions):
     # What the model really says, and a wrong answer: only the first is what greedy decoding gives.
     said = model.generate(prompt, images=inputs["images"], do_sample=False, max_new_tokens=4)[0]
     text = tokenizer.decode(said, skip_special_tokens=False)
-    stop = tokenizer.eos_token
+    stop = "<|im_end|>"  # of the template qwen_1_5
     said_then_stopped = text.split(stop)[0] if stop in text else None
     candidates = [Question(question.image, question.prompt, word) for word in ("Red", "Circle", text.split(stop)[0])]
     for candidate, result in zip(candidates, score(candidates, model, tokenizer), strict=True):

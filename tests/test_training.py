@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import math
@@ -30,19 +29,32 @@ TERMS = ("loss", "lm", "kl", "attention", "attention_similarity")
 PLAIN = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0}
 
 
+ROUNDS = [
+    ("What color is the square?", "Red"),
+    ("Describe the image.", "a red square above a blue circle"),
+    ("How many objects are there?", "2"),
+    ("Is the circle below the square?", "Yes"),
+    ("Which color do you see?", "red and blue"),
+]
+
+
+def sample(number: int, image: str | None, rounds: int) -> dict:
+    turns = []
+    for place in range(rounds):
+        question, answer = ROUNDS[(number + place) % len(ROUNDS)]
+        marker = "<image>\n" if image is not None and place == 0 else ""
+        turns += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
+    return {"id": f"sample-{number}", "conversations": turns, **({} if image is None else {"image": image})}
+
+
 @pytest.fixture(scope="session")
 def mixed(world, tmp_path_factory):
     """16 samples: 12 with an image, 4 of text alone, one to three rounds each, answers of unequal length."""
-    records = json.loads((world["data"] / "instruct_teacher.json").read_text())
-    images = [record for record in records if "image" in record]
-    texts = [record for record in records if "image" not in record]
-    chosen = []
-    for number in range(16):
-        record = copy.deepcopy(images[number] if number % 4 else texts[number // 4])
-        record["conversations"] = record["conversations"][: 2 * (1 + number % 3)]
-        chosen.append(record)
+    folder = world["data"] / "images"
+    images = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+    samples = [sample(number, images[number] if number % 4 else None, 1 + number % 3) for number in range(16)]
     path = tmp_path_factory.mktemp("mixed") / "mixed.json"
-    path.write_text(json.dumps(chosen))
+    path.write_text(json.dumps(samples))
     return path
 
 
@@ -235,6 +247,25 @@ def test_accumulation_longer_than_an_epoch_still_trains(dft):
     assert log[1]["lm"] < log[0]["lm"]
 
 
+def test_lm_is_the_models_own_loss(dft, mixed, tmp_path):
+    """transformers' cross-entropy over LLaVA's merged batch, also where the limit cuts answers off."""
+    record = json.loads(mixed.read_text())[5]  # three rounds, the last with a longer answer
+    (tmp_path / "one.json").write_text(json.dumps([record] * 2))
+    options = {"data_path": tmp_path / "one.json", "learning_rate": 0, "max_steps": 1}
+    limit, answers = 512, []
+    for _ in range(2):
+        trainer, log = dft(f"{limit}", model_max_length=limit, **options)
+        batch = trainer.data_collator([trainer.train_dataset[0]])
+        merge = [batch[name] for name in ("input_ids", "attention_mask", "labels", "images")]
+        with torch.no_grad():
+            expected = trainer.model(**batch).loss
+            labels = trainer.model.prepare_inputs_labels_for_multimodal(merge[0], None, merge[1], None, *merge[2:])[5]
+        answers.append(int((labels[:, 1:] != -100).sum()))
+        assert log[0]["lm"] == pytest.approx(float(expected), rel=1e-5)
+        limit = labels.shape[1] - 3  # the newline, the end token and the end of the last answer go
+    assert answers[0] - 3 <= answers[1] < answers[0]
+
+
 def test_the_loss_is_the_weighted_sum_of_the_logged_terms(dft):
     _, plain = dft("plain", max_steps=1)
     _, log = dft("weighted", max_steps=1, lm_weight=0.5, kl_weight=2.0, attention_weight=3.0)
@@ -280,10 +311,9 @@ def test_an_identical_teacher_leaves_nothing_to_distil(dft, sharp_teacher):
     assert log[0]["attention_similarity"] == pytest.approx(1, abs=1e-5)
 
 
-def test_a_batch_of_text_alone_trains_with_a_zero_attention_term(dft, world, tmp_path):
-    records = json.loads((world["data"] / "instruct_teacher.json").read_text())
+def test_a_batch_of_text_alone_trains_with_a_zero_attention_term(dft, tmp_path):
     path = tmp_path / "text.json"
-    path.write_text(json.dumps([record for record in records if "image" not in record]))
+    path.write_text(json.dumps([sample(number, None, 2) for number in range(4)]))
     trainer, log = dft(data_path=path, max_steps=2)
     assert len(log) == 2
     for entry in log:
@@ -293,9 +323,7 @@ def test_a_batch_of_text_alone_trains_with_a_zero_attention_term(dft, world, tmp
 
 
 def test_text_batches_do_not_dilute_the_logged_similarity(dft, mixed, tmp_path):
-    records = json.loads(mixed.read_text())
-    image = next(record for record in records if "image" in record)
-    text = next(record for record in records if "image" not in record)
+    text, image = json.loads(mixed.read_text())[:2]
     (tmp_path / "image.json").write_text(json.dumps([image] * 4))
     (tmp_path / "half.json").write_text(json.dumps([image, text] * 2))
     options = {"per_device_train_batch_size": 1, "learning_rate": 0, "max_steps": 4, "logging_steps": 4}
@@ -384,6 +412,12 @@ def test_similarity_rises_with_vat_and_not_without(dft):
     assert aligned[0]["attention_similarity"] < 0.95
     assert rise(aligned) > 0.02
     assert rise(alone) < 0.3 * rise(aligned), (rise(aligned), rise(alone))
+
+
+def test_similarity_is_measured_in_dpt_too(dft, world):
+    options = {"stage": "dpt", "mm_projector_type": "taf", "data_path": world["data"] / "pretrain.json"}
+    _, log = dft(measure_attention=True, **options)
+    assert all(0 < entry["attention_similarity"] <= 1 and "attention" not in entry for entry in log)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_name_and_step(dft, tmp_path):
@@ -494,8 +528,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("killed_at", [4, 10])
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize(
+    "kind, killed_at", [("adapter", 10), ("full", 4), ("full-grouped", 10), ("lora", 10), ("lora-grouped", 4)]
+)
 def test_a_resumed_run_equals_an_unbroken_one(dft, world, monkeypatch, tmp_path, kind, killed_at):
     """8 steps an epoch, 12 steps in all, killed before or after the boundary."""
     options = {"max_steps": 12, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, **RUNS[kind]}
@@ -551,8 +586,9 @@ def parallel_flags(world, teacher, mixed, output, **changes):
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(dft, world, sharp_teacher, mixed, tmp_path):
-    single, expected = dft("one", max_steps=3, gradient_accumulation_steps=2, **PLAIN)
-    launch(parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", ddp_backend="gloo"))
+    # Into the second epoch, whose order both have to draw alike.
+    single, expected = dft("one", max_steps=6, gradient_accumulation_steps=2, **PLAIN)
+    launch(parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", ddp_backend="gloo", max_steps=6))
     assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-5)
     weights = load_file(tmp_path / "two" / "model.safetensors")
     names = {name: p for name, p in trained_weights(single.model).items()}
@@ -574,7 +610,7 @@ def zero_config(folder, stage: int):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-@pytest.mark.parametrize("stage, kind", [(2, "full"), (3, "full"), (3, "lora")])
+@pytest.mark.parametrize("stage, kind", [(2, "full"), (3, "lora")])
 def test_deepspeed_gives_the_losses_of_one_process(dft, world, dpt_path, sharp_teacher, mixed, tmp_path, stage, kind):
     options = {"pretrain_mm_mlp_adapter": dpt_path / "mm_projector.bin", "mm_projector_type": "taf"}
     if (

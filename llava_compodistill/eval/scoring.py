@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..models import llava_core
 from ..plugin.host import import_llava, import_llava_train
-from ..plugin.templates import use_template
+from ..plugin.templates import prepare_tokenizer, use_template
 from ..visual_tokens import MergeRecorder, record_merge
 
 
@@ -52,6 +52,8 @@ class QuestionDataset(Dataset):
         self.image_processor = image_processor
         self.config = config
         self.version = version
+        # Another template's padding token may be this one's end token, which the collator's mask would then hide.
+        prepare_tokenizer(tokenizer, use_template(version))
         self._preprocess = import_llava_train().preprocess
         self._mm_utils = import_llava("llava.mm_utils")
 

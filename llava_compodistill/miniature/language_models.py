@@ -94,11 +94,8 @@ def llama_config(spec: LanguageModelSpec, tokenizer):
 
 
 def chat_text(rounds: list[tuple[str, str]]) -> str:
-    """Rounds in the template `qwen_base`."""
-    turns = ["Answer the questions. "]
-    for question, answer in rounds:
-        turns.append(f"USER: {question} ASSISTANT: {answer}<|endoftext|>")
-    return "".join(turns)
+    """Rounds in the template `qwen_qa`."""
+    return "".join(f"{question}\nAnswer:{answer}<|endoftext|>" for question, answer in rounds)
 
 
 def text_stream(rng: np.random.Generator):

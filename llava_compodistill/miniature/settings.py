@@ -30,7 +30,7 @@ class Method:
 
 
 #: Conversation template of the miniature models, which are base models without a chat format of their own.
-VERSION = "qwen_base"
+VERSION = "qwen_qa"
 
 #: Table 2 in small: neither VAT nor TAF, and both; the control shows that it is this image's attention that helps.
 METHODS = {

@@ -43,7 +43,7 @@ def run_script(
     }
     started = time.monotonic()
     command = ["bash", str(folder("scripts") / name), *flags]
-    with log.open("w", encoding="utf-8") as file:
+    with log.open("w", encoding="utf-8", buffering=1) as file:
         process = subprocess.Popen(
             command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )

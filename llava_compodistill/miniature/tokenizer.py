@@ -35,6 +35,7 @@ _TEMPLATE_TEXTS = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ASSISTANT:",
     "Answer the questions. USER: ASSISTANT: USER: ASSISTANT:",
+    "\nAnswer:",
 )
 
 

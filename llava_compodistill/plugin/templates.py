@@ -38,7 +38,25 @@ QWEN_BASE = conversation_lib.Conversation(
     sep2="<|endoftext|>",
 )
 
-TEMPLATES = {"qwen_1_5": QWEN, "qwen_2": QWEN, "qwen_2_5": QWEN, "qwen_base": QWEN_BASE}
+#: Question and answer with nothing around them, the image first, for base models too small for wrapping.
+QWEN_QA = conversation_lib.Conversation(
+    system="",
+    roles=("", ""),
+    version="qwen_qa",
+    messages=(),
+    offset=0,
+    sep_style=conversation_lib.SeparatorStyle.PLAIN,
+    sep="\nAnswer:",
+    sep2="<|endoftext|>",
+)
+
+TEMPLATES = {
+    "qwen_1_5": QWEN,
+    "qwen_2": QWEN,
+    "qwen_2_5": QWEN,
+    "qwen_base": QWEN_BASE,
+    "qwen_qa": QWEN_QA,
+}
 
 #: Tokens that never occur in a conversation, from which a padding token may be taken.
 _SPARE_TOKENS = ("<|endoftext|>", "<pad>", "[PAD]", "<|fim_pad|>", "<unk>", "<|im_end|>")
@@ -87,17 +105,19 @@ def _pieces(source: Sequence[dict], template: Any) -> list[tuple[str, bool]]:
     Each prompt is one piece, tokenized as it will be when the model has to answer it.
     """
     roles = {"human": template.roles[0], "gpt": template.roles[1]}
-    chatml = template.sep_style == conversation_lib.SeparatorStyle.MPT
+    style, styles = template.sep_style, conversation_lib.SeparatorStyle
     turns = list(source)
     if turns and turns[0]["from"] == "gpt":  # a conversation starts with the user, as in LLaVA
         turns = turns[1:]
-    pieces = [(template.system + template.sep, False)]
+    pieces = [(template.system + template.sep if style != styles.PLAIN else template.system, False)]
     for turn in turns:
         if turn["from"] not in roles:
             raise SampleError(f"a turn is from {turn['from']!r}: must be human or gpt.")
         is_answer = turn["from"] == "gpt"
         role, value = roles[turn["from"]], turn["value"]
-        if chatml:
+        if style == styles.PLAIN:
+            pieces.append((value + (template.sep2 if is_answer else template.sep), is_answer))
+        elif style == styles.MPT:
             # The end token is learned with the answer; generation stops there, so the newline after it is not.
             stop = template.sep.rstrip("\n")
             pieces += [(role, False), (value + stop, is_answer), (template.sep[len(stop) :], False)]
@@ -107,6 +127,8 @@ def _pieces(source: Sequence[dict], template: Any) -> list[tuple[str, bool]]:
             pieces.append((f"{role}: {value}{template.sep}", False))
     merged: list[tuple[str, bool]] = []
     for text, is_answer in pieces:
+        if not text:
+            continue
         if merged and not is_answer and not merged[-1][1]:
             merged[-1] = (merged[-1][0] + text, False)
         else:

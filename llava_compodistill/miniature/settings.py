@@ -54,12 +54,12 @@ class Settings:
     teacher: LanguageModelSpec = TEACHER
     batch: int = 32
     teacher_pretrain_steps: int = 60
-    teacher_basics_steps: int = 1100
+    teacher_basics_steps: int = 1000
     teacher_steps: int = 2200
     teacher_learning_rate: float = 1e-3
     pretrain_steps: int = 60
-    distil_steps: int = 1100
-    supervised_steps: int = 140
+    distil_steps: int = 2400
+    supervised_steps: int = 200
     pretrain_learning_rate: float = 1e-3
     learning_rate: float = 1.5e-3
     supervised_learning_rate: float = 3e-4

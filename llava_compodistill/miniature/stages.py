@@ -116,16 +116,24 @@ def train_teacher(settings: Settings, root: Path, threads: int, on_log: Callable
     # First where things are, then everything: relations are learned late, and hardly at all from the start.
     basics = models / "teacher-basics"
     lessons = [
-        ("basics", settings.teacher_basics_steps, "instruct_basics.json", basics, {"PRETRAINED": adapter}),
+        (
+            "basics",
+            settings.teacher_basics_steps,
+            "instruct_basics.json",
+            basics,
+            "constant_with_warmup",
+            {"PRETRAINED": adapter},
+        ),
         (
             "finetune",
             settings.teacher_steps,
             "instruct_teacher.json",
             output,
+            "cosine",
             {"TEACHER_LLM": basics, "PRETRAINED": "none"},
         ),
     ]
-    for lesson, steps, file, folder_out, start in lessons:
+    for lesson, steps, file, folder_out, schedule, start in lessons:
         run_script(
             "teacher_finetune.sh",
             {
@@ -136,7 +144,7 @@ def train_teacher(settings: Settings, root: Path, threads: int, on_log: Callable
                 "LR": settings.teacher_learning_rate,
                 **start,
             },
-            [*flags, "--max_steps", str(steps)],
+            [*flags, "--max_steps", str(steps), "--lr_scheduler_type", schedule],
             root / "logs" / f"teacher-{lesson}.log",
             threads,
             on_log,

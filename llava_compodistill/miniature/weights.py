@@ -18,7 +18,7 @@ FOLDERS = ("tokenizer", "siglip", "qwen-student", "llava-teacher")
 
 def have_stored_weights() -> bool:
     """Whether this installation carries the weights."""
-    return all((STORED / name / "tokenizer_config.json").is_file() for name in FOLDERS if name != "siglip")
+    return (STORED / "manifest.json").is_file()
 
 
 def install(models: Path) -> dict:
@@ -51,6 +51,10 @@ def store(models: Path, manifest: dict, out: Path = STORED) -> None:
                 save_file(weights, target / path.name, metadata={"format": "pt"})
             elif path.suffix in (".json", ".txt") and path.name != "trainer_state.json":
                 shutil.copy(path, target / path.name)
+    # The world's own tokenizer files, which both generations of transformers read, instead of one version's dialect.
+    for path in (models / "tokenizer").iterdir():
+        if path.suffix in (".json", ".txt"):
+            shutil.copy(path, out / "llava-teacher" / path.name)
     teacher = out / "llava-teacher" / "config.json"
     config = json.loads(teacher.read_text(encoding="utf-8"))
     config["mm_vision_tower"] = "siglip"

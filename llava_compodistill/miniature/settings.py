@@ -58,8 +58,8 @@ class Settings:
     teacher_steps: int = 2200
     teacher_learning_rate: float = 1e-3
     pretrain_steps: int = 60
-    distil_steps: int = 2400
-    supervised_steps: int = 200
+    distil_steps: int = 1100
+    supervised_steps: int = 140
     pretrain_learning_rate: float = 1e-3
     learning_rate: float = 1.5e-3
     supervised_learning_rate: float = 3e-4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -140,7 +139,9 @@ def draw_overlays(results: Sequence[dict[str, Any]], root: Path, path: Path) -> 
         figure.colorbar(shown, ax=axes[row].tolist(), fraction=0.012, pad=0.01)
     for axis in axes.flat:
         axis.set_axis_off()
-    figure.suptitle("Share of the answer token's attention over the image, mean of the visual understanding layers")
+    figure.suptitle(
+        "Share of the answer token's attention over the image, mean of the visual understanding layers", y=0.94
+    )
     return _save(figure, path, tight=False)
 
 
@@ -156,8 +157,3 @@ def _save(figure: Any, path: Path, tight: bool = True) -> Path:
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
     return path
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """A run's results.json."""
-    return json.loads(path.read_text(encoding="utf-8"))

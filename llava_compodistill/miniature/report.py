@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -74,7 +74,8 @@ def publish(results: list[dict[str, Any]], settings: Settings, root: Path, conso
 
     record = {"environment": environment(), "settings": asdict(settings), "results": results}
     (root / "results.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    console.print(table(results))
+    for table in tables(results):
+        console.print(table)
     for path in pictures.draw_all(results, settings, root):
         console.print(f"picture: {path}")
     console.print(f"figures: {root / 'results.json'}")
@@ -86,41 +87,39 @@ def label(method: str) -> str:
     return "Teacher" if method == "teacher" else METHODS[method].label
 
 
-def table(results: Sequence[dict[str, Any]]) -> Table:
-    """One row a method: means over the seeds, with the standard deviation where there are several."""
-    grid = Table(title="Miniature world: accuracy in % (compositional types: chance 50)")
-    names = [
-        "", "recognition", "relation\nquestions", "compo-\nsitional", *(kind.replace("_", "\n") for kind in KINDS),
-        "unseen\npairs", "attention\nsimilarity", "steps", "time",
-    ]  # fmt: skip
-    for name in names:
-        grid.add_column(name, justify="left" if not name else "right", no_wrap=True)
-    methods = list(dict.fromkeys(result["method"] for result in results))
-    for method in methods:
+def tables(results: Sequence[dict[str, Any]]) -> list[Table]:
+    """Two tables that fit a terminal: the summary, and the compositional types apart.
+
+    One row a method: means over the seeds, with the standard deviation where there are several.
+    """
+    plain = {"box": box.SIMPLE_HEAD, "pad_edge": False, "title_justify": "left"}
+    summary = Table(title="Miniature world: accuracy in % (relations and compositional: chance 50)", **plain)
+    names = ["", "recog-\nnition", "relation\nquestions", "compo-\nsitional", "unseen\npairs"]
+    for name in [*names, "attention\nsimilarity", "steps", "time"]:
+        summary.add_column(name, justify="right" if name else "left", no_wrap=True)
+    types = Table(title="Compositional, by type", **plain)
+    for name in ["", *(kind.replace("_", "\n") for kind in KINDS)]:
+        types.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for method in dict.fromkeys(result["method"] for result in results):
         mine = [result for result in results if result["method"] == method]
         scores = [result["scores"] for result in mine]
-        cells = [
+        summary.add_row(
+            label(method),
             percent([s["recognition"] for s in scores]),
             percent([s["relation"] for s in scores]),
             percent([s["compositional_mean"] for s in scores]),
-            *(percent([s["compositional"][kind] for s in scores], spread=False) for kind in KINDS),
             percent([s["unseen_mean"] for s in scores]),
             "-" if method == "teacher" else f"{mean(s['attention_similarity'] for s in scores):.3f}",
             "-" if mine[0]["steps"] is None else str(mine[0]["steps"]),
             "-" if mine[0]["seconds"] is None else f"{mean(r['seconds'] for r in mine) / 60:.1f} min",
-        ]
-        grid.add_row(label(method), *cells)
-    return grid
+        )
+        types.add_row(label(method), *(percent([s["compositional"][kind] for s in scores]) for kind in KINDS))
+    return [summary, types]
 
 
-def percent(values: Sequence[float], spread: bool = True) -> str:
+def percent(values: Sequence[float]) -> str:
     text = f"{100 * mean(values):.1f}"
-    return f"{text} ± {100 * stdev(values):.1f}" if spread and len(values) > 1 else text
-
-
-def standard_error(share: float, count: int) -> float:
-    """Of an accuracy measured on `count` items, for reading differences against."""
-    return math.sqrt(share * (1 - share) / count)
+    return f"{text} ± {100 * stdev(values):.1f}" if len(values) > 1 else text
 
 
 def environment() -> dict[str, Any]:

@@ -88,14 +88,14 @@ def label(method: str) -> str:
 
 
 def tables(results: Sequence[dict[str, Any]]) -> list[Table]:
-    """Two tables that fit a terminal: the summary, and the compositional types apart.
+    """Two tables that fit a terminal: the summary (with the attention similarity to the teacher), and the types apart.
 
     One row a method: means over the seeds, with the standard deviation where there are several.
     """
-    plain = {"box": box.SIMPLE_HEAD, "pad_edge": False, "title_justify": "left"}
+    plain = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 0, 0, 1), "title_justify": "left"}
     summary = Table(title="Miniature world: accuracy in % (relations and compositional: chance 50)", **plain)
-    names = ["", "recog-\nnition", "relation\nquestions", "compo-\nsitional", "unseen\npairs"]
-    for name in [*names, "attention\nsimilarity", "steps", "time"]:
+    names = ["", "recog.", "relation", "compos.", "unseen"]
+    for name in [*names, "similarity", "steps", "minutes"]:
         summary.add_column(name, justify="right" if name else "left", no_wrap=True)
     types = Table(title="Compositional, by type", **plain)
     for name in ["", *(kind.replace("_", "\n") for kind in KINDS)]:
@@ -111,7 +111,7 @@ def tables(results: Sequence[dict[str, Any]]) -> list[Table]:
             percent([s["unseen_mean"] for s in scores]),
             "-" if method == "teacher" else f"{mean(s['attention_similarity'] for s in scores):.3f}",
             "-" if mine[0]["steps"] is None else str(mine[0]["steps"]),
-            "-" if mine[0]["seconds"] is None else f"{mean(r['seconds'] for r in mine) / 60:.1f} min",
+            "-" if mine[0]["seconds"] is None else f"{mean(r['seconds'] for r in mine) / 60:.1f}",
         )
         types.add_row(label(method), *(percent([s["compositional"][kind] for s in scores]) for kind in KINDS))
     return [summary, types]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from typing import Any
 
 import torch
@@ -151,6 +152,8 @@ def _set_up_logging(args: TrainingArguments) -> None:
 if __name__ == "__main__":
     main()
     if torch.distributed.is_initialized():
-        # A process that leaves while gloo's threads still clean up after a collective of its tensors is aborted.
+        on_gloo = torch.distributed.get_backend() == "gloo"
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        if on_gloo:
+            time.sleep(0.5)  # its threads are freeing the tensors of the last collectives, and abort an ending process

@@ -91,3 +91,16 @@ def test_similarity_by_layer_is_the_mean_over_samples(teacher, questions, world,
 )
 def test_layer_at_equal_depth(layer, depth, other, expected):
     assert layer_at_equal_depth(layer, depth, other) == expected
+
+
+def test_padded_vocabulary_is_never_generated(teacher, questions):
+    model, tokenizer = teacher
+    assert model.lm_head.out_features > len(tokenizer)  # as Qwen's are
+    (inputs,) = batches([questions[0]], model, tokenizer, version="qwen_1_5", batch_size=1)
+    with torch.no_grad():  # a head that likes nothing better than a padded row
+        weight = model.lm_head.weight.clone()
+        model.lm_head.weight[len(tokenizer) :] = 100 * weight[0]
+        model.lm_head.weight[-1] = -100 * weight[0]  # whichever sign the hidden state calls for
+        said = model.generate(inputs["input_ids"], images=inputs["images"], do_sample=False, max_new_tokens=8)
+        model.lm_head.weight.copy_(weight)
+    assert int(said.max()) < len(tokenizer)

@@ -194,6 +194,7 @@ def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:
         source = model_path if has_tokenizer or model_base is None else model_base
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
         add_image_tokens(model, tokenizer)
+        suppress_padded_vocabulary(model, tokenizer)
         tower = model.get_vision_tower()
         if not tower.is_loaded:
             tower.load_model(device_map=device_map if kwargs.get("device_map") == "auto" else None)
@@ -216,6 +217,13 @@ def add_image_tokens(model: torch.nn.Module, tokenizer: Any) -> None:
         tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # ZeRO-3 gives weights no shape
         model.resize_token_embeddings(len(tokenizer))
+
+
+def suppress_padded_vocabulary(model: torch.nn.Module, tokenizer: Any) -> None:
+    """Keep generation from embedding rows that pad the vocabulary: they are no tokens, and cannot be decoded."""
+    padded = list(range(len(tokenizer), model.get_input_embeddings().num_embeddings))
+    if padded:
+        model.generation_config.suppress_tokens = padded
 
 
 def _read_config(path: str) -> Any:

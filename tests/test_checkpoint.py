@@ -63,6 +63,7 @@ def question(world):
 def answer(model, question, dtype=torch.float32):
     """(greedy tokens, logits of the last position)."""
     ids, pixels = question
+    model.generation_config.suppress_tokens = None  # the loader's guard, which the model that was saved has not
     with torch.no_grad():
         logits = model(input_ids=ids, images=pixels.to(dtype), use_cache=False).logits[0, -1].float()
         options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0, "use_cache": True}

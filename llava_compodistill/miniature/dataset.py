@@ -74,7 +74,7 @@ class WorldConfig:
     """Over how many records an image's rounds are spread; with 10, nearly every record has one round.
 
     With 1, later rounds read earlier questions and answers as text, and small models learn to look there instead of at
-    the image: measured at equal compute, position questions stayed at chance.
+    the image (suspected; not compared at equal compute).
     """
 
     def __post_init__(self) -> None:

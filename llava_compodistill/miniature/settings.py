@@ -32,7 +32,7 @@ class Method:
 #: Conversation template of the miniature models, which are base models without a chat format of their own.
 VERSION = "qwen_qa"
 
-#: Table 2 in small: neither VAT nor TAF, and both; the control shows that it is this image's attention that helps.
+#: Table 2 in small: neither VAT nor TAF, and both; the control is to tell whether this image's attention helps.
 METHODS = {
     "sft": Method("SFT", distilled=False),
     "kd": Method("KD (logits)", environment={"PROJECTOR": "mlp2x_gelu", "VAT": "False"}),

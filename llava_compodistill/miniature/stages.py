@@ -113,7 +113,7 @@ def train_teacher(settings: Settings, root: Path, threads: int, on_log: Callable
         threads,
         on_log,
     )
-    # First where things are, then everything: relations are learned late, and hardly at all from the start.
+    # First where things are, then everything: relations are learned late.
     basics = models / "teacher-basics"
     lessons = [
         (

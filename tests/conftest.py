@@ -1,8 +1,10 @@
-"""What the tests share: a tiny world, and a teacher and a DPT adapter that the package's own commands have trained."""
+"""What the tests share: a tiny world, models on it (random, or trained by the package's own commands), DFT runs."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,8 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("runs")
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +32,19 @@ def siglip(tmp_path_factory) -> Path:
     import factory
 
     return factory.save_tower(tmp_path_factory.mktemp("towers") / "siglip")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(world, siglip, tmp_path_factory) -> dict[str, Path]:
+    """{family: folder} of random LLaVA models with a vocabulary padded beyond the tokenizer's."""
+    import factory
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    folders = {}
+    for family in ("qwen2", "llama", "mistral"):
+        model = factory.make_model(siglip, family, vocab=1024, dtype=torch.float32)
+        folders[family] = factory.checkpoint_folder(root / f"llava-{family}", model, world["tokenizer"])
+    return folders
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +68,55 @@ def dpt_path(world, teacher_path, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("dpt") / "dpt"
     tiny.run(world, "dpt", output, teacher_model_path=teacher_path)
     return output
+
+
+@pytest.fixture(scope="session")
+def mixed(world, tmp_path_factory):
+    """16 samples: 12 with an image, 4 of text alone, one to three rounds each, answers of unequal length."""
+    import tiny
+
+    folder = world["data"] / "images"
+    images = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+    samples = [tiny.sample(number, images[number] if number % 4 else None, 1 + number % 3) for number in range(16)]
+    path = tmp_path_factory.mktemp("mixed") / "mixed.json"
+    path.write_text(json.dumps(samples))
+    return path
+
+
+@pytest.fixture(scope="session")
+def sharp_teacher(teacher_path, tmp_path_factory):
+    """The teacher with attention far from uniform, so that there is something to align with."""
+    path = tmp_path_factory.mktemp("sharp") / "llava-sharp"
+    shutil.copytree(teacher_path, path)
+    weights = load_file(path / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            weights[name] = weight * 0.25 / weight.std()
+        elif "mm_projector" in name and name.endswith("weight"):
+            weights[name] = weight * 0.3 / weight.std()
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture
+def dft(world, sharp_teacher, dpt_path, mixed, tmp_path):
+    """Run DFT on the mixed data; returns (trainer, log)."""
+    import tiny
+
+    def run(name="dft", **changes):
+        values = {
+            "teacher_model_path": sharp_teacher,
+            "mm_projector_type": "mlp2x_gelu",
+            "data_path": mixed,
+            "student_layers": "1,2,3",
+            "teacher_layers": "1,2,3,4",
+            **changes,
+        }
+        stage = values.pop("stage", "dft")
+        trainer = tiny.run(world, stage, tmp_path / name, **values)
+        return trainer, tiny.read_log(tmp_path / name)
+
+    return run
 
 
 @pytest.fixture(autouse=True)

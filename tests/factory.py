@@ -1,8 +1,9 @@
-"""Random LLaVA models and batches in memory, where a test needs no folders and no training."""
+"""Random LLaVA models and batches, where a test needs no training."""
 
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,15 @@ def make_model(
     model.get_vision_tower().requires_grad_(False)
     assert model.config._attn_implementation == attention
     return model
+
+
+def checkpoint_folder(path: Path, model, tokenizer: Path) -> Path:
+    """A LLaVA checkpoint folder of a model, as any LLaVA training would have saved it."""
+    weights = {name: value.clone() for name, value in model.state_dict().items() if "vision_tower" not in name}
+    model.save_pretrained(path, state_dict=weights)
+    for file in tokenizer.iterdir():
+        shutil.copy(file, path)
+    return path
 
 
 def make_batch(layouts: list[str], vocab: int = 90, seed: int = 0, dtype=torch.float64, padding: str = "right"):

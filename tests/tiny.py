@@ -31,6 +31,13 @@ TEACHER = replace(
     num_attention_heads=6,
     num_key_value_heads=6,
 )
+ROUNDS = [
+    ("What color is the square?", "Red"),
+    ("Describe the image.", "a red square above a blue circle"),
+    ("How many objects are there?", "2"),
+    ("Is the circle below the square?", "Yes"),
+    ("Which color do you see?", "red and blue"),
+]
 
 
 def make_world(root: Path) -> dict[str, Path]:
@@ -54,6 +61,16 @@ def _make_llama(path: Path, tokenizer_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
         (path / name).write_bytes((tokenizer_path / name).read_bytes())
+
+
+def sample(number: int, image: str | None, rounds: int) -> dict:
+    """A sample of LLaVA's data with an image or, for None, of text alone."""
+    turns = []
+    for place in range(rounds):
+        question, answer = ROUNDS[(number + place) % len(ROUNDS)]
+        marker = "<image>\n" if image is not None and place == 0 else ""
+        turns += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
+    return {"id": f"sample-{number}", "conversations": turns, **({} if image is None else {"image": image})}
 
 
 def flags(world: dict[str, Path], stage: str, output: Path, **changes: object) -> list[str]:

@@ -1,0 +1,105 @@
+"""Several processes, with and without DeepSpeed, give the losses and weights of one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import accelerate
+import pytest
+import tiny
+import torch
+from packaging.version import Version
+from runs import PLAIN, assert_same_log, assert_same_weights, trained_weights
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.invariant
+
+
+def launch(flags, processes=2, entry=("-m", "llava_compodistill.train"), **environment):
+    """Run the entry point under torchrun, on the CPU; returns its output."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *entry, *flags]
+    environment = tiny.environment(**environment)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def parallel_flags(world, teacher, mixed, output, **changes):
+    values = {
+        **PLAIN,
+        "teacher_model_path": teacher,
+        "mm_projector_type": "mlp2x_gelu",
+        "data_path": mixed,
+        "student_layers": "1,2,3",
+        "teacher_layers": "1,2,3,4",
+        "max_steps": 3,
+        **changes,
+    }
+    return tiny.flags(world, "dft", output, **values)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(dft, world, sharp_teacher, mixed, tmp_path):
+    # Into the second epoch, whose order both have to draw alike.
+    single, expected = dft("one", max_steps=6, gradient_accumulation_steps=2, **PLAIN)
+    launch(parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", ddp_backend="gloo", max_steps=6))
+    assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-5)
+    weights = load_file(tmp_path / "two" / "model.safetensors")
+    names = {name: p for name, p in trained_weights(single.model).items()}
+    assert_same_weights({name: weights[name] for name in names}, names, 1e-5)
+
+
+def zero_config(folder, stage: int):
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # the tiny weights too are partitioned
+    values = {
+        name: "auto" for name in ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+    }
+    path = folder / f"zero{stage}.json"
+    values |= {"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto"}
+    path.write_text(json.dumps({**values, "zero_optimization": zero, "zero_allow_untested_optimizer": True}))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage, kind", [(2, "full"), (3, "lora")])
+def test_deepspeed_gives_the_losses_of_one_process(dft, world, dpt_path, sharp_teacher, mixed, tmp_path, stage, kind):
+    options = {"pretrain_mm_mlp_adapter": dpt_path / "mm_projector.bin", "mm_projector_type": "taf"}
+    if (
+        kind == "lora"
+    ):  # whose A starts from random numbers, and ZeRO-3 draws others: B = 0 hides them in the first step
+        options |= {"lora_enable": True, "lora_r": 4, "lora_dropout": 0, "learning_rate": 0}
+    options = {**PLAIN, **options}
+    single, expected = dft("one", max_steps=3, gradient_accumulation_steps=2, **options)
+    # Told to use the CPU, accelerate before 1.0 forgets DeepSpeed; newer ones stay with one process unless told.
+    modern = Version(accelerate.__version__) >= Version("1.0")
+    device = {"ddp_backend": "gloo"} if modern else {"use_cpu": None}
+    config = zero_config(tmp_path, stage)
+    flags = parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", deepspeed=config, **device, **options)
+    # With a GPU accelerate starts DeepSpeed's communication; on the CPU it starts torch's alone.
+    (tmp_path / "entry.py").write_text(
+        "import deepspeed, runpy\n"
+        "deepspeed.ops.__compatible_ops__.pop('deepspeed_shm_comm', None)\n"  # compiled on first use, not needed
+        "initialize = deepspeed.initialize\n"
+        "deepspeed.initialize = lambda *a, **k: print('ENGINE', flush=True) or initialize(*a, **k)\n"
+        "deepspeed.init_distributed('gloo', auto_mpi_discovery=False)\n"
+        "runpy.run_module('llava_compodistill.train', run_name='__main__')\n"
+    )
+    output = launch(flags, entry=[str(tmp_path / "entry.py")], DS_ACCELERATOR="cpu")
+    assert output.count("ENGINE") == 2, "DeepSpeed was not used"
+    assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-4)
+    if kind == "full":
+        saved = load_file(tmp_path / "two" / "model.safetensors")
+    else:
+        saved = torch.load(tmp_path / "two" / "non_lora_trainables.bin")
+        assert len(load_file(tmp_path / "two" / "adapter_model.safetensors")) == 4 * 7 * 2
+    expected = {
+        n: p for n, p in single.model.named_parameters() if "mm_projector" in n or n.startswith("model.layers")
+    }
+    assert_same_weights({name: saved[name] for name in expected}, expected, 1e-4)

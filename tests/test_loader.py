@@ -1,0 +1,232 @@
+"""LLaVA's loader with the plugin: the right class with every weight, and checkpoints of the wrong kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import factory
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava_compodistill import models
+from llava_compodistill.plugin import register
+from llava_compodistill.plugin.host import import_llava
+
+register()
+
+from llava.constants import IMAGE_TOKEN_INDEX  # noqa: E402
+from llava.mm_utils import get_model_name_from_path  # noqa: E402
+
+from llava_compodistill.plugin.loader import (  # noqa: E402
+    CheckpointError,
+    checkpoint_kind,
+    dispatching_loader,
+    load_extra_weights,
+    load_model,
+    read_weights,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Language models
+# ---------------------------------------------------------------------------------------------------------------------
+def load(path, base=None, **options):
+    loader = import_llava("llava.model.builder").load_pretrained_model
+    return loader(str(path), base, get_model_name_from_path(str(path)), device="cpu", **options)
+
+
+CLASSES = {"qwen2": "LlavaQwen2ForCausalLM", "llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_the_loader_gives_the_right_class_with_every_weight(checkpoints, family):
+    path = checkpoints[family]
+    tokenizer, model, processor, context = load(path)
+    assert type(model).__name__ == CLASSES[family] and context == 2048
+    saved = load_file(path / "model.safetensors")
+    loaded = {name: value for name, value in model.state_dict().items() if "vision_tower" not in name}
+    assert loaded.keys() == saved.keys()
+    for name, value in saved.items():
+        assert torch.equal(loaded[name], value), name
+    assert model.get_input_embeddings().num_embeddings == 1024 > len(tokenizer), "a padded vocabulary is not shrunk"
+    assert model.lm_head.weight.shape[0] == model.config.vocab_size == 1024
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and {
+        p.device.type for p in model.parameters()
+    } == {"cpu"}
+    assert not model.training and model.get_vision_tower().is_loaded
+    assert processor.crop_size["height"] == factory.PIXELS
+
+
+def test_query_key_and_value_biases_survive(checkpoints):
+    saved = load_file(checkpoints["qwen2"] / "model.safetensors")
+    _, model, _, _ = load(checkpoints["qwen2"])
+    for layer in model.model.layers:
+        for part in ("q_proj", "k_proj", "v_proj"):
+            bias = getattr(layer.self_attn, part).bias
+            name = f"model.layers.{layer.self_attn.layer_idx}.self_attn.{part}.bias"
+            assert bias.abs().max() > 0.1 and torch.equal(bias, saved[name])
+
+
+@pytest.mark.parametrize("name", ["my-lora-model", "mpt-7b", "prompt-tuned", "mistral-like", "plain", "LLaVA-Lora"])
+def test_the_folders_name_does_not_matter(checkpoints, tmp_path, name):
+    path = tmp_path / name
+    path.symlink_to(checkpoints["qwen2"])
+    _, model, _, _ = load(path)
+    assert type(model).__name__ == "LlavaQwen2ForCausalLM"
+    assert model.get_vision_tower().is_loaded
+
+
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_the_loader_honours_dtype(checkpoints, key):
+    _, model, _, _ = load(checkpoints["qwen2"], **{key: torch.bfloat16})
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}, "the vision tower too"
+    ids = torch.tensor([[IMAGE_TOKEN_INDEX, 5, 6]])
+    pixels = torch.zeros(1, 3, factory.PIXELS, factory.PIXELS, dtype=torch.bfloat16)
+    assert model(input_ids=ids, images=pixels).logits.dtype in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_cuda_the_default_device_falls_back_to_the_cpu(checkpoints):
+    loader = import_llava("llava.model.builder").load_pretrained_model
+    with pytest.warns(UserWarning, match="No CUDA device"):
+        _, model, _, _ = loader(str(checkpoints["llama"]), None, "llava-llama")
+    assert next(model.parameters()).device.type == "cpu" and next(model.parameters()).dtype == torch.float32
+
+
+def test_other_model_types_go_to_llavas_own_loader(world, tmp_path):
+    calls = []
+    loader = dispatching_loader(lambda *args, **kwargs: calls.append((args, kwargs)) or "original")
+    assert loader(str(world["qwen-student"]), None, "qwen", device="cpu", device_map="cpu") == "original"
+    (tmp_path / "mpt").mkdir()
+    (tmp_path / "mpt" / "config.json").write_text(json.dumps({"model_type": "llava_mpt"}))
+    assert loader(str(tmp_path / "mpt"), None, "llava-mpt") == "original"
+    assert calls[0][0][:3] == (str(world["qwen-student"]), None, "qwen") and calls[0][1]["device"] == "cpu"
+    assert len(calls) == 2
+
+
+def test_images_change_the_answer_and_generation_works(checkpoints):
+    _, model, _, _ = load(checkpoints["qwen2"])
+    ids = torch.tensor([[5, IMAGE_TOKEN_INDEX, 6, 7]])
+    images = torch.rand(2, 1, 3, factory.PIXELS, factory.PIXELS)
+    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+    first, second = (model(input_ids=ids, images=pixels).logits for pixels in images)
+    assert (first[:, -1] - second[:, -1]).abs().max() > 1e-3
+    # Greedy decoding, step by step without a cache, from the merged embeddings.
+    embeds = model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, images[0])[4]
+    expected = []
+    for _ in range(6):
+        token = model(inputs_embeds=embeds, use_cache=False).logits[0, -1].argmax()
+        expected.append(int(token))
+        embeds = torch.cat([embeds, model.get_input_embeddings()(token)[None, None]], dim=1)
+    assert model.generate(ids, images=images[0], **options)[0].tolist() == expected
+    assert model.generate(ids[:, 2:], **options).shape[1] == 6  # without an image
+    with pytest.raises(ValueError, match="not `inputs_embeds`"):
+        model.generate(inputs_embeds=embeds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of the wrong kind
+# ---------------------------------------------------------------------------------------------------------------------
+def test_checkpoint_kinds_and_unfinished_folders(checkpoints, world, dpt_path, tmp_path):
+    assert checkpoint_kind(str(checkpoints["llama"])) == "full"
+    assert checkpoint_kind(str(world["llama"])) == "base"
+    assert checkpoint_kind(str(dpt_path)) == "adapter"
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        checkpoint_kind(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="has no config.json"):
+        checkpoint_kind(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no weights: training may have stopped"):
+        checkpoint_kind(str(tmp_path / "empty"))
+
+
+def test_a_base_model_is_no_teacher(world):
+    with pytest.raises(
+        CheckpointError, match="--teacher_model_path .*qwen-teacher is a language model without vision"
+    ):
+        models.load_teacher(str(world["qwen-teacher"]))
+
+
+def test_an_adapter_needs_its_language_model(dpt_path, world):
+    with pytest.raises(CheckpointError, match="holds an adapter only: name its language model"):
+        load_model(str(dpt_path))
+    _, model, _, _ = load(dpt_path, str(world["qwen-student"]))
+    assert type(model).__name__ == "LlavaQwen2ForCausalLM"
+
+
+def test_an_adapter_that_does_not_fit_is_refused(checkpoints, tmp_path):
+    model = load_model(str(checkpoints["qwen2"]))
+    adapter = {name: value.clone() for name, value in model.state_dict().items() if "mm_projector" in name}
+    path = str(tmp_path / "mm_projector.bin")
+    with pytest.raises(CheckpointError, match="is missing: the checkpoint is incomplete"):
+        load_extra_weights(model, path)
+    for wrong, message in (
+        ({name: value for name, value in adapter.items() if "bias" not in name}, "missing .*mm_projector.0.bias"),
+        ({**adapter, "model.mm_projector.9.weight": torch.zeros(1)}, "unknown .*mm_projector.9.weight"),
+        ({name: torch.zeros(3) for name in adapter}, "does not fit the model in config.json.*size mismatch"),
+    ):
+        torch.save(wrong, path)
+        with pytest.raises(CheckpointError, match=f"(?s){message}"):
+            load_extra_weights(model, path)
+    torch.save({f"base_model.model.{name}": value + 1 for name, value in adapter.items()}, path)
+    load_extra_weights(model, path)
+    assert torch.equal(model.state_dict()["model.mm_projector.0.bias"], adapter["model.mm_projector.0.bias"] + 1)
+
+
+class Payload:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["PAYLOAD_FOLDER"],))
+
+
+def test_a_bin_file_cannot_run_code(tmp_path, monkeypatch, checkpoints, dpt_path, world):
+    monkeypatch.setenv("PAYLOAD_FOLDER", str(tmp_path / "executed"))
+    path = tmp_path / "evil" / "mm_projector.bin"
+    shutil.copytree(dpt_path, path.parent)
+    torch.save({"model.mm_projector.0.weight": Payload()}, path)
+    model = load_model(str(checkpoints["qwen2"]))
+    for read in (
+        lambda: read_weights(str(path)),
+        lambda: load_extra_weights(model, str(path)),
+        lambda: load(path.parent, str(world["qwen-student"])),
+    ):
+        with pytest.raises(Exception, match="(?i)weights.only|refused"):
+            read()
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_unknown_language_model_is_named():
+    from llava_compodistill.plugin.language_models import model_class
+
+    with pytest.raises(
+        ValueError, match="model_type 'gpt2' in config.json: supported language models are llama, mistral, qwen2"
+    ):
+        model_class("gpt2")
+
+
+def test_a_tower_that_has_moved(checkpoints, siglip, tmp_path):
+    path = tmp_path / "llava-moved"
+    shutil.copytree(checkpoints["qwen2"], path)
+    config = json.loads((path / "config.json").read_text())
+    config["mm_vision_tower"] = str(tmp_path / "gone" / "siglip")
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json: mm_vision_tower .*gone/siglip is not there"):
+        load(path)
+    teacher = models.load_teacher(str(path), vision_tower=str(siglip))
+    assert teacher.get_vision_tower().vision_tower_name == teacher.config.mm_vision_tower == str(siglip)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_weights_without_biases_are_noticed(checkpoints, tmp_path):
+    """A Qwen checkpoint that lost its biases (loaded and saved as Llama) does not load as if nothing were missing."""
+    path = tmp_path / "llava-lost"
+    shutil.copytree(checkpoints["qwen2"], path)
+    weights = load_file(path / "model.safetensors")
+    save_file(
+        {n: w for n, w in weights.items() if "_proj.bias" not in n}, path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match="q_proj.bias"):
+        load_model(str(path))

@@ -70,6 +70,7 @@ def save(
     _save_config(core, output_dir)
     if tokenizer is not None:
         tokenizer.save_pretrained(output_dir)
+        compat.make_tokenizer_portable(output_dir, sentencepiece=getattr(tokenizer, "vocab_file", None))
     torch.save(args, os.path.join(output_dir, "training_args.bin"))
 
 

@@ -13,6 +13,7 @@ import inspect
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_PATTERN
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +124,65 @@ def make_config_portable(folder: str | os.PathLike) -> None:
     if config.get("dtype"):
         config.setdefault("torch_dtype", config["dtype"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def make_tokenizer_portable(folder: str | os.PathLike, sentencepiece: str | os.PathLike | None = None) -> None:
+    """Add to a tokenizer's folder what the slow classes of transformers 4.x read, which LLaVA loads (use_fast=False).
+
+    5.x saves a tokenizer.json and a short tokenizer_config.json, whatever the tokenizer was made from. A folder
+    without tokenizer.json was saved by a slow class and stays as it is; so does a kind without a slow class here.
+
+    Args:
+        folder: of Qwen2's kind of tokenizer, or of Llama's.
+        sentencepiece: the model file that a tokenizer of Llama's kind was made from; 4.x needs a copy of it.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        return
+    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if _is_qwen2_tokenizer(state):
+        config["tokenizer_class"] = "Qwen2Tokenizer"  # 5.x can have loaded it as its own TokenizersBackend
+        model = state["model"]
+        # tokenizers >= 0.20 writes merges as pairs, which the releases that go with transformers 4.37 cannot read;
+        # every release reads the older "left right" form.
+        model["merges"] = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
+        (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False, indent=1), encoding="utf-8")
+        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+        lines = ["#version: 0.2", *model["merges"]]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    elif config.get("tokenizer_class") == "LlamaTokenizer":
+        if sentencepiece and os.path.isfile(sentencepiece) and not (folder / "tokenizer.model").exists():
+            shutil.copyfile(sentencepiece, folder / "tokenizer.model")
+        # 5.x forgets this: whether a text after a special token begins with a space.
+        config.setdefault("legacy", (state["pre_tokenizer"] or {}).get("prepend_scheme") != "first")
+    else:
+        return
+    # 4.x looks for the added tokens here alone. Those without a role of their own are special to it if they are in a
+    # list, which 5.x has renamed (it reads both names).
+    added = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in state["added_tokens"]}
+    config.setdefault("added_tokens_decoder", added)
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    listed = config.get("additional_special_tokens") or []
+    known = [*listed, *(config.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad"))]
+    special = [token["content"] for token in state["added_tokens"] if token["special"]]
+    config["additional_special_tokens"] = [*listed, *(token for token in special if token not in known)]
+    text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _is_qwen2_tokenizer(state: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json does what the slow Qwen2Tokenizer does: byte-level BPE on NFC text, cut as Qwen's."""
+    steps = (state["pre_tokenizer"] or {}).get("pretokenizers", [])
+    patterns = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
+    return (
+        state["model"].get("type") == "BPE"
+        and state["normalizer"] == {"type": "NFC"}
+        and [step["type"] for step in steps] == ["Split", "ByteLevel"]
+        and patterns == [QWEN2_PATTERN]
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

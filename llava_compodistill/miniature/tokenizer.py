@@ -84,20 +84,12 @@ def train_tokenizer(out: str | Path, texts: Iterable[str] | None = None, vocab_s
 
 
 def _save(tokenizer, out: Path) -> Path:
+    from .. import compat
+
     out.mkdir(parents=True, exist_ok=True)
-    state = json.loads(tokenizer.to_str())
-    # tokenizers >= 0.20 writes merges as pairs, which the releases that go with transformers 4.37 cannot read; every
-    # release reads the older "left right" form.
-    merges = [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]]
-    state["model"]["merges"] = merges
-    vocab = dict(sorted(state["model"]["vocab"].items(), key=lambda item: item[1]))
-    (out / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False, indent=1), encoding="utf-8")
-    (out / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    (out / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    tokenizer.save(str(out / "tokenizer.json"))
     config = {
         "add_prefix_space": False,
-        "added_tokens_decoder": {str(tokenizer.token_to_id(t)): {"content": t, **flags} for t in SPECIAL_TOKENS},
         "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
         "bos_token": None,
         "clean_up_tokenization_spaces": False,
@@ -110,4 +102,5 @@ def _save(tokenizer, out: Path) -> Path:
         "unk_token": None,
     }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    compat.make_tokenizer_portable(out)
     return out

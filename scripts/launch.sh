@@ -6,6 +6,8 @@
 #   NPROC            processes on this machine: the number of GPUs, or 1
 #   NNODES           machines (torchrun, deepspeed): 1; further launcher flags in LAUNCHER_ARGS
 #   DEEPSPEED_CONFIG with LAUNCHER=deepspeed: zero2.json beside this file (paper: ZeRO-2); zero3.json for less memory
+#                    (in a clone of LLaVA compodistill_zero2.json and compodistill_zero3.json: LLaVA's own leave
+#                    --max_grad_norm out, and DeepSpeed clips at its own default)
 #   PRECISION        auto | bf16 | fp16 | fp32. auto: bf16 where the GPU has it, else fp16; fp32 on a CPU
 #                    (the paper trains in fp16)
 #   GLOBAL_BATCH     samples per optimizer step; ACCUM = GLOBAL_BATCH / (BATCH * NPROC * NNODES) unless ACCUM is given
@@ -98,7 +100,7 @@ machine_flags() {
     MACHINE=()
     local config=${DEEPSPEED_CONFIG:-}
     if [[ -z $config && $LAUNCHER == deepspeed ]]; then
-        # In a checkout whose own zero2.json differs, ours has the longer name.
+        # In a checkout whose own zero2.json differs, as LLaVA's does, ours has the longer name.
         config=$SCRIPTS/compodistill_zero2.json
         [[ -f $config ]] || config=$SCRIPTS/zero2.json
     fi

@@ -34,7 +34,9 @@ def clone(package: Path) -> Path:
     (package / "pyproject.toml").write_text('[project]\nname = "llava"\nversion = "1.2.2.post1"\n')
     (package / "scripts").mkdir()
     for name in ("zero2.json", "zero3.json"):
-        shutil.copy(resources.folder("scripts") / name, package / "scripts")
+        settings = json.loads((resources.folder("scripts") / name).read_text())
+        del settings["gradient_clipping"]  # all that LLaVA's own lack
+        (package / "scripts" / name).write_text(json.dumps(settings, indent=4))
     (package / "scripts" / "finetune.sh").write_text("echo LLaVA's own\n")
     return package
 
@@ -82,11 +84,29 @@ def test_files_of_the_user_stay_unless_forced(clone, capsys):
 def test_other_deepspeed_settings_of_llava_stay_even_when_forced(clone):
     other = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     (clone / "scripts" / "zero2.json").write_text(json.dumps(other))
+    shutil.copy(resources.folder("scripts") / "zero3.json", clone / "scripts")
     assert checkout.main([str(clone), "--force"]) == 0
     assert json.loads((clone / "scripts" / "zero2.json").read_text()) == other
     ours = json.loads((clone / "scripts" / "compodistill_zero2.json").read_text())
     assert ours["zero_optimization"]["stage"] == 2
     assert not (clone / "scripts" / "compodistill_zero3.json").exists()
+
+
+@pytest.mark.parametrize("kind, name", [("package", "zero2.json"), ("clone", "compodistill_zero2.json")])
+def test_deepspeed_gets_our_settings(kind, name, request):
+    root = request.getfixturevalue(kind)
+    before = snapshot(root)
+    for _ in range(2):
+        assert checkout.main([str(root)]) == 0
+    assert snapshot(root).items() >= before.items(), "LLaVA's own files stay"
+    machine = {"GPUS": "8", "HAS_BF16": "1", "HAS_TF32": "1", "HAS_DEEPSPEED": "1", "DRY_RUN": "1"}
+    command = ["bash", str(root / "scripts" / "dft.sh")]
+    environment = {**os.environ, **machine, "PYTHON": sys.executable}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split("\n")
+    config = Path(printed[printed.index("--deepspeed") + 1])
+    assert config == root / "scripts" / name
+    assert json.loads(config.read_text())["gradient_clipping"] == "auto"
+    assert (root / "scripts" / name.replace("2", "3")).is_file()
 
 
 def test_dry_run_writes_nothing(package, capsys):

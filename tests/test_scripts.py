@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from llava_compodistill import resources
 
@@ -144,6 +145,19 @@ def test_launchers():
     assert command[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "8"] and "--deepspeed" not in command
     (command,) = commands("dft", **{**EIGHT_GPUS, "HAS_BF16": "0", "HAS_TF32": "0"})
     assert "--fp16" in command and "--tf32" not in command
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("limit", [0.3, 0.0])
+@pytest.mark.parametrize("name", ["zero2.json", "zero3.json"])
+def test_deepspeed_clips_gradients_as_told(name, limit, tmp_path):
+    """Without an entry of its own the config would leave the limit to DeepSpeed, which has one of its own."""
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    config = HfTrainerDeepSpeedConfig(str(SCRIPTS / name))
+    config.trainer_config_process(TrainingArguments(str(tmp_path), max_grad_norm=limit, use_cpu=True, report_to=[]))
+    assert config.config["gradient_clipping"] == limit
+    assert config.mismatches == []
 
 
 def test_the_machine_is_asked_when_nothing_is_set():

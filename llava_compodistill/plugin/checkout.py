@@ -16,7 +16,8 @@ from .patching import Patch, plan, read_patch, write_all
 LANDMARKS = ("llava/__init__.py", "llava/model/__init__.py", "llava/model/builder.py", "llava/train/train.py")
 #: Scripts that serve this project's own repository and have no meaning in a LLaVA checkout.
 REPOSITORY_ONLY = {"quickstart.sh", "setup_env.sh", "test.sh"}
-#: DeepSpeed settings that LLaVA ships under the same name: LLaVA's are left alone.
+#: DeepSpeed settings that LLaVA ships under the same name: LLaVA's are left alone, and ours, which pass
+#: --max_grad_norm on, get a longer name.
 SHARED_WITH_LLAVA = {"zero2.json", "zero3.json"}
 #: Supported revision -> the beginning of its patches' file names.
 REVISIONS = {

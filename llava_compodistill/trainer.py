@@ -129,6 +129,7 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         # The loss arrives normalised over the whole optimizer step.
         self.model_accepts_loss_kwargs = True
         self._counts: Counts | None = None
+        self._seen_samples = self._cut_samples = 0  # of this process, see _watch_answers
         self._waiting: list[dict[str, Any]] = []
         self._unlogged: torch.Tensor | None = None  # running sums since the last log, see _remember
         self._logged_step = 0
@@ -141,7 +142,7 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         inputs = {**self._prepare_inputs(inputs), "use_cache": False}
         in_step = self.objective.is_running
         # Outside of training_step (evaluation) there is no window, and nothing has opened the context yet.
-        counts = self._counts if in_step else self._count([inputs])
+        counts = self._counts if in_step else self._count([inputs], training=False)
         with contextlib.nullcontext() if in_step else self.objective.running():
             sums = self.objective(model, inputs)
         terms = self._normalise(sums, counts)
@@ -207,17 +208,20 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
                 total += super().training_step(model, waiting)
         return total
 
-    def _count(self, window: list[dict[str, Any]]) -> Counts:
+    def _count(self, window: list[dict[str, Any]], training: bool = True) -> Counts:
         """Answer tokens and samples with an image of a window over all ranks; never zero, so nothing divides by it."""
-        tokens = sum(self._answer_tokens(batch) for batch in window)
+        tokens = [count for batch in window for count in self._answer_tokens(batch)]
         images = sum(int((batch["input_ids"] == IMAGE_TOKEN_INDEX).any(dim=1).sum()) for batch in window)
-        counts = torch.tensor([tokens, images], dtype=torch.float32, device=self.args.device)
+        if training:
+            self._watch_answers(tokens)
+        counts = torch.tensor([sum(tokens), images], dtype=torch.float32, device=self.args.device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return Counts(*counts.clamp(min=1))
 
-    def _answer_tokens(self, batch: dict[str, Any]) -> int:
-        """Answer tokens that the model will predict: LLaVA cuts the merged sequence, images included, at its limit."""
+    def _answer_tokens(self, batch: dict[str, Any]) -> list[int]:
+        """Of each sample the answer tokens that the model will predict: LLaVA cuts the merged sequence, images
+        included, at its limit."""
         labels, ids = batch["labels"], batch["input_ids"]
         core = llava_core(self.model)
         images = batch.get("images")
@@ -227,7 +231,35 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         before = (ids == IMAGE_TOKEN_INDEX).long().cumsum(dim=1)
         position = torch.arange(ids.shape[1], device=ids.device) + before * (image_width - 1)
         limit = getattr(core.config, "tokenizer_model_max_length", None) or torch.iinfo(torch.long).max
-        return int(((labels != IGNORE_INDEX) & (position > 0) & (position < limit)).sum())
+        return ((labels != IGNORE_INDEX) & (position > 0) & (position < limit)).sum(dim=1).tolist()
+
+    def _watch_answers(self, tokens: list[int]) -> None:
+        """Announce the first sample whose answers are all cut off: its loss is a zero that nobody sees in the mean."""
+        cut = tokens.count(0)
+        if cut and not self._cut_samples:
+            logger.warning(
+                "--model_max_length %s leaves no answer to learn from in %d of the %d samples of step %d: raise it, "
+                "or shorten such samples. The end of training tells how many there were.",
+                getattr(llava_core(self.model).config, "tokenizer_model_max_length", None),
+                cut,
+                len(tokens),
+                self.state.global_step + 1,
+            )
+        self._cut_samples += cut
+        self._seen_samples += len(tokens)
+
+    def _report_cut_samples(self) -> None:
+        totals = torch.tensor([self._cut_samples, self._seen_samples], dtype=torch.float32, device=self.args.device)
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.reduce(totals, "sum")
+        cut, seen = (int(total) for total in totals.tolist())
+        if cut and self.is_world_process_zero():
+            logger.warning(
+                "--model_max_length %s left no answer to learn from in %d of the %d samples of this run.",
+                getattr(llava_core(self.model).config, "tokenizer_model_max_length", None),
+                cut,
+                seen,
+            )
 
     # -----------------------------------------------------------------------------------------------------------------
     # Logging
@@ -299,7 +331,9 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
                 return self._load_from_checkpoint(resume_from_checkpoint)
         if self.objective.needs_calibration:
             self._calibrate()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._report_cut_samples()
+        return result
 
     def _calibrate(self) -> None:
         """Measure layer distances for adaptive matching on the first batches of the data, the same on every rank."""

@@ -30,6 +30,7 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 HORIZONTAL, VERTICAL = ("left of", "right of"), ("above", "below")
 
 CAPTION_PROMPT = "Describe the image."
+DETAIL_PROMPT = "Describe the image in detail."
 # The wording of SugarCrepe's authors, character for character (the space before "(B)" is theirs), so that the
 # miniature models are trained on the prompt the benchmark uses.
 CHOICE_PROMPT = (
@@ -252,6 +253,25 @@ def ask_vertical(scene: Scene, rng: np.random.Generator) -> Round | None:
     return ask_relation(scene, rng, VERTICAL) or ask_relation(scene, rng, HORIZONTAL)
 
 
+def ask_side(scene: Scene, rng: np.random.Generator) -> Round | None:
+    """Which of two opposite relations holds: two things to compare, where yes or no takes a third, the word asked."""
+    axis = pick(rng, (HORIZONTAL, VERTICAL))
+    found = related_pair(scene, axis, rng)
+    if found is None:
+        return None
+    a, relation, b = found
+    words = "left or right of" if axis is HORIZONTAL else "above or below"
+    question = f"Is the {a.color} {a.shape} {words} the {b.color} {b.shape}?"
+    return question, relation.split()[0].capitalize()
+
+
+def ask_detail(scene: Scene, rng: np.random.Generator) -> Round:
+    """Every object in reading order with its size and cell: many answer tokens, none of them left to chance."""
+    return DETAIL_PROMPT, ", ".join(
+        f"a {o.size} {o.color} {o.shape} in row {o.row + 1} column {o.col + 1}" for o in scene.objects
+    )
+
+
 def ask_choice(scene: Scene, rng: np.random.Generator) -> Round:
     right = true_caption(scene, rng)
     wrong = false_caption(right, scene, rng)
@@ -279,10 +299,12 @@ QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], Round | None]] = {
     "count": ask_count,
     "horizontal": ask_horizontal,
     "vertical": ask_vertical,
+    "side": ask_side,
     "row": ask_row,
     "column": ask_column,
     "choice": ask_choice,
     "match": ask_match,
+    "detail": ask_detail,
 }
 
 
@@ -312,7 +334,7 @@ def text_round(rng: np.random.Generator) -> Round:
 
 def vocabulary() -> list[str]:
     """Every word (lower and upper case forms apart, punctuation stripped) that the world can produce, sorted."""
-    texts: list[str] = [CAPTION_PROMPT, CHOICE_PROMPT.format(a="", b=""), MATCH_PROMPT.format(caption="")]
+    texts: list[str] = [CAPTION_PROMPT, DETAIL_PROMPT, CHOICE_PROMPT.format(a="", b=""), MATCH_PROMPT.format(caption="")]
     texts += [*COLORS, *SHAPES, *SIZES, *RELATIONS, "a and with 1 2 3 4 Yes No A B"]
     texts += [w.capitalize() for w in (*COLORS, *SHAPES, *SIZES, "left", "right", "above", "below")]
     texts += ["What color shape size is the object? How many objects are there? Which row column is in?"]

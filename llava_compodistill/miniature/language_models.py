@@ -27,8 +27,8 @@ class LanguageModelSpec:
 
     hidden_size: int = 64
     intermediate_size: int = 192
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 2
     num_key_value_heads: int = 2
     extra_padding: int = 0
     max_position_embeddings: int = 2048
@@ -39,11 +39,11 @@ class LanguageModelSpec:
 
 STUDENT = LanguageModelSpec()
 TEACHER = LanguageModelSpec(
-    hidden_size=128,
-    intermediate_size=320,
-    num_hidden_layers=5,
-    num_attention_heads=4,
-    num_key_value_heads=4,
+    hidden_size=96,
+    intermediate_size=256,
+    num_hidden_layers=6,
+    num_attention_heads=2,
+    num_key_value_heads=2,
     extra_padding=64,
 )
 

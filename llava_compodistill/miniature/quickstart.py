@@ -127,7 +127,7 @@ def _make_models(settings: Settings, root: Path, stored: bool, threads: int) -> 
     made["tower"] = train_tower(models / "siglip", settings.tower)
     for name, spec in (("student", settings.student), ("teacher", settings.teacher)):
         made[name] = build_language_model(models / f"qwen-{name}", models / "tokenizer", spec, settings.text)
-    steps = settings.teacher_pretrain_steps + settings.teacher_basics_steps + settings.teacher_steps
+    steps = settings.teacher_pretrain_steps + settings.teacher_steps
     with _progress() as progress:
         bar = progress.add_task("teacher", total=steps)
         train_teacher(settings, root, threads, lambda: progress.advance(bar, LOGGING_STEPS))

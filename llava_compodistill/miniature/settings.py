@@ -37,6 +37,10 @@ METHODS = {
     "sft": Method("SFT", distilled=False),
     "kd": Method("KD (logits)", environment={"PROJECTOR": "mlp2x_gelu", "VAT": "False"}),
     "compodistill": Method("CompoDistill"),
+    "middle": Method(
+        "CompoDistill, middle 30-70 %",
+        flags=("--student_layers", "intermediate", "--teacher_layers", "intermediate"),
+    ),
     "vat": Method("KD + VAT", environment={"PROJECTOR": "mlp2x_gelu"}),
     "taf": Method("KD + TAF", environment={"VAT": "False"}),
     "control": Method("CompoDistill, shuffled targets", flags=("--shuffle_attention_targets", "True")),
@@ -54,16 +58,17 @@ class Settings:
     teacher: LanguageModelSpec = TEACHER
     batch: int = 32
     teacher_pretrain_steps: int = 60
-    teacher_basics_steps: int = 1000
-    teacher_steps: int = 2200
-    teacher_learning_rate: float = 1e-3
+    teacher_steps: int = 4000
+    teacher_learning_rate: float = 1.5e-3
     pretrain_steps: int = 60
-    distil_steps: int = 1100
+    distil_steps: int = 1200
     supervised_steps: int = 140
     pretrain_learning_rate: float = 1e-3
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     supervised_learning_rate: float = 3e-4
-    attention_weight: float = 2.0
+    attention_weight: float = 3.0
+    #: Band of L_ADL. Models this shallow look at the image from their first layer on, which 30-70 % would leave out.
+    visual_layers: str = "all"
     kl_weight: float = 1.0
     max_length: int = 1024
     similarity_questions: int = 400
@@ -90,7 +95,6 @@ def preset(name: str) -> Settings:
             text=PretrainSettings(steps=10),
             batch=8,
             teacher_pretrain_steps=4,
-            teacher_basics_steps=4,
             teacher_steps=8,
             pretrain_steps=3,
             distil_steps=6,

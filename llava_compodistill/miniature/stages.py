@@ -113,42 +113,21 @@ def train_teacher(settings: Settings, root: Path, threads: int, on_log: Callable
         threads,
         on_log,
     )
-    # First where things are, then everything: relations are learned late.
-    basics = models / "teacher-basics"
-    lessons = [
-        (
-            "basics",
-            settings.teacher_basics_steps,
-            "instruct_basics.json",
-            basics,
-            "constant_with_warmup",
-            {"PRETRAINED": adapter},
-        ),
-        (
-            "finetune",
-            settings.teacher_steps,
-            "instruct_teacher.json",
-            output,
-            "cosine",
-            {"TEACHER_LLM": basics, "PRETRAINED": "none"},
-        ),
-    ]
-    for lesson, steps, file, folder_out, schedule, start in lessons:
-        run_script(
-            "teacher_finetune.sh",
-            {
-                **environment,
-                "DATA": data / file,
-                "IMAGES": data / "images",
-                "OUTPUT": folder_out,
-                "LR": settings.teacher_learning_rate,
-                **start,
-            },
-            [*flags, "--max_steps", str(steps), "--lr_scheduler_type", schedule],
-            root / "logs" / f"teacher-{lesson}.log",
-            threads,
-            on_log,
-        )
+    run_script(
+        "teacher_finetune.sh",
+        {
+            **environment,
+            "DATA": data / "instruct_teacher.json",
+            "IMAGES": data / "images",
+            "PRETRAINED": adapter,
+            "OUTPUT": output,
+            "LR": settings.teacher_learning_rate,
+        },
+        [*flags, "--max_steps", str(settings.teacher_steps)],
+        root / "logs" / "teacher-finetune.log",
+        threads,
+        on_log,
+    )
     return output
 
 
@@ -201,6 +180,8 @@ def train_student(
                 *steps(settings.distil_steps),
                 *weight,
                 *("--attention_weight", str(settings.attention_weight)),
+                *("--student_layers", settings.visual_layers),
+                *("--teacher_layers", settings.visual_layers),
                 *("--measure_attention", "True"),
                 *chosen.flags,
             ],

@@ -79,7 +79,7 @@ def training_scene(rng: np.random.Generator) -> Scene:
     which = int(rng.integers(3))
     if which == 0:
         return sample_scene(rng)
-    count = int(rng.integers(6, 13))
+    count = int(rng.integers(5, 9))
     if which == 1:
         return place(rng, pick_distinct(rng, SEEN, count))
     shapes = pick_distinct(rng, [(c, s) for c in COLORS for s in EXTRA_SHAPES], count // 2)
@@ -87,7 +87,7 @@ def training_scene(rng: np.random.Generator) -> Scene:
 
 
 def render_batch(scenes: list[Scene], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels, float32 ``[B, 3, 56, 56]`` in -1…1 as from the image processor, and labels, int64 ``[B, 16, 5]``."""
+    """Pixels, float32 ``[B, 3, 42, 42]`` in -1…1 as from the image processor, and labels, int64 ``[B, 9, 5]``."""
     pixels = np.stack([render_array(s, rng) for s in scenes]).astype(np.float32) / 127.5 - 1.0
     content = np.stack([cell_labels(s) for s in scenes])
     cells = np.arange(GRID * GRID)
@@ -119,7 +119,7 @@ def build_tower(settings: TowerSettings) -> SiglipVisionModel:
 
 
 def features(model: SiglipVisionModel, pixels: torch.Tensor) -> torch.Tensor:
-    """What LLaVA hands to its adapter: ``hidden_states[-2]``, ``[B, 16, hidden_size]``."""
+    """What LLaVA hands to its adapter: ``hidden_states[-2]``, ``[B, 9, hidden_size]``."""
     return model(pixels, output_hidden_states=True).hidden_states[FEATURE_LAYER]
 
 

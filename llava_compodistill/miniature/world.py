@@ -1,6 +1,6 @@
 """Scenes of the miniature world and how they are drawn.
 
-A scene is a 4x4 grid of cells holding 2 to 4 objects; an object is a colour, a shape, a size and a cell. One cell is
+A scene is a 3x3 grid of cells holding 2 to 4 objects; an object is a colour, a shape, a size and a cell. One cell is
 14x14 pixels, the patch of the miniature SigLIP tower, so every cell becomes exactly one visual token. Rows count from
 the top and columns from the left, both from 0 in code (the language counts from 1).
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
-GRID = 4
+GRID = 3
 CELL = 14
 IMAGE_SIZE = GRID * CELL
 MIN_OBJECTS, MAX_OBJECTS = 2, 4
@@ -209,7 +209,7 @@ def render_array(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The scene as a 56x56 RGB image."""
+    """The scene as a square RGB image of `IMAGE_SIZE` pixels."""
     return Image.fromarray(render_array(scene, rng))
 
 

@@ -17,7 +17,17 @@ from PIL import Image
 from llava_compodistill.miniature import language
 from llava_compodistill.miniature.compositional import KINDS, caption_pair
 from llava_compodistill.miniature.dataset import WorldConfig, write_dataset
-from llava_compodistill.miniature.world import CELL, COLORS, EXTRA_SHAPES, HELD_OUT, SEEN, SHAPES, render, sample_scene
+from llava_compodistill.miniature.world import (
+    CELL,
+    COLORS,
+    EXTRA_SHAPES,
+    GRID,
+    HELD_OUT,
+    SEEN,
+    SHAPES,
+    render,
+    sample_scene,
+)
 
 TRAINING = ("pretrain", "instruct_student", "instruct_teacher")
 OBJECT = re.compile(r"(?:(small|large) )?(red|green|blue|yellow|purple|black) (circle|square|triangle|cross|star)")
@@ -97,6 +107,16 @@ def expected_answer(question: str, objects: list[dict]) -> str | None:
         yes, no = relation_holds(m[3], a, b), relation_holds(opposite, a, b)
         assert yes != no, f"a tie has no clear answer: {question}"
         return "Yes" if yes else "No"
+    if m := re.fullmatch(r"Is the (\w+) (\w+) (left or right of|above or below) the (\w+) (\w+)\?", question):
+        a, b = one(color=m[1], shape=m[2]), one(color=m[4], shape=m[5])
+        pair = ("left of", "right of") if m[3].startswith("left") else ("above", "below")
+        (holds,) = [relation for relation in pair if relation_holds(relation, a, b)]
+        return holds.split()[0].capitalize()
+    if question == "Describe the image in detail.":
+        ordered = sorted(objects, key=lambda o: (o["row"], o["col"]))
+        return ", ".join(
+            f"a {o['size']} {o['color']} {o['shape']} in row {o['row'] + 1} column {o['col'] + 1}" for o in ordered
+        )
     if m := re.fullmatch(r"Which caption best describes the image\?\n\(A\) (.*)\n \(B\) (.*)\nAnswer.*", question):
         a, b = caption_holds(m[1], objects), caption_holds(m[2], objects)
         assert a != b, question
@@ -137,7 +157,7 @@ def test_conversations_have_llavas_format(world):
             if "image" in record:
                 assert turns[0]["value"].startswith("<image>\n") and text.count("<image>") == 1
                 with Image.open(world / "images" / record["image"]) as image:
-                    assert image.size == (56, 56) and image.mode == "RGB"
+                    assert image.size == (42, 42) and image.mode == "RGB"
             else:
                 assert "<image>" not in text
         share = sum("image" not in r for r in records) / len(records)
@@ -225,8 +245,8 @@ def test_images_show_their_scenes(world):
     for path, objects in list(read_scenes(world).items())[::5]:
         pixels = np.asarray(Image.open(world / "images" / path)).astype(float)
         occupied = {(o["row"], o["col"]): o["color"] for o in objects}
-        for row in range(4):
-            for col in range(4):
+        for row in range(GRID):
+            for col in range(GRID):
                 cell = pixels[row * CELL : (row + 1) * CELL, col * CELL : (col + 1) * CELL]
                 ground = cell[0, 0]
                 if (row, col) in occupied:
@@ -333,9 +353,9 @@ def test_tower_trains_saves_and_loads(tmp_path):
     pixels, labels = tower.render_batch([scene], np.random.default_rng(1))
     seen = processor(render(scene, np.random.default_rng(1)), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(seen, torch.from_numpy(pixels), atol=1e-5, rtol=0)
-    assert labels.shape == (1, 16, 5)
+    assert labels.shape == (1, 9, 5)
     states = tower.features(model.eval(), seen)
-    assert states.shape == (1, 16, settings.hidden_size)
+    assert states.shape == (1, 9, settings.hidden_size)
     # The last layer is not part of what LLaVA reads.
     torch.testing.assert_close(states, model(seen, output_hidden_states=True).hidden_states[-2])
 

@@ -334,7 +334,8 @@ def text_round(rng: np.random.Generator) -> Round:
 
 def vocabulary() -> list[str]:
     """Every word (lower and upper case forms apart, punctuation stripped) that the world can produce, sorted."""
-    texts: list[str] = [CAPTION_PROMPT, DETAIL_PROMPT, CHOICE_PROMPT.format(a="", b=""), MATCH_PROMPT.format(caption="")]
+    texts: list[str] = [CAPTION_PROMPT, DETAIL_PROMPT]
+    texts += [CHOICE_PROMPT.format(a="", b=""), MATCH_PROMPT.format(caption="")]
     texts += [*COLORS, *SHAPES, *SIZES, *RELATIONS, "a and with 1 2 3 4 Yes No A B"]
     texts += [w.capitalize() for w in (*COLORS, *SHAPES, *SIZES, "left", "right", "above", "below")]
     texts += ["What color shape size is the object? How many objects are there? Which row column is in?"]

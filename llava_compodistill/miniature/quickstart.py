@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import weights
-from .settings import METHODS, Settings, preset
+from .settings import METHODS, Settings, override, preset
 from .stages import LOGGING_STEPS, StageFailed, train_student, train_teacher
 
 console = Console()
@@ -40,6 +40,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", default="0", help="seeds of the students, separated by commas")
     parser.add_argument("--methods", default=None, help=f"students to train, of {','.join(METHODS)}")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a setting, such as learning_rate=1e-3 (miniature/settings.py has them; give a folder of its own)",
+    )
     parser.add_argument("--split", default="test", choices=("val", "test"), help="held-out split to report")
     parser.add_argument(
         "--jobs", type=int, default=None, help="students trained at once (default: one a core, or one a GPU)"
@@ -51,7 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """`llava-compodistill miniature quickstart`."""
     args = build_parser().parse_args(argv)
-    settings = preset(args.preset)
+    try:
+        settings = override(preset(args.preset), args.set)
+    except ValueError as error:
+        console.print(str(error), markup=False)
+        return 2
     if args.methods:
         methods = tuple(args.methods.split(","))
         unknown = [method for method in methods if method not in METHODS]
@@ -155,7 +166,7 @@ def _train_students(
         for method in settings.methods:
             path = root / "students" / f"{method}-seed{seed}" / "run.json"
             if path.is_file() and not args.force:
-                runs.append(json.loads(path.read_text(encoding="utf-8")))
+                runs.append(finished(path, settings))
             else:
                 waiting.append((method, seed))
     # The longest first, so that no core is left with a long one at the end.
@@ -173,7 +184,7 @@ def _train_students(
         try:
             for future in as_completed(futures):
                 method, seed, bar = futures[future]
-                record = {"method": method, "seed": seed, **future.result()}
+                record = {"method": method, "seed": seed, "settings": recipe(settings), **future.result()}
                 path = root / "students" / f"{method}-seed{seed}" / "run.json"
                 path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
                 runs.append(record)
@@ -184,6 +195,29 @@ def _train_students(
             raise
     order = {method: index for index, method in enumerate(METHODS)}
     return sorted(runs, key=lambda record: (order[record["method"]], record["seed"]))
+
+
+def recipe(settings: Settings) -> dict[str, Any]:
+    """The settings that a student depends on, as JSON holds them."""
+    values = json.loads(json.dumps(asdict(settings)))
+    return {name: value for name, value in values.items() if name not in ("methods", "similarity_questions")}
+
+
+def finished(path: Path, settings: Settings) -> dict[str, Any]:
+    """Read a student's run.json back.
+
+    Raises:
+        StageFailed: when it was trained with other settings, which one table must not mix.
+    """
+    record = json.loads(path.read_text(encoding="utf-8"))
+    wanted, found = recipe(settings), record.get("settings", {})
+    changed = [name for name, value in wanted.items() if found.get(name) != value]
+    if changed:
+        raise StageFailed(
+            f"{path.parent} was trained with another {', '.join(changed)}: --force trains it again, --output takes "
+            "another folder."
+        )
+    return record
 
 
 def _progress() -> Progress:

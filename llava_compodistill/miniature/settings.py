@@ -5,7 +5,9 @@ Chosen on the validation split; the test split is only reported. All students ge
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from .dataset import WorldConfig
 from .language_models import STUDENT, TEACHER, LanguageModelSpec, PretrainSettings
@@ -37,12 +39,9 @@ METHODS = {
     "sft": Method("SFT", distilled=False),
     "kd": Method("KD (logits)", environment={"PROJECTOR": "mlp2x_gelu", "VAT": "False"}),
     "compodistill": Method("CompoDistill"),
-    "middle": Method(
-        "CompoDistill, middle 30-70 %",
-        flags=("--student_layers", "intermediate", "--teacher_layers", "intermediate"),
-    ),
     "vat": Method("KD + VAT", environment={"PROJECTOR": "mlp2x_gelu"}),
     "taf": Method("KD + TAF", environment={"VAT": "False"}),
+    "all_layers": Method("CompoDistill, all layers", flags=("--student_layers", "all", "--teacher_layers", "all")),
     "control": Method("CompoDistill, shuffled targets", flags=("--shuffle_attention_targets", "True")),
 }
 
@@ -67,8 +66,6 @@ class Settings:
     learning_rate: float = 2e-3
     supervised_learning_rate: float = 3e-4
     attention_weight: float = 3.0
-    #: Band of L_ADL. Models this shallow look at the image from their first layer on, which 30-70 % would leave out.
-    visual_layers: str = "all"
     kl_weight: float = 1.0
     max_length: int = 1024
     similarity_questions: int = 400
@@ -78,6 +75,26 @@ class Settings:
     def student_steps(self) -> int:
         """Optimizer steps of every student, over its stages."""
         return self.pretrain_steps + self.distil_steps + self.supervised_steps
+
+
+def override(settings: Settings, assignments: Sequence[str]) -> Settings:
+    """Change single settings, each written `name=value`.
+
+    Raises:
+        ValueError: for a name that is no number or word among the settings, or a value of another type.
+    """
+    allowed = {item.name: type(getattr(settings, item.name)) for item in fields(settings)}
+    allowed = {name: kind for name, kind in allowed.items() if kind in (int, float, str)}
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        if name not in allowed:
+            raise ValueError(f"--set {assignment}: there is no setting {name!r}; there are {', '.join(allowed)}.")
+        try:
+            changes[name] = allowed[name](value)
+        except ValueError:
+            raise ValueError(f"--set {assignment}: {value!r} is no {allowed[name].__name__}.") from None
+    return replace(settings, **changes)
 
 
 def preset(name: str) -> Settings:

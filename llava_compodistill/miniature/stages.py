@@ -180,8 +180,6 @@ def train_student(
                 *steps(settings.distil_steps),
                 *weight,
                 *("--attention_weight", str(settings.attention_weight)),
-                *("--student_layers", settings.visual_layers),
-                *("--teacher_layers", settings.visual_layers),
                 *("--measure_attention", "True"),
                 *chosen.flags,
             ],

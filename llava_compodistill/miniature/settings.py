@@ -65,7 +65,7 @@ class Settings:
     pretrain_learning_rate: float = 1e-3
     learning_rate: float = 2e-3
     supervised_learning_rate: float = 3e-4
-    attention_weight: float = 3.0
+    attention_weight: float = 10.0
     kl_weight: float = 1.0
     max_length: int = 1024
     similarity_questions: int = 400

@@ -64,6 +64,16 @@ def read_questions(path: Path, images: Path) -> list[Question]:
     return [Question(str(images / record["image"]), record["text"], record["answer"]) for record in records]
 
 
+def read_captions(data: str | Path, split: str, kinds: Sequence[str] = KINDS) -> list[Question]:
+    """The true captions of the compositional set, as answers to the caption prompt."""
+    data = Path(data)
+    return [
+        Question(str(data / "images" / item["filename"]), CAPTION_PROMPT, item["caption"])
+        for kind in kinds
+        for item in json.loads((data / f"compositional_{split}" / f"{kind}.json").read_text(encoding="utf-8")).values()
+    ]
+
+
 def evaluate(model: nn.Module, tokenizer: Any, data: str | Path, split: str = "val", batch_size: int = 64) -> Scores:
     """Evaluate a model on a split of the held-out sets.
 

@@ -1,7 +1,7 @@
-"""The miniature's base language models: real Qwen2 folders, with a short text-only pre-training on the world's words.
+"""The miniature's base language models: real Qwen2 folders that have never seen an image.
 
-The base models have never seen an image; they know the vocabulary, the grammar and the form of question and answer, so
-that visual training starts where it would start with a real base model. Their vocabularies are padded beyond the
+A short text-only pre-training can teach them the vocabulary, the grammar and the form of question and answer; with no
+steps a base model is as it was initialised. Their vocabularies are padded beyond the
 tokenizer's and differently for student and teacher, as those of Qwen's models are.
 """
 
@@ -172,8 +172,8 @@ def build_language_model(
     report = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocab_size": model.config.vocab_size,
-        "first_loss": losses[0] if losses else float("nan"),
-        "last_loss": sum(losses[-10:]) / max(1, len(losses[-10:])),
+        "first_loss": losses[0] if losses else None,
+        "last_loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
     }
     world = {"spec": asdict(spec), "settings": asdict(settings), "report": report}
     (out / "world.json").write_text(json.dumps(world, indent=1))

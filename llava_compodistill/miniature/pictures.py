@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .settings import METHODS, VERSION, Settings
+from .world import COLORS as WORLD_COLORS
 
 #: Colour-blind safe (Okabe-Ito), the same method in the same colour everywhere.
 COLORS = {
@@ -19,6 +20,7 @@ COLORS = {
     "compodistill": "#0072B2",
     "vat": "#56B4E9",
     "taf": "#009E73",
+    "all_layers": "#CC79A7",
     "control": "#D55E00",
 }
 OVERLAY_EXAMPLES = 4
@@ -80,41 +82,41 @@ def draw_similarity(students: Sequence[dict[str, Any]], path: Path) -> Path:
     axis.set_xticks(range(depth))
     axis.set_xlabel("student layer (teacher layer at equal relative depth)")
     axis.set_ylabel("cosine similarity to the teacher")
-    axis.set_title("Attention of the answer token over the image")
+    axis.set_title("Attention of the caption's tokens over the image")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9)
     return _save(figure, path)
 
 
 def draw_overlays(results: Sequence[dict[str, Any]], root: Path, path: Path) -> Path:
-    """Attention of the answer token over the image, averaged over the band: teacher | KD | CompoDistill."""
+    """Attention over the image at the moment a caption names its second object, averaged over the band: teacher | KD |
+    CompoDistill. To say its colour a model has to look at it."""
     import matplotlib.pyplot as plt
     from PIL import Image
 
     from ..analysis.similarity import all_maps
     from ..eval.scoring import batches
     from ..layer_matching import visual_understanding_layers
-    from .evaluate import read_questions
     from .report import label, load_for_evaluation
 
     seen: dict[str, dict[str, Any]] = {}
     for result in results:
         seen.setdefault(result["method"], result)
     columns = [m for m in ("teacher", "sft", "kd", "compodistill", "control") if m in seen]
-    questions = read_questions(root / "data" / "relation_test.jsonl", root / "data" / "images")
-    stride = max(1, len(questions) // OVERLAY_EXAMPLES)
-    questions = questions[::stride][:OVERLAY_EXAMPLES]
+    questions = _overlay_captions(root)
     looks: dict[str, list[np.ndarray]] = {}
     for method in columns:
         model, tokenizer = load_for_evaluation(Path(seen[method]["checkpoint"]))
         band = visual_understanding_layers(model.config.num_hidden_layers)
         side = model.get_vision_tower().num_patches_per_side
         looks[method] = []
-        for inputs in batches(questions, model, tokenizer, version=VERSION, batch_size=1):
+        for question, inputs in zip(
+            questions, batches(questions, model, tokenizer, version=VERSION, batch_size=1), strict=True
+        ):
             maps, batch = all_maps(model, inputs, band)
-            rows = batch.attention_rows("answer")
-            first = int(rows[0].nonzero()[0])  # the query that says the answer's first token
-            look = sum(maps[layer][0, first] for layer in band) / len(band)
+            rows = batch.attention_rows("answer")[0].nonzero()[:, 0]  # the queries that say the caption's tokens
+            query = rows[_second_color(tokenizer, question.answer)]
+            look = sum(maps[layer][0, query] for layer in band) / len(band)
             looks[method].append((look / look.sum()).reshape(side, side).float().cpu().numpy())
     figure, axes = plt.subplots(
         len(questions), len(columns) + 1, figsize=(2.3 * (len(columns) + 1), 2.6 * len(questions)), squeeze=False
@@ -123,9 +125,7 @@ def draw_overlays(results: Sequence[dict[str, Any]], root: Path, path: Path) -> 
         with Image.open(question.image) as image:
             picture = np.asarray(image.convert("RGB").resize((224, 224), Image.NEAREST))
         axes[row][0].imshow(picture)
-        words = question.prompt.split()
-        half = len(words) // 2 + 1
-        axes[row][0].set_title(f"{' '.join(words[:half])}\n{' '.join(words[half:])} {question.answer}", fontsize=7.5)
+        axes[row][0].set_title(_caption_title(question.answer), fontsize=8)
         top = max(looks[method][row].max() for method in columns)
         for column, method in enumerate(columns, start=1):
             axis = axes[row][column]
@@ -140,9 +140,32 @@ def draw_overlays(results: Sequence[dict[str, Any]], root: Path, path: Path) -> 
     for axis in axes.flat:
         axis.set_axis_off()
     figure.suptitle(
-        "Share of the answer token's attention over the image, mean of the visual understanding layers", y=0.94
+        "Attention over the image when the [word] is said, mean of the visual understanding layers", y=0.94
     )
     return _save(figure, path, tight=False)
+
+
+def _overlay_captions(root: Path) -> list[Any]:
+    """A few true captions of two objects in a relation."""
+    from .evaluate import read_captions
+
+    captions = read_captions(root / "data", "test", ["swap_obj"])
+    return captions[:: max(1, len(captions) // OVERLAY_EXAMPLES)][:OVERLAY_EXAMPLES]
+
+
+def _second_color(tokenizer: Any, caption: str) -> int:
+    """Which of the caption's tokens names the second object's colour (every word of the world is one token)."""
+    words = [tokenizer.decode([token]).strip() for token in tokenizer(caption).input_ids]
+    return [index for index, word in enumerate(words) if word in WORLD_COLORS][1]
+
+
+def _caption_title(caption: str) -> str:
+    """The caption on two lines, the second object's colour in brackets."""
+    words = caption.split()
+    second = [index for index, word in enumerate(words) if word in WORLD_COLORS][1]
+    words[second] = f"[{words[second]}]"
+    start = words.index("a", 1)
+    return f"{' '.join(words[:start])}\n{' '.join(words[start:])}"
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

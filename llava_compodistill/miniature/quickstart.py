@@ -136,8 +136,11 @@ def _make_models(settings: Settings, root: Path, stored: bool, threads: int) -> 
     train_tokenizer(models / "tokenizer")
     made: dict[str, Any] = {"stored": False, "settings": asdict(settings)}
     made["tower"] = train_tower(models / "siglip", settings.tower)
-    for name, spec in (("student", settings.student), ("teacher", settings.teacher)):
-        made[name] = build_language_model(models / f"qwen-{name}", models / "tokenizer", spec, settings.text)
+    for name, spec, text in (
+        ("student", settings.student, settings.student_text),
+        ("teacher", settings.teacher, settings.teacher_text),
+    ):
+        made[name] = build_language_model(models / f"qwen-{name}", models / "tokenizer", spec, text)
     steps = settings.teacher_pretrain_steps + settings.teacher_steps
     with _progress() as progress:
         bar = progress.add_task("teacher", total=steps)
@@ -200,7 +203,7 @@ def _train_students(
 def recipe(settings: Settings) -> dict[str, Any]:
     """The settings that a student depends on, as JSON holds them."""
     values = json.loads(json.dumps(asdict(settings)))
-    return {name: value for name, value in values.items() if name not in ("methods", "similarity_questions")}
+    return {name: value for name, value in values.items() if name not in ("methods", "similarity_captions")}
 
 
 def finished(path: Path, settings: Settings) -> dict[str, Any]:

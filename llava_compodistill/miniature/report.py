@@ -59,12 +59,13 @@ def evaluate_runs(
 
 def _evaluate(checkpoint: Path, teacher: Any, settings: Settings, root: Path, split: str) -> dict[str, Any]:
     from ..analysis.similarity import similarity
-    from .evaluate import evaluate, read_questions
+    from .evaluate import evaluate, read_captions
 
     model, tokenizer = load_for_evaluation(checkpoint)
     scores = evaluate(model, tokenizer, root / "data", split).as_dict()
-    questions = read_questions(root / "data" / f"relation_{split}.jsonl", root / "data" / "images")
-    alike = similarity(model, teacher, questions[: settings.similarity_questions], tokenizer, version=VERSION)
+    captions = read_captions(root / "data", split)
+    captions = captions[:: max(1, len(captions) // settings.similarity_captions)]
+    alike = similarity(model, teacher, captions, tokenizer, version=VERSION)
     return {**scores, "attention_similarity": alike.band, "similarity_by_layer": alike.by_layer}
 
 

@@ -52,7 +52,9 @@ class Settings:
 
     world: WorldConfig = field(default_factory=WorldConfig)
     tower: TowerSettings = field(default_factory=TowerSettings)
-    text: PretrainSettings = field(default_factory=PretrainSettings)
+    #: The student starts without any: on validation, sentences without images made it look at the image later.
+    student_text: PretrainSettings = field(default_factory=lambda: PretrainSettings(steps=0))
+    teacher_text: PretrainSettings = field(default_factory=PretrainSettings)
     student: LanguageModelSpec = STUDENT
     teacher: LanguageModelSpec = TEACHER
     batch: int = 32
@@ -60,15 +62,15 @@ class Settings:
     teacher_steps: int = 4000
     teacher_learning_rate: float = 1.5e-3
     pretrain_steps: int = 60
-    distil_steps: int = 1200
+    distil_steps: int = 1600
     supervised_steps: int = 140
     pretrain_learning_rate: float = 1e-3
     learning_rate: float = 2e-3
     supervised_learning_rate: float = 3e-4
-    attention_weight: float = 10.0
+    attention_weight: float = 3.0
     kl_weight: float = 1.0
     max_length: int = 1024
-    similarity_questions: int = 400
+    similarity_captions: int = 400
     methods: tuple[str, ...] = ("sft", "kd", "compodistill")
 
     @property
@@ -109,20 +111,20 @@ def preset(name: str) -> Settings:
         return Settings(
             world=WorldConfig.preset("smoke"),
             tower=TowerSettings(steps=20),
-            text=PretrainSettings(steps=10),
+            teacher_text=PretrainSettings(steps=10),
             batch=8,
             teacher_pretrain_steps=4,
             teacher_steps=8,
             pretrain_steps=3,
             distil_steps=6,
             supervised_steps=3,
-            similarity_questions=16,
+            similarity_captions=16,
         )
     if name == "gpu":
         return Settings(
             world=WorldConfig.preset("gpu"),
             tower=TowerSettings(hidden_size=192, intermediate_size=768, num_hidden_layers=6, steps=4_000),
-            text=PretrainSettings(steps=1_000, batch_size=128),
+            teacher_text=PretrainSettings(steps=1_000, batch_size=128),
             student=replace(STUDENT, hidden_size=256, intermediate_size=1024, num_hidden_layers=8),
             teacher=replace(
                 TEACHER,

@@ -100,8 +100,9 @@ class TrainingArguments(_llava_train.TrainingArguments):
     calibration_batches: int = field(
         default=4, metadata={"help": "Batches that measure the distances between layers for adaptive matching."}
     )
-    attention_map_impl: Literal["auto", "eager", "chunked"] = field(
-        default="auto", metadata={"help": "Implementation of the attention map op."}
+    attention_map_impl: Literal["auto", "eager", "chunked", "triton"] = field(
+        default="auto",
+        metadata={"help": "Implementation of the attention map op. auto: triton on CUDA where it can run."},
     )
     measure_attention: bool = field(
         default=False,

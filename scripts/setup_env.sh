@@ -24,6 +24,9 @@ LLAVA_PIN="llava-torch==1.2.2.post1"
 PINS_CURRENT=(transformers==5.18.0 accelerate==1.15.0 peft==0.21.2 deepspeed==0.19.8)
 # shellcheck disable=SC2034
 PINS_LLAVA=(transformers==4.37.2 accelerate==0.30.1 peft==0.9.0 deepspeed==0.19.8)
+# What CUDA builds of TORCH_PIN ask for. Only the tests need it elsewhere.
+# shellcheck disable=SC2034
+TRITON_PIN="triton==3.7.1"
 
 say() { echo "== $*" >&2; }
 

@@ -37,13 +37,20 @@ def linear(weights: dict, name: str, x: torch.Tensor) -> torch.Tensor:
     return out + weights[f"{name}.bias"] if f"{name}.bias" in weights else out
 
 
+def attention_probabilities(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Causal attention probabilities [H, N, N] of q [H, N, d] and k [H_kv, N, d]."""
+    k = k.repeat_interleave(q.shape[0] // k.shape[0], dim=0)
+    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.transpose(1, 2) / math.sqrt(q.shape[2])).masked_fill(future, -math.inf)
+    return torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True))
+
+
 def decoder(weights: dict, config, embeds: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """A Llama or Qwen2 decoder on one sequence [N, D]: final hidden states and each layer's attention [H, N, N]."""
     length, width = embeds.shape
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size = width // heads
     hidden, maps = embeds, []
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
     for layer in range(config.num_hidden_layers):
         name = f"model.layers.{layer}"
         x = rms_norm(hidden, weights[f"{name}.input_layernorm.weight"], config.rms_norm_eps)
@@ -52,11 +59,8 @@ def decoder(weights: dict, config, embeds: torch.Tensor) -> tuple[torch.Tensor, 
             for part, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
         )
         q, k = rotate(q, rope_theta(config)), rotate(k, rope_theta(config))
-        k, v = (t.repeat_interleave(heads // kv_heads, dim=0) for t in (k, v))
-        scores = (q @ k.transpose(1, 2) / math.sqrt(size)).masked_fill(future, -math.inf)
-        attention = torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True))
-        maps.append(attention)
-        mixed = (attention @ v).transpose(0, 1).reshape(length, width)
+        maps.append(attention_probabilities(q, k))
+        mixed = (maps[-1] @ v.repeat_interleave(heads // kv_heads, dim=0)).transpose(0, 1).reshape(length, width)
         hidden = hidden + linear(weights, f"{name}.self_attn.o_proj", mixed)
         x = rms_norm(hidden, weights[f"{name}.post_attention_layernorm.weight"], config.rms_norm_eps)
         gate, up = (linear(weights, f"{name}.mlp.{part}_proj", x) for part in ("gate", "up"))

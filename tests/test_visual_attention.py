@@ -1,4 +1,4 @@
-"""The visual attention map against loops in float64, for every implementation; memory of the chunked one."""
+"""The visual attention map against loops in float64, for the PyTorch implementations; memory of the chunked one."""
 
 import math
 import weakref
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llava_compodistill.ops.visual_attention import IMPLEMENTATIONS, chunked, visual_attention_map
 
-IMPLS = sorted(IMPLEMENTATIONS)
+IMPLS = sorted(set(IMPLEMENTATIONS) - {"triton"})  # which has a file of its own
 
 # B, H, H_kv, N, d, N_v: odd sizes, grouped heads, one token, no visual token
 SHAPES = [(1, 1, 1, 1, 3, 1), (2, 4, 4, 13, 5, 4), (3, 6, 2, 37, 8, 11), (2, 3, 1, 41, 7, 1), (2, 2, 2, 9, 4, 0)]

@@ -9,17 +9,23 @@ post-rotary query and key. Implementations share one signature and are listed in
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 
 import torch
 
+from . import fused
 from .chunked import CHUNK_ELEMENTS, visual_attention_chunked
 from .eager import visual_attention_eager
+
+logger = logging.getLogger(__name__)
 
 # name -> f(query, key, visual_index, key_mask (bool or None), scale, mean_heads) on validated arguments
 IMPLEMENTATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "eager": visual_attention_eager,
     "chunked": visual_attention_chunked,
+    "triton": fused.visual_attention_triton,
 }
 HEADS = ("mean", "all")
 
@@ -45,14 +51,17 @@ def visual_attention_map(
         key_mask: [B, N] bool or integer, true at real tokens. Needed for left padding; right padding needs none under
             the causal mask.
         scale: factor of the scores, ``d ** -0.5`` by default.
-        impl: "auto", "eager" (materialises [B, H, N, N]; the reference) or "chunked" (memory of one chunk).
+        impl: "auto", "eager" (materialises [B, H, N, N]; the reference), "chunked" (memory of one chunk) or "triton"
+            (CUDA; float16, bfloat16 or float32; head sizes 16 to 256 that are a power of two). "auto" takes Triton
+            where it can, and says once through logging what it takes.
         heads: "mean" for the mean over heads, "all" for every head.
 
     Returns:
         [B, N, N_v] (``heads="all"``: [B, H, N, N_v]) in float32 whatever the input dtype, float64 for float64 inputs.
         Columns with index -1, keys after the row and rows that see no key are 0.
 
-    Raises ``ValueError`` or ``TypeError`` with the value received and the values allowed.
+    Raises ``ValueError`` or ``TypeError`` with the value received and the values allowed; ``RuntimeError`` with what
+    is missing when ``impl="triton"`` cannot run here.
     """
     _validate(query, key, visual_index, key_mask, heads)
     if key_mask is not None:
@@ -68,15 +77,29 @@ def visual_attention_map(
 
 
 def _choose(query: torch.Tensor, key: torch.Tensor) -> str:
-    """The fastest implementation measured for these inputs.
+    """The implementation for these inputs: Triton's wherever it runs, otherwise the fastest one measured.
 
     On a CPU, maps that fit in one chunk train up to a third faster when their few probabilities are simply kept for
     the backward pass; everything else, teacher maps under ``no_grad`` included, is faster and smaller in chunks.
     """
+    if query.is_cuda:
+        problem = fused.missing(query.device) or fused.unsupported(query)
+        _announce("chunked" if problem else "triton", problem)
+        return "chunked" if problem else "triton"
     batch, num_heads, length, _ = query.shape
     one_chunk = query.device.type == "cpu" and batch * num_heads * length**2 <= CHUNK_ELEMENTS["cpu"]
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    return "eager" if one_chunk and needs_grad else "chunked"
+    impl = "eager" if one_chunk and needs_grad else "chunked"
+    _announce(impl)
+    return impl
+
+
+@functools.cache
+def _announce(impl: str, problem: str | None = None) -> None:
+    if problem is None:
+        logger.info("Attention maps: %s.", impl)
+    else:
+        logger.warning("Attention maps: %s, not triton: %s.", impl, problem)
 
 
 def _validate(

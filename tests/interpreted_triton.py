@@ -108,6 +108,7 @@ CASES = {
     "small heads": ((2, 3, 3, 33, 16), images(33, [(2, 20)], [(0, 9), (12, 14)]), None),
     "large heads": ((1, 2, 1, 19, 128), images(19, [(3, 18)]), None),
     "larger heads": ((1, 1, 1, 17, 256), images(17, [(0, 17)]), None),
+    "an image from a tile's last row on": ((1, 2, 2, 33, 32), images(33, [(15, 21)]), None),
     "one token": ((2, 2, 1, 1, 32), images(1, [(0, 1)], []), None),
 }
 

@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", default="test", choices=("val", "test"), help="held-out split to report")
     parser.add_argument(
-        "--jobs", type=int, default=None, help="students trained at once (default: one a core, or one a GPU)"
+        "--jobs", type=int, default=None, help="students trained at once (default: one a GPU, or one more than cores)"
     )
     parser.add_argument("--force", action="store_true", help="train and evaluate again what is there already")
     return parser
@@ -150,11 +150,14 @@ def _make_models(settings: Settings, root: Path, stored: bool, threads: int) -> 
 
 
 def jobs(requested: int | None) -> tuple[int, int]:
-    """(students at once, threads each). Two single-threaded trainings finish sooner than one with two threads."""
+    """(students at once, threads each). Two single-threaded trainings finish sooner than one with two threads.
+
+    One more than there are cores: they share, and the last long one is not left alone at the end.
+    """
     import torch
 
     cores = os.cpu_count() or 1
-    count = requested or (torch.cuda.device_count() or min(cores, 8))
+    count = requested or torch.cuda.device_count() or min(cores, 8) + 1
     return count, max(1, cores // count)
 
 

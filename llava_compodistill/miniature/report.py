@@ -89,14 +89,14 @@ def label(method: str) -> str:
 
 
 def tables(results: Sequence[dict[str, Any]]) -> list[Table]:
-    """Two tables that fit a terminal: the summary (with the attention similarity to the teacher), and the types apart.
+    """Two tables that fit a terminal: the summary (`alike`: attention similarity to the teacher), and the types apart.
 
     One row a method: means over the seeds, with the standard deviation where there are several.
     """
     plain = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 0, 0, 1), "title_justify": "left"}
     summary = Table(title="Miniature world: accuracy in % (relations and compositional: chance 50)", **plain)
     names = ["", "recog.", "relation", "compos.", "unseen"]
-    for name in [*names, "similarity", "steps", "minutes"]:
+    for name in [*names, "alike", "steps", "min."]:
         summary.add_column(name, justify="right" if name else "left", no_wrap=True)
     types = Table(title="Compositional, by type", **plain)
     for name in ["", *(kind.replace("_", "\n") for kind in KINDS)]:
@@ -114,13 +114,15 @@ def tables(results: Sequence[dict[str, Any]]) -> list[Table]:
             "-" if mine[0]["steps"] is None else str(mine[0]["steps"]),
             "-" if mine[0]["seconds"] is None else f"{mean(r['seconds'] for r in mine) / 60:.1f}",
         )
-        types.add_row(label(method), *(percent([s["compositional"][kind] for s in scores]) for kind in KINDS))
+        types.add_row(label(method), *(percent([s["compositional"][kind] for s in scores], 0) for kind in KINDS))
     return [summary, types]
 
 
-def percent(values: Sequence[float]) -> str:
-    text = f"{100 * mean(values):.1f}"
-    return f"{text} ± {100 * stdev(values):.1f}" if len(values) > 1 else text
+def percent(values: Sequence[float], spread_digits: int = 1) -> str:
+    """The mean in %, and with several seeds its standard deviation, in few enough characters for a terminal."""
+    if len(values) == 1:
+        return f"{100 * values[0]:.1f}"
+    return f"{100 * mean(values):.{spread_digits}f}±{100 * stdev(values):.{spread_digits}f}"
 
 
 def environment() -> dict[str, Any]:

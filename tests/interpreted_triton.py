@@ -10,7 +10,7 @@ import torch
 from reference import attention_probabilities
 from torch.utils.checkpoint import checkpoint
 
-from llava_compodistill.ops.visual_attention import fused, visual_attention_map
+from llava_compodistill.ops.visual_attention import fused, probe, visual_attention_map
 
 # Several tiles in each direction from few tokens.
 TINY = fused.TileSet(
@@ -255,3 +255,45 @@ def test_unsupported_inputs_are_named():
         visual_attention_map(*tensors(1, 1, 1, 9, 32, torch.float64), index, impl="triton")
     with pytest.raises(ValueError, match="head sizes 16, 32, 64, 128, 256, got 80"):
         visual_attention_map(*tensors(1, 1, 1, 9, 80), index, impl="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_probe_finds_the_kernels_right(dtype):
+    assert probe.disagreement(torch.device("cpu"), dtype, 32) is None
+
+
+def test_probe_names_wrong_and_failing_kernels(monkeypatch):
+    probe.disagreement.cache_clear()
+    right = probe.visual_attention_triton
+    # The map alone is wrong, then the gradients alone.
+    monkeypatch.setattr(probe, "visual_attention_triton", lambda *given: right(*given) + 0.01)
+    assert "wrong on cpu" in probe.disagreement(torch.device("cpu"), torch.float32, 32)
+    monkeypatch.setattr(probe, "visual_attention_triton", lambda *given: 2 * right(*given) - right(*given).detach())
+    probe.disagreement.cache_clear()
+    assert "wrong on cpu" in probe.disagreement(torch.device("cpu"), torch.float32, 32)
+
+    def fails(*_):
+        raise RuntimeError("out of resources\nand more")
+
+    monkeypatch.setattr(probe, "visual_attention_triton", fails)
+    probe.disagreement.cache_clear()
+    assert probe.disagreement(torch.device("cpu"), torch.float32, 32) == (
+        "its kernels fail on cpu (RuntimeError: out of resources)"
+    )
+    probe.disagreement.cache_clear()
+
+
+def test_probe_inside_a_checkpoint():
+    """The hooks of non-reentrant checkpointing would take the probe's own backward for the recomputation's start."""
+    probe.disagreement.cache_clear()
+    calls = []
+
+    def layer(x):
+        calls.append(probe.disagreement(torch.device("cpu"), torch.float32, 32))
+        return (x * x).sum()
+
+    x = torch.ones(3, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        checkpoint(layer, x, use_reentrant=False).backward()
+    assert calls == [None, None]
+    assert x.grad.tolist() == [2, 2, 2]

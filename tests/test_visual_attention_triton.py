@@ -18,7 +18,7 @@ import torch
 from interpreted_triton import assert_as_accurate_as_eager, gradient, images, left_padding, run, tensors
 
 from llava_compodistill.ops import visual_attention
-from llava_compodistill.ops.visual_attention import fused, visual_attention_map
+from llava_compodistill.ops.visual_attention import fused, probe, visual_attention_map
 from llava_compodistill.ops.visual_attention.key_lists import key_lists
 
 try:
@@ -92,13 +92,17 @@ def test_auto_says_once_what_runs(fresh, caplog):
     # On a GPU: Triton for what it supports, and a reason otherwise.
     query = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 2, 9, 128))
     fresh.setattr(fused, "missing", lambda device: None)
+    fresh.setattr(probe, "disagreement", lambda *given: None)
     assert visual_attention._choose(query, query) == "triton"
+    fresh.setattr(probe, "disagreement", lambda *given: "its kernels are wrong here")
+    assert visual_attention._choose(query, query) == "chunked"
     query.shape = (1, 2, 9, 80)
     assert visual_attention._choose(query, query) == "chunked"
     fresh.setattr(fused, "missing", lambda device: "Triton is not installed")
     assert visual_attention._choose(query, query) == "chunked"
     assert [(record.levelname, record.getMessage()) for record in caplog.records[1:]] == [
         ("INFO", "Attention maps: triton."),
+        ("WARNING", "Attention maps: chunked, not triton: its kernels are wrong here."),
         ("WARNING", "Attention maps: chunked, not triton: takes head sizes 16, 32, 64, 128, 256, got 80."),
         ("WARNING", "Attention maps: chunked, not triton: Triton is not installed."),
     ]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import fused
+from . import fused, probe
 from .chunked import CHUNK_ELEMENTS, visual_attention_chunked
 from .eager import visual_attention_eager
 
@@ -53,7 +53,8 @@ def visual_attention_map(
         scale: factor of the scores, ``d ** -0.5`` by default.
         impl: "auto", "eager" (materialises [B, H, N, N]; the reference), "chunked" (memory of one chunk) or "triton"
             (CUDA; float16, bfloat16 or float32; head sizes 16 to 256 that are a power of two). "auto" takes Triton
-            where it can, and says once through logging what it takes.
+            where it runs and agrees with "eager" on a first small input, and says once through logging what it
+            takes.
         heads: "mean" for the mean over heads, "all" for every head.
 
     Returns:
@@ -77,13 +78,14 @@ def visual_attention_map(
 
 
 def _choose(query: torch.Tensor, key: torch.Tensor) -> str:
-    """The implementation for these inputs: Triton's wherever it runs, otherwise the fastest one measured.
+    """The implementation for these inputs: Triton's wherever it runs and is right, otherwise the fastest one measured.
 
     On a CPU, maps that fit in one chunk train up to a third faster when their few probabilities are simply kept for
     the backward pass; everything else, teacher maps under ``no_grad`` included, is faster and smaller in chunks.
     """
     if query.is_cuda:
         problem = fused.missing(query.device) or fused.unsupported(query)
+        problem = problem or probe.disagreement(query.device, query.dtype, query.shape[-1])
         _announce("chunked" if problem else "triton", problem)
         return "chunked" if problem else "triton"
     batch, num_heads, length, _ = query.shape

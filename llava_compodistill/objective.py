@@ -217,6 +217,12 @@ class Objective:
         patches = count_visual_tokens(self.teacher), count_visual_tokens(self.student)
         if self.captures and patches[0] != patches[1]:
             raise ValueError(_OTHER_PLACES.format(what=f"{patches[0]} and {patches[1]} an image"))
+        sizes = [model.get_vision_tower().config.image_size for model in (self.teacher, self.student)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"Teacher and student encoders take images of {sizes[0]} and {sizes[1]} pixels, and a batch holds "
+                "each image once, prepared for the student: use the teacher's tower, or one of its image size."
+            )
         self.encodes_once = same
         if same:
             share_tower(self.student, self.teacher)

@@ -18,7 +18,7 @@ WIDTH = 64  # D_v
 SHARP = 6.0  # makes random attention far from uniform
 
 
-def save_tower(path: Path, family: str = "siglip", patches: int = PATCHES) -> Path:
+def save_tower(path: Path, family: str = "siglip", patches: int = PATCHES, pixels: int = PIXELS) -> Path:
     """A random SigLIP or CLIP vision tower in a folder, with its image processor."""
     import transformers
 
@@ -28,13 +28,13 @@ def save_tower(path: Path, family: str = "siglip", patches: int = PATCHES) -> Pa
         intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=4,
-        image_size=PIXELS,
-        patch_size=PIXELS // math.isqrt(patches),
+        image_size=pixels,
+        patch_size=pixels // math.isqrt(patches),
     )
     torch.manual_seed(0)
     getattr(transformers, f"{prefix}VisionModel")(config).save_pretrained(path)
-    size = {"height": PIXELS, "width": PIXELS}
-    values = {"size": size} if family == "siglip" else {"size": {"shortest_edge": PIXELS}, "crop_size": size}
+    size = {"height": pixels, "width": pixels}
+    values = {"size": size} if family == "siglip" else {"size": {"shortest_edge": pixels}, "crop_size": size}
     getattr(transformers, f"{prefix}ImageProcessor")(**values).save_pretrained(path)
     return path
 

@@ -42,8 +42,8 @@ def limit(world) -> int:
         turns = f"{QWEN.roles[0]}{question}{QWEN.sep}{QWEN.roles[1]}Red{QWEN.sep}"
         return len(tokenizer(QWEN.system + QWEN.sep + turns).input_ids)
 
-    limit = length(SHORT) + patches + 3
-    assert length(LONG) < limit < length(LONG) + patches - 5
+    limit = length(LONG) + 2
+    assert length(SHORT) + patches + 3 < limit < length(LONG) + patches - 5
     return limit
 
 

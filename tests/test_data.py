@@ -249,12 +249,20 @@ def test_taf_with_another_tower_is_refused(siglip, stage):
 def test_towers_with_other_numbers_of_patches_cannot_be_aligned(stage, world, tmp_path):
     from factory import save_tower
 
-    tower = save_tower(tmp_path / "siglip-small", patches=4)
+    tower = save_tower(tmp_path / "siglip-small", patches=4, pixels=42)
     with pytest.raises(
-        ValueError, match=r"\(16 and 4 an image\).*encoders with the same number of patches.*--vat False"
+        ValueError, match=r"\(9 and 4 an image\).*encoders with the same number of patches.*--vat False"
     ):
         stage(vision_tower=tower)
     assert stage(vision_tower=tower, vat=False).state.global_step == 2
+
+
+def test_towers_of_other_image_sizes_are_refused(stage, tmp_path):
+    from factory import save_tower
+
+    tower = save_tower(tmp_path / "siglip-large")
+    with pytest.raises(ValueError, match="take images of 42 and 56 pixels.*one of its image size"):
+        stage(vision_tower=tower, vat=False)
 
 
 def test_too_few_teacher_layers_is_refused(stage):

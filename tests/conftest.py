@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
-pytest.register_assert_rewrite("runs")
+pytest.register_assert_rewrite("checks")
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ import accelerate
 import pytest
 import tiny
 import torch
+from checks import PLAIN, assert_same_log, assert_same_weights, trained_weights
 from packaging.version import Version
-from runs import PLAIN, assert_same_log, assert_same_weights, trained_weights
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.invariant

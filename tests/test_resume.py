@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from runs import assert_same_log, assert_same_weights, trained_weights
+from checks import assert_same_log, assert_same_weights, trained_weights
 
 from llava_compodistill import checkpoint
 from llava_compodistill.trainer import CompoDistillTrainer

@@ -8,7 +8,7 @@ import os
 import pytest
 import tiny
 import torch
-from runs import PLAIN, TERMS, assert_same_log, assert_same_weights, trained_weights
+from checks import PLAIN, TERMS, assert_same_log, assert_same_weights, trained_weights
 from safetensors.torch import load_file
 
 from llava_compodistill import train

@@ -184,14 +184,39 @@ def encode_once(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def encode_in_own_precision(model: nn.Module) -> Iterator[None]:
-    """Inside the context a model takes images of any precision; LLaVA hands them on as they are, and a teacher in bf16
-    beside a student in fp32 would refuse them."""
-    model.encode_images = lambda images: project(model, model.get_vision_tower()(images))
+def encode_separately(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
+    """Inside the context the teacher encodes the images with a tower of its own, although they were prepared for the
+    student's: normalised its way, and in its precision, which a teacher in bf16 beside a student in fp32 would refuse.
+    """
+    student, teacher = llava_core(student), llava_core(teacher)
+    scale, shift = renormalisation(
+        student.get_vision_tower().image_processor, teacher.get_vision_tower().image_processor
+    )
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        if (scale, shift) != (_ONES, _ZEROS):
+            images = images * images.new_tensor(scale).view(3, 1, 1) + images.new_tensor(shift).view(3, 1, 1)
+        return project(teacher, teacher.get_vision_tower()(images))
+
+    teacher.encode_images = encode
     try:
         yield
     finally:
-        del model.encode_images
+        del teacher.encode_images
+
+
+_ONES, _ZEROS = (1.0,) * 3, (0.0,) * 3
+
+
+def renormalisation(source: Any, target: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(scale, shift) by channel that turn pixels normalised by one image processor into another's.
+
+    x_source = (v - mean_s) / std_s and x_target = (v - mean_t) / std_t, so x_target = scale x_source + shift.
+    """
+    values = list(zip(source.image_mean, source.image_std, target.image_mean, target.image_std, strict=True))
+    scale = tuple(std / other_std for _, std, _, other_std in values)
+    shift = tuple((mean - other_mean) / other_std for mean, _, other_mean, other_std in values)
+    return scale, shift
 
 
 def project(model: nn.Module, features: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,8 @@ from .capture import AttentionCapture, GroupMeans, capture_visual_attention
 from .layer_matching import match_layers, visual_understanding_layers
 from .losses import attention_distillation_loss, attention_similarity, counting_samples
 from .models import (
-    encode_in_own_precision,
     encode_once,
+    encode_separately,
     has_adapter_of,
     llava_core,
     projector,
@@ -118,7 +118,7 @@ class Objective:
             if self.encodes_once:
                 stack.enter_context(encode_once(self.student, self.teacher))
             elif self.teacher is not None:
-                stack.enter_context(encode_in_own_precision(self.teacher))
+                stack.enter_context(encode_separately(self.student, self.teacher))
             if self.teacher is not None:
                 answers, target_maps = self._run_teacher(inputs)
             if self._capture is not None:

@@ -123,3 +123,32 @@ def test_two_layers_of_mlp_s_and_no_chains(checkpoints):
         TAFProjector(torch.nn.Linear(4, 6), 6, 5, depth=3)
     with pytest.raises(ValueError, match="chains of TAF adapters"):
         taf_config(SimpleNamespace(mm_projector_type="taf", hidden_size=8))
+
+
+def test_a_teacher_with_another_normalisation_sees_its_own_pixels(tmp_path):
+    """The batch is normalised for the student's encoder; the teacher must get what its own processor would give."""
+    import numpy as np
+
+    from llava_compodistill.models import encode_separately
+
+    student = factory.make_model(factory.save_tower(tmp_path / "siglip"))
+    teacher = factory.make_model(factory.save_tower(tmp_path / "clip", "clip"), seed=1)
+    image = np.random.default_rng(0).integers(0, 256, (factory.PIXELS, factory.PIXELS, 3), dtype=np.uint8)
+
+    def prepared(model):
+        processor = model.get_vision_tower().image_processor
+        return torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"]).double()
+
+    with torch.no_grad():
+        expected = teacher.encode_images(prepared(teacher))
+        with encode_separately(student, teacher):
+            found = teacher.encode_images(prepared(student))
+        assert (teacher.encode_images(prepared(student)) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_equal_normalisation_leaves_the_bits_alone(siglip):
+    from llava_compodistill.models import renormalisation
+
+    processor = build_tower(siglip).image_processor
+    assert renormalisation(processor, processor) == ((1.0,) * 3, (0.0,) * 3)

@@ -36,8 +36,8 @@ FORMAT_VERSION = 1
 SPLITS = ("val", "test")
 RECOGNITION_KINDS = ("color", "shape", "size", "count")
 
-#: Ten rounds an image. The detailed descriptions carry most of the learning: many answer tokens, and none of them by
-#: chance. With short answers alone, relations took several times the steps.
+#: Ten rounds an image. A detailed description has many answer tokens and none of them by chance, where most other
+#: answers are a single token.
 DEFAULT_ROUNDS = {
     "caption": 2.0,
     "detail": 1.8,

@@ -52,7 +52,7 @@ class Settings:
 
     world: WorldConfig = field(default_factory=WorldConfig)
     tower: TowerSettings = field(default_factory=TowerSettings)
-    #: The student starts without any: on validation, sentences without images made it look at the image later.
+    #: The student starts without any: in single validation runs CompoDistill was ahead so, and KD was not.
     student_text: PretrainSettings = field(default_factory=lambda: PretrainSettings(steps=0))
     teacher_text: PretrainSettings = field(default_factory=PretrainSettings)
     student: LanguageModelSpec = STUDENT

@@ -153,10 +153,6 @@ def _polygon(shape: str, centre: tuple[float, float], radius: float) -> list[tup
         return [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
     if shape == "triangle":
         return [(x, y - radius), (x + radius, y + 0.85 * radius), (x - radius, y + 0.85 * radius)]
-    if shape == "cross":
-        r, t = radius, 0.34 * radius
-        unit = [(-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t), (t, r), (-t, r), (-t, t), (-r, t), (-r, -t)]
-        return [(x + dx, y + dy) for dx, dy in [*unit, (-t, -t)]]
     if shape == "star":
         points = []
         for i in range(10):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from rich.console import Console
 
-from llava_compodistill.miniature import quickstart
+from llava_compodistill.miniature import quickstart, report
 from llava_compodistill.miniature.settings import METHODS, override, preset
 from llava_compodistill.miniature.stages import StageFailed
 
@@ -47,3 +48,16 @@ def test_a_student_of_other_settings_is_not_read_back(tmp_path):
     assert quickstart.finished(path, settings)["method"] == "kd"
     with pytest.raises(StageFailed, match="another learning_rate: --force"):
         quickstart.finished(path, override(settings, ["learning_rate=1e-4"]))
+
+
+def test_evaluations_are_kept_until_they_are_asked_for_again(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(report, "load_for_evaluation", lambda path: (None, None))
+    monkeypatch.setattr(report, "_evaluate", lambda *given: made.append(given[0]) or {"number": len(made)})
+    (tmp_path / "models" / "llava-teacher").mkdir(parents=True)
+
+    def numbers(again):
+        results = report.evaluate_runs(preset("smoke"), tmp_path, [], "val", Console(quiet=True), again=again)
+        return [result["scores"]["number"] for result in results]
+
+    assert [numbers(False), numbers(False), numbers(True), numbers(False)] == [[1], [1], [2], [2]]

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from . import weights
 from .settings import METHODS, Settings, override, preset
-from .stages import LOGGING_STEPS, StageFailed, train_student, train_teacher
+from .stages import StageFailed, train_student, train_teacher
 
 console = Console()
 
@@ -98,7 +98,7 @@ def run(settings: Settings, root: Path, seeds: list[int], args: argparse.Namespa
         root / "models" / "manifest.json", args.force, "models", lambda: _make_models(settings, root, stored, threads)
     )
     runs = _train_students(settings, root, seeds, args)
-    results = report.evaluate_runs(settings, root, runs, args.split, console)
+    results = report.evaluate_runs(settings, root, runs, args.split, console, again=args.force)
     report.publish(results, settings, root, console)
 
 
@@ -144,7 +144,7 @@ def _make_models(settings: Settings, root: Path, stored: bool, threads: int) -> 
     steps = settings.teacher_pretrain_steps + settings.teacher_steps
     with _progress() as progress:
         bar = progress.add_task("teacher", total=steps)
-        train_teacher(settings, root, threads, lambda: progress.advance(bar, LOGGING_STEPS))
+        train_teacher(settings, root, threads, lambda: progress.advance(bar, settings.logging_steps))
     made["seconds"] = round(time.monotonic() - started)
     return made
 
@@ -183,7 +183,7 @@ def _train_students(
             bar = progress.add_task(f"{METHODS[method].label}, seed {seed}", total=settings.student_steps)
 
             def advance(bar=bar) -> None:
-                progress.advance(bar, LOGGING_STEPS)
+                progress.advance(bar, settings.logging_steps)
 
             future = pool.submit(train_student, method, seed, settings, root, threads, advance)
             futures[future] = (method, seed, bar)
@@ -206,7 +206,11 @@ def _train_students(
 def recipe(settings: Settings) -> dict[str, Any]:
     """The settings that a student depends on, as JSON holds them."""
     values = json.loads(json.dumps(asdict(settings)))
-    return {name: value for name, value in values.items() if name not in ("methods", "similarity_captions")}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in ("methods", "similarity_captions", "logging_steps")
+    }
 
 
 def finished(path: Path, settings: Settings) -> dict[str, Any]:

@@ -38,9 +38,15 @@ def load_for_evaluation(path: Path) -> tuple[Any, Any]:
 
 
 def evaluate_runs(
-    settings: Settings, root: Path, runs: Sequence[dict[str, Any]], split: str, console: Console
+    settings: Settings,
+    root: Path,
+    runs: Sequence[dict[str, Any]],
+    split: str,
+    console: Console,
+    again: bool = False,
 ) -> list[dict[str, Any]]:
-    """Evaluate the teacher and every student; each result is kept beside its checkpoint and read back next time."""
+    """Evaluate the teacher and every student; each result is kept beside its checkpoint and read back next time,
+    unless it is to be made `again`."""
     teacher_path = root / "models" / "llava-teacher"
     jobs = [{"method": "teacher", "seed": 0, "checkpoint": str(teacher_path), "steps": None, "seconds": None}, *runs]
     teacher: Any = None
@@ -48,7 +54,7 @@ def evaluate_runs(
     for job in jobs:
         checkpoint = Path(job["checkpoint"])
         kept = checkpoint / f"evaluation-{split}.json"
-        if not kept.is_file():
+        if again or not kept.is_file():
             with console.status(f"evaluating {job['method']}, seed {job['seed']}, on {split}"):
                 if teacher is None:
                     teacher = load_for_evaluation(teacher_path)[0]

@@ -70,6 +70,7 @@ class Settings:
     attention_weight: float = 3.0
     kl_weight: float = 1.0
     max_length: int = 1024
+    logging_steps: int = 10
     similarity_captions: int = 400
     methods: tuple[str, ...] = ("sft", "kd", "compodistill")
 
@@ -113,6 +114,7 @@ def preset(name: str) -> Settings:
             tower=TowerSettings(steps=20),
             teacher_text=PretrainSettings(steps=10),
             batch=8,
+            logging_steps=1,
             teacher_pretrain_steps=4,
             teacher_steps=8,
             pretrain_steps=3,

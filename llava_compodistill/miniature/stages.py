@@ -14,8 +14,7 @@ from pathlib import Path
 from ..resources import folder
 from .settings import METHODS, VERSION, Settings
 
-#: The Trainer prints a line a logged step; this many steps lie between two.
-LOGGING_STEPS = 10
+#: The Trainer prints a line a logged step.
 _LOGGED = re.compile(r"^\{'loss'")
 
 
@@ -85,7 +84,7 @@ def common_environment(settings: Settings) -> dict[str, object]:
         "GRADIENT_CHECKPOINTING": "False",
         "WORKERS": 0,
         "VERSION": VERSION,
-        "LOGGING_STEPS": LOGGING_STEPS,
+        "LOGGING_STEPS": settings.logging_steps,
     }
 
 

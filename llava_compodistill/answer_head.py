@@ -64,11 +64,14 @@ def answer_loss_head(
     recorder: MergeRecorder,
     teacher: TeacherAnswers | None = None,
     *,
+    lm_weight: float = 1.0,
+    kl_weight: float = 1.0,
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> Iterator[None]:
-    """The forward inside the context returns, in place of logits, a [1, 1, 2] tensor: the sums over the answer rows of
-    the cross-entropy (L_LM) and of KL(teacher || student) T^2 (L_KL, zero without a teacher).
+    """The forward inside the context returns, in place of logits, a [1, 1, 3] tensor: over the answer rows the
+    weighted sum that gradients come from, and the two sums that it is made of, without graph: the cross-entropy (L_LM)
+    and KL(teacher || student) T^2 (L_KL, zero without a teacher).
 
     Raises:
         ValueError: when teacher and student predict different answer tokens (another tokenizer or length limit).
@@ -84,18 +87,49 @@ def answer_loss_head(
                 "rows): their tokenizers or --model_max_length differ, or their encoders give other numbers of visual "
                 "tokens and only one sequence was truncated."
             )
-        lm, kl = answer_loss(
+        weight, bias = dense_head(head, hidden)
+        teacher_weight = teacher_bias = None
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_weight, teacher_bias = dense_head(teacher.head, teacher.hidden)
+        sums = answer_loss(
             hidden[batch.answer_mask()],
-            head.weight,
+            weight,
             targets,
             None if teacher is None else teacher.hidden,
-            None if teacher is None else teacher.head.weight,
-            student_bias=getattr(head, "bias", None),
-            teacher_bias=None if teacher is None else getattr(teacher.head, "bias", None),
+            teacher_weight,
+            student_bias=bias,
+            teacher_bias=teacher_bias,
+            lm_weight=lm_weight,
+            kl_weight=kl_weight,
             temperature=temperature,
             vocab_size=vocab_size,
         )
-        return torch.stack([lm, kl]).view(1, 1, 2)
+        return torch.stack(sums).view(1, 1, 3)
 
     with _head_forward(student, forward):
         yield
+
+
+def dense_head(head: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight [V, D] and bias [V] that a head multiplies ``hidden`` [..., D] with.
+
+    A plain linear layer has them. One that PEFT has wrapped or bitsandbytes has quantised is asked what it makes of
+    the unit vectors, with gradients to what it trains. Dropout of LoRA is not applied to a head.
+    """
+    if type(head) is nn.Linear:
+        return head.weight, head.bias
+    size = hidden.shape[-1]
+    unit = torch.eye(size, dtype=hidden.dtype, device=hidden.device)
+    training = head.training
+    head.eval()
+    try:
+        # The class's own forward: the instance's is the one this is called from.
+        weight = type(head).forward(head, unit)
+        bias = None
+        if any(name.split(".")[-1] == "bias" for name, _ in head.named_parameters()):
+            bias = type(head).forward(head, torch.zeros_like(unit[:1]))
+            weight = weight - bias
+    finally:
+        head.train(training)
+    return weight.t(), None if bias is None else bias[0]

@@ -6,8 +6,11 @@ here knows of a model; which rows count is decided by the caller and given as ma
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 KINDS = ("cosine", "mse", "kl")
@@ -196,29 +199,50 @@ def _mean_over_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def _cosine(student, teacher, rows, similarity) -> torch.Tensor:
     """[B]; 0 for samples without counted rows."""
     if similarity == "matrix":
-        return _cosine_of_vectors(student.flatten(2), teacher.flatten(2)).mean(dim=1)
-    return _mean_over_rows(_cosine_of_vectors(student, teacher), rows)
+        return _Cosine.apply(student.flatten(2), teacher.flatten(2)).mean(dim=1)
+    return _mean_over_rows(_Cosine.apply(student, teacher), rows)
 
 
-def _cosine_of_vectors(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Cosine over the last dimension; 0 when either vector is 0, with finite gradients.
+class _Cosine(torch.autograd.Function):
+    """Cosine over the last dimension; 0 when either vector is 0, with a gradient to the first argument.
 
     Rows that attend to the image with almost no mass have squares below float32's range, so each vector is first
-    divided by its largest entry. The cosine does not depend on the scale: treating it as a constant is exact.
+    divided by its largest entry, which the cosine does not depend on. Autograd would keep six arrays of the maps' size
+    for the backward pass; the gradient itself, d cos / d a = (b/|b| - cos a/|a|) / |a|, is one.
     """
-    left, right = _unit_peak(left), _unit_peak(right)
-    return (left * right).sum(dim=-1) / (_norm(left) * _norm(right))
+
+    @staticmethod
+    def forward(ctx, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        left, peak = _unit_peak(left)
+        right, _ = _unit_peak(right)
+        norm = _norm(left)
+        left.div_(norm)
+        right.div_(_norm(right))
+        cosine = (left * right).sum(dim=-1, keepdim=True)
+        if ctx.needs_input_grad[0]:
+            # A vector of 0 has no direction to turn to.
+            length = (norm * peak).clamp(min=torch.finfo(left.dtype).tiny)
+            length = torch.where(left.any(dim=-1, keepdim=True), length, math.inf)
+            ctx.save_for_backward(right.addcmul_(left, cosine, value=-1).div_(length))
+        return cosine.squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.unsqueeze(-1), None
 
 
-def _unit_peak(vector: torch.Tensor) -> torch.Tensor:
+def _unit_peak(vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if vector.shape[-1] == 0:
-        return vector
-    peak = vector.detach().abs().amax(dim=-1, keepdim=True)
-    return vector / torch.where(peak > 0, peak, 1.0)
+        return vector.clone(), vector.new_ones(*vector.shape[:-1], 1)
+    peak = vector.abs().amax(dim=-1, keepdim=True)
+    peak = torch.where(peak > 0, peak, 1.0)
+    return vector / peak, peak
 
 
 def _norm(vector: torch.Tensor) -> torch.Tensor:
-    square = vector.square().sum(dim=-1)
+    square = vector.square().sum(dim=-1, keepdim=True)
     return torch.where(square > 0, square, 1.0).sqrt()
 
 

@@ -37,8 +37,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LossSums:
-    """Sums over one micro-batch; `lm` and `kl` over answer rows, the others over `samples` that hold an image."""
+    """Sums over one micro-batch; `answers`, `lm` and `kl` over answer rows, the others over `samples` with an image.
 
+    Gradients come from `answers`, the weighted sum of `lm` and `kl`, and from `attention`.
+    """
+
+    answers: torch.Tensor
     lm: torch.Tensor
     kl: torch.Tensor | None = None
     attention: torch.Tensor | None = None
@@ -129,12 +133,14 @@ class Objective:
                 self.student,
                 self._recorder,
                 answers,
+                lm_weight=self.args.lm_weight,
+                kl_weight=self.args.kl_weight,
                 temperature=self.args.kd_temperature,
                 vocab_size=self.vocab_size,
             ):
                 outputs = model(**inputs)
-        lm, kl = outputs.logits.flatten().unbind()
-        sums = LossSums(lm=lm, kl=kl if answers is not None else None)
+        loss, lm, kl = outputs.logits.flatten().unbind()
+        sums = LossSums(loss, lm.detach(), kl.detach() if answers is not None else None)
         if target_maps is not None:
             self._align(sums, target_maps)
         return sums
@@ -171,6 +177,7 @@ class Objective:
             raise ValueError(_OTHER_PLACES.format(what=f"{shapes[0]} and {shapes[1]} positions"))
         rows = batch.attention_rows(self.args.attention_rows)
         columns = batch.visual_index >= 0
+        counts = counting_samples(rows)
         order = _another_image(batch.has_image) if self.args.shuffle_attention_targets else None
         losses, similarities = [], []
         for layer, target in zip(self.student_layers, target_maps, strict=True):
@@ -182,25 +189,17 @@ class Objective:
                     f"The attention map of student layer {layer} carries no gradient: L_ADL would train nothing. Are "
                     "the student's query and key projections frozen (--freeze_backbone, or LoRA without them)?"
                 )
-            similarities.append(
-                attention_similarity(
-                    student.detach(), target, rows, similarity=self.args.attention_similarity, reduction="none"
-                )
-            )
+            options = dict(similarity=self.args.attention_similarity, column_mask=columns, reduction="none")
             if self.args.aligns_attention:
                 losses.append(
-                    attention_distillation_loss(
-                        student,
-                        target,
-                        rows,
-                        kind=self.args.attention_loss,
-                        similarity=self.args.attention_similarity,
-                        column_mask=columns,
-                        reduction="none",
-                    )
+                    attention_distillation_loss(student, target, rows, kind=self.args.attention_loss, **options)
                 )
+            if self.args.aligns_attention and self.args.attention_loss == "cosine":
+                similarities.append(counts.to(student.dtype) - losses[-1].detach())
+            else:
+                similarities.append(attention_similarity(student.detach(), target, rows, **options))
         sums.similarity = torch.stack(similarities).mean(dim=0).sum()
-        sums.samples = counting_samples(rows).sum()
+        sums.samples = counts.sum()
         if losses:
             sums.attention = torch.stack(losses).mean(dim=0).sum()
 

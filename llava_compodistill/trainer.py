@@ -145,26 +145,21 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         counts = self._counts if in_step else self._count([inputs], training=False)
         with contextlib.nullcontext() if in_step else self.objective.running():
             sums = self.objective(model, inputs)
-        terms = self._normalise(sums, counts)
-        self._stop_if_not_finite(terms)
+        self._stop_if_not_finite(sums)
         if in_step:
             self._remember(sums, counts)
-        loss = sum(terms.values())
+        loss = sums.answers / counts.answer_tokens
+        if sums.attention is not None:
+            loss = loss + self.args.attention_weight * sums.attention / counts.image_samples
         # DDP, FSDP and DeepSpeed average gradients over ranks; our counts are over ranks already.
         loss = loss * self.accelerator.num_processes
         if in_step and compat.divides_by_accumulation(self):
             loss = loss * self.args.gradient_accumulation_steps
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _normalise(self, sums: LossSums, counts: Counts) -> dict[str, torch.Tensor]:
-        terms = {"lm": self.args.lm_weight * sums.lm / counts.answer_tokens}
-        if sums.kl is not None:
-            terms["kl"] = self.args.kl_weight * sums.kl / counts.answer_tokens
-        if sums.attention is not None:
-            terms["attention"] = self.args.attention_weight * sums.attention / counts.image_samples
-        return terms
-
-    def _stop_if_not_finite(self, terms: dict[str, torch.Tensor]) -> None:
+    def _stop_if_not_finite(self, sums: LossSums) -> None:
+        terms = {name: getattr(sums, name) for name in ("lm", "kl", "attention")}
+        terms = {name: getattr(self.args, f"{name}_weight") * term for name, term in terms.items() if term is not None}
         finite = torch.isfinite(torch.stack([term.detach().float() for term in terms.values()]))
         if not finite.all():
             names = [name for name, good in zip(terms, finite.tolist(), strict=True) if not good]

@@ -2,17 +2,34 @@
 
     logits_s = student_hidden @ student_head_weight.T + student_bias                     # [R, V_S]
     logits_t = teacher_hidden @ teacher_head_weight.T + teacher_bias                     # [R, V_T]
-    lm_sum   = cross_entropy(logits_s, labels, reduction="sum")
-    kl_sum   = T**2 * sum KL(softmax(logits_t[:, :V] / T) || softmax(logits_s[:, :V] / T))
+    lm       = cross_entropy(logits_s, labels, reduction="sum")
+    kl       = T**2 * sum KL(softmax(logits_t[:, :V] / T) || softmax(logits_s[:, :V] / T))
+    loss     = lm_weight * lm + kl_weight * kl
 
 R counts the positions that predict an answer token, already selected and shifted (``losses.answer_rows``).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from .chunked import AnswerLossFunction
+from .chunked import AnswerLossFunction, Options, rows_per_chunk
+
+
+class AnswerLoss(NamedTuple):
+    """Scalars, float32 (float64 when the student's inputs are): SUMS over the rows, in nats.
+
+    Attributes:
+        loss: the weighted sum of both; the only one that gradients come from.
+        lm: the cross-entropy, detached.
+        kl: the divergence times T**2, detached; 0 without a teacher.
+    """
+
+    loss: torch.Tensor
+    lm: torch.Tensor
+    kl: torch.Tensor
 
 
 def answer_loss(
@@ -24,34 +41,36 @@ def answer_loss(
     *,
     student_bias: torch.Tensor | None = None,
     teacher_bias: torch.Tensor | None = None,
+    lm_weight: float = 1.0,
+    kl_weight: float = 1.0,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-    chunk_rows: int = 1024,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    chunk_rows: int | None = None,
+) -> AnswerLoss:
     """Sums over R rows of the cross-entropy and of the KL divergence teacher || student (Section 4, L_LM and L_KL).
 
-    Both are SUMS in nats: the caller divides by the number of rows (over accumulation steps and ranks) and applies the
-    loss weights. The backward pass computes the logits of a chunk again, so at most ``chunk_rows`` x V logits of each
-    model live at a time, and makes every gradient of both terms in one pass. A frozen head
-    (``requires_grad=False``) gets no gradient computed; the teacher never does.
+    The caller divides by the number of rows (over accumulation steps and ranks); the weights are given here because
+    the gradients are made together with the loss, chunk by chunk, while a chunk's logits are at hand. The backward
+    pass only scales them, and needs neither head nor hidden states. A frozen head (``requires_grad=False``) gets no
+    gradient computed; the teacher never does.
 
     Args:
         student_hidden: [R, D_S] last hidden states at the answer rows; R may be 0.
-        student_head_weight: [V_S, D_S]. (Under ZeRO-3 the caller gathers it, in the backward pass too.)
+        student_head_weight: [V_S, D_S]. (Under ZeRO-3 the caller gathers it for the forward pass.)
         labels: [R] int64 in [0, V_S), the token each row predicts: no -100 here. (The range is checked on a CPU only:
             elsewhere it would wait for the device.)
-        teacher_hidden, teacher_head_weight: [R, D_T] and [V_T, D_T]; without them kl_sum is 0.
+        teacher_hidden, teacher_head_weight: [R, D_T] and [V_T, D_T]; without them kl is 0.
         student_bias, teacher_bias: [V_S], [V_T].
+        lm_weight, kl_weight: factors of the two sums in the loss.
         temperature: T > 0; the divergence is multiplied by T**2.
         vocab_size: common vocabulary of the divergence, over which both models are renormalised; at most (and by
             default) the smaller of V_S and V_T. Give the tokenizer's size where embedding rows are padded. The
             cross-entropy runs over the student's full vocabulary.
-        chunk_rows: rows per chunk.
+        chunk_rows: rows whose logits exist at a time; by default as many as fit a fixed amount of memory.
 
     Returns:
-        (lm_sum, kl_sum): float32 scalars (float64 when the student's inputs are). Logits are computed in the inputs'
-        dtype (autocast's inside autocast, hidden states and head promoted to one dtype otherwise), as a model's own
-        head does; softmax, sums and the head's gradient are accumulated in float32.
+        An ``AnswerLoss``. Logits are computed in the inputs' dtype (autocast's inside autocast, hidden states and head
+        promoted to one dtype otherwise), as a model's own head does; softmax and sums in float32.
 
     Raises ``ValueError`` or ``TypeError`` with the value received and the values allowed.
     """
@@ -72,21 +91,30 @@ def answer_loss(
         common = vocab_size
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if chunk_rows < 1:
+    if chunk_rows is None:
+        chunk_rows = rows_per_chunk(student_head_weight)
+    elif chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     _check_labels(labels, rows, student_vocab)
     if with_teacher:
         teacher_hidden, teacher_head_weight = teacher_hidden.detach(), teacher_head_weight.detach()
         teacher_bias = None if teacher_bias is None else teacher_bias.detach()
-    return AnswerLossFunction.apply(
-        student_hidden,
-        student_head_weight,
-        student_bias,
-        labels,
-        teacher_hidden,
-        teacher_head_weight,
-        teacher_bias,
-        (float(temperature), common, chunk_rows),
+    trained = [
+        part is not None and part.requires_grad and torch.is_grad_enabled()
+        for part in (student_hidden, student_head_weight, student_bias)
+    ]
+    options = Options(float(lm_weight), float(kl_weight), float(temperature), common, chunk_rows, *trained)
+    return AnswerLoss(
+        *AnswerLossFunction.apply(
+            student_hidden,
+            student_head_weight,
+            student_bias,
+            labels,
+            teacher_hidden,
+            teacher_head_weight,
+            teacher_bias,
+            options,
+        )
     )
 
 

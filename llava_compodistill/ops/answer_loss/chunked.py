@@ -1,117 +1,217 @@
-"""The autograd function behind ``answer_loss``: chunks of rows, logits made again in the backward pass.
+"""The autograd function behind ``answer_loss``: chunks of rows, loss and gradients in one pass.
 
-With z the student's logits, p = softmax(z) over the full vocabulary, and p_S, p_T the student's and the teacher's
+With z the student's logits, p = softmax(z) over its full vocabulary, and p_S, p_T the student's and the teacher's
 softmax over the common vocabulary at temperature T:
 
     d lm / dz = p - onehot(label)
     d kl / dz = T**2 * (p_S - p_T) / T = T * (p_S - p_T)      on the common vocabulary, 0 beyond it
 
-The forward pass keeps three log-sum-exps a row, so that the backward pass needs one exponential per probability.
+The gradient of the head is a sum over all rows. Chunks add to it one after the other where it is float32. For a 16-bit
+head that would take a float32 copy of it (1.2 GB at V = 151,936 and D = 2,048): there it is made afterwards, a block
+of the vocabulary at a time over all rows, from logits computed once more.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# Columns of the head's gradient multiplied at a time when the product has to be widened before it is added.
-_VOCAB_BLOCK = 16384
+# Logits of a chunk; about four buffers of that size, in 4 bytes, live at a time.
+CHUNK_ELEMENTS = {"cpu": 1 << 21}
+DEFAULT_CHUNK_ELEMENTS = 1 << 25
+# float16 loses what is below 6e-8: gradients of logits and hidden states are kept times this.
+_SCALES = {torch.float16: 1024.0}
+# torch.mm(..., out_dtype=torch.float32) for 16-bit operands: CUDA only, PyTorch 2.8 and later.
+_HAS_WIDE_MM = "dtype" in torch.ops.aten.mm.overloads()
+
+
+class Options(NamedTuple):
+    lm_weight: float
+    kl_weight: float
+    temperature: float
+    vocab: int
+    chunk_rows: int
+    train_hidden: bool
+    train_weight: bool
+    train_bias: bool
+
+
+def rows_per_chunk(weight: torch.Tensor) -> int:
+    """Rows of logits that fit the memory meant for them, at least 32: fewer would leave the matrix units idle."""
+    budget = CHUNK_ELEMENTS.get(weight.device.type, DEFAULT_CHUNK_ELEMENTS)
+    return max(32, budget // max(weight.shape[0], 1) // 32 * 32)
 
 
 class AnswerLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, teacher_hidden, teacher_weight, teacher_bias, options):
-        ctx.save_for_backward(hidden, weight, bias, labels, teacher_hidden, teacher_weight, teacher_bias)
-        ctx.options = options
-        ctx.set_materialize_grads(False)  # an unused term arrives as None and is not computed
-        ctx.dtype = _compute_dtype(hidden, weight)
         # The teacher may be loaded narrower (or wider) than the student.
-        ctx.teacher_dtype = None if teacher_hidden is None else _compute_dtype(teacher_hidden, teacher_weight)
-        temperature, vocab, chunk_rows = options
+        student = _Head(hidden, weight, bias)
+        teacher = None if teacher_hidden is None else _Head(teacher_hidden, teacher_weight, teacher_bias)
         with torch.autocast(hidden.device.type, enabled=False):
-            student = _Head(hidden, weight, bias, ctx.dtype)
-            teacher = None
-            if teacher_hidden is not None:
-                teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, ctx.teacher_dtype)
-            rows = hidden.shape[0]
-            lm_sum = torch.zeros((), dtype=student.wide, device=hidden.device)
-            kl_sum = torch.zeros_like(lm_sum)
-            normalisers = torch.empty(3, rows, dtype=student.wide, device=hidden.device)
-            for start in range(0, rows, chunk_rows):
-                part = slice(start, min(start + chunk_rows, rows))
-                logits = student.logits(part)
-                normalisers[0, part] = torch.logsumexp(logits, dim=1)
-                lm_sum += (normalisers[0, part] - logits.gather(1, labels[part, None]).squeeze(1)).sum()
-                if teacher is None:
-                    continue
-                targets = teacher.logits(part)[:, :vocab].to(student.wide)
-                logits = logits[:, :vocab]
-                if temperature != 1.0:
-                    logits.div_(temperature)
-                    targets = targets.div_(temperature)
-                normalisers[1, part] = torch.logsumexp(logits, dim=1)
-                normalisers[2, part] = torch.logsumexp(targets, dim=1)
-                # sum p_T (log p_T - log p_S) = sum p_T (z_T - z_S) - LSE_T + LSE_S, in the buffers at hand
-                difference = logits.neg_().add_(targets)
-                probs = targets.sub_(normalisers[2, part, None]).exp_()
-                kl_sum += difference.mul_(probs).sum() + (normalisers[1, part] - normalisers[2, part]).sum()
-        ctx.normalisers = normalisers
-        return lm_sum, kl_sum * temperature**2
+            run = _Run(student, teacher, labels, options)
+            run.rows()
+            if run.by_vocabulary:
+                run.columns()
+        ctx.gradients = run.grad_hidden, run.grad_weight, run.grad_bias
+        ctx.scale = run.scale
+        ctx.dtypes = [None if part is None else part.dtype for part in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(run.lm, run.kl)
+        return options.lm_weight * run.lm + options.kl_weight * run.kl, run.lm, run.kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_lm, grad_kl):
-        hidden, weight, bias, labels, teacher_hidden, teacher_weight, teacher_bias = ctx.saved_tensors
-        temperature, vocab, chunk_rows = ctx.options
-        full, common, target = ctx.normalisers.unsqueeze(-1)
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        with torch.autocast(hidden.device.type, enabled=False):
-            student = _Head(hidden, weight, bias, ctx.dtype)
-            teacher = None
-            if teacher_hidden is not None and grad_kl is not None:
-                teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, ctx.teacher_dtype)
-            grad_lm = student.hidden.new_zeros((), dtype=student.wide) if grad_lm is None else grad_lm
-            grad_hidden = torch.empty_like(hidden) if need_hidden else None
-            grad_weight = torch.zeros_like(weight, dtype=student.wide) if need_weight else None
-            grad_bias = torch.zeros_like(bias, dtype=student.wide) if need_bias else None
-            for start in range(0, hidden.shape[0], chunk_rows):
-                part = slice(start, min(start + chunk_rows, hidden.shape[0]))
-                logits = student.logits(part)
-                grad = (logits - full[part]).exp_().mul_(grad_lm)
-                grad.scatter_add_(1, labels[part, None], -grad_lm.expand(grad.shape[0], 1))
-                if teacher is not None:
-                    targets = teacher.logits(part)[:, :vocab].to(student.wide)
-                    logits = logits[:, :vocab]
-                    if temperature != 1.0:
-                        logits.div_(temperature)
-                        targets = targets.div_(temperature)
-                    probs = logits.sub_(common[part]).exp_()
-                    probs -= targets.sub_(target[part]).exp_()
-                    grad[:, :vocab].add_(probs.mul_(grad_kl * temperature))
-                if grad_bias is not None:
-                    grad_bias += grad.sum(dim=0)
-                grad = grad.to(ctx.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[part] = grad @ student.weight
-                if grad_weight is not None:
-                    _add_weight_gradient(grad_weight, grad, student.hidden[part])
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+    def backward(ctx, grad_loss, *_):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "answer_loss made its gradients in the forward pass and has handed them out: call it again for a "
+                "second backward pass."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        factors = grad_loss / ctx.scale, grad_loss, grad_loss
+        return *map(_finish, gradients, factors, ctx.dtypes), *[None] * 5
+
+
+class _Run:
+    """The passes of one call. Gradients are those of the loss, for hidden states times ``scale``."""
+
+    def __init__(self, student: _Head, teacher: _Head | None, labels: torch.Tensor, options: Options):
+        self.student, self.teacher, self.labels, self.options = student, teacher, labels, options
+        self.distils = teacher is not None and options.kl_weight != 0
+        # Whether the divergence needs a softmax of its own.
+        self.restricts = options.temperature != 1 or options.vocab < len(student.weight)
+        self.scale = _SCALES.get(student.dtype, 1.0)
+        narrow, one_chunk = student.weight_dtype != student.wide, len(labels) <= options.chunk_rows
+        self.by_vocabulary = options.train_weight and narrow and not one_chunk
+        zeros = student.weight.new_zeros
+        self.grad_hidden = torch.empty_like(student.hidden) if options.train_hidden else None
+        self.grad_weight = None
+        if options.train_weight and not self.by_vocabulary:
+            self.grad_weight = zeros(student.weight.shape, dtype=student.weight_dtype)
+        self.grad_bias = zeros(len(student.weight), dtype=student.wide) if options.train_bias else None
+        self.lm, self.kl = zeros((), dtype=student.wide), zeros((), dtype=student.wide)
+        #: log-sum-exp of each row: the student's, and at temperature T over the common vocabulary both models'
+        self.full, self.common, self.target = zeros(3, len(labels), dtype=student.wide).unbind()
+
+    def rows(self) -> None:
+        """Loss and all gradients, but a 16-bit head's of several chunks."""
+        student, vocab, temperature = self.student, self.options.vocab, self.options.temperature
+        for part in _slices(len(self.labels), self.options.chunk_rows):
+            logits = student.logits(part)
+            log_probs = F.log_softmax(logits, dim=1, dtype=student.wide)
+            self.lm -= log_probs.gather(1, self.labels[part, None]).sum()
+            self.full[part] = logits[:, 0] - log_probs[:, 0]
+            mine = targets = None
+            if self.teacher is not None:
+                mine = log_probs
+                if self.restricts:
+                    mine = _log_softmax(logits[:, :vocab], temperature, student.wide)
+                self.common[part] = logits[:, 0].to(student.wide) / temperature - mine[:, 0]
+                logits = self.teacher.logits(part)
+                theirs = _log_softmax(logits[:, :vocab], temperature, student.wide)
+                self.target[part] = logits[:, 0].to(student.wide) / temperature - theirs[:, 0]
+                difference = theirs - mine
+                targets = theirs.exp_()
+                self.kl += difference.mul_(targets).sum() * temperature**2
+                del difference
+            del logits
+            if self.grad_hidden is not None or self.grad_weight is not None or self.grad_bias is not None:
+                self._gradients(part, self._logit_gradient(part, 0, log_probs, mine, targets))
+
+    def _gradients(self, part: slice, grad: torch.Tensor) -> None:
+        student = self.student
+        if self.grad_bias is not None:
+            self.grad_bias += grad.sum(dim=0)
+        grad = (grad.mul_(self.scale) if self.scale != 1 else grad).to(student.dtype)
+        if self.grad_hidden is not None:
+            torch.mm(grad, student.weight, out=self.grad_hidden[part])
+        if self.grad_weight is not None:
+            self._add_to_weight(grad, student.hidden[part])
+
+    def _add_to_weight(self, grad: torch.Tensor, hidden: torch.Tensor) -> None:
+        """grad_weight += grad.T @ hidden / scale."""
+        if grad.dtype == self.grad_weight.dtype and self.scale == 1:
+            self.grad_weight.addmm_(grad.t(), hidden)
+            return
+        # Widened a block at a time, so that the product does not need as much memory again.
+        for block in _slices(len(self.grad_weight), 16384):
+            self.grad_weight[block] += _wide_product(grad[:, block].t(), hidden).div_(self.scale)
+
+    def columns(self) -> None:
+        """The gradient of a 16-bit head: each block of it is one product over all rows, rounded once."""
+        student, teacher = self.student, self.teacher
+        vocab, temperature = self.options.vocab, self.options.temperature
+        self.grad_weight = torch.empty_like(student.weight, dtype=student.weight_dtype)
+        every = slice(0, len(self.labels))
+        # Half the logits of a chunk of rows: here the whole gradient lives beside them.
+        width = self.options.chunk_rows * len(student.weight) // (2 * len(self.labels))
+        for block in _slices(len(student.weight), max(64, width)):
+            logits = student.logits(every, block).to(student.wide)
+            log_probs = logits - self.full[:, None]
+            mine = targets = None
+            if self.distils and block.start < vocab:
+                common = slice(block.start, min(block.stop, vocab))
+                mine = log_probs
+                if self.restricts:
+                    mine = logits[:, : common.stop - common.start].div_(temperature).sub_(self.common[:, None])
+                targets = teacher.logits(every, common).to(student.wide)
+                targets = targets.div_(temperature).sub_(self.target[:, None]).exp_()
+            del logits
+            grad = self._logit_gradient(every, block.start, log_probs, mine, targets)
+            if self.scale == 1:
+                self.grad_weight[block] = grad.to(student.dtype).t() @ student.hidden
+            else:
+                grad = grad.mul_(self.scale).to(student.dtype)
+                self.grad_weight[block] = _wide_product(grad.t(), student.hidden).div_(self.scale)
+
+    def _logit_gradient(
+        self,
+        part: slice,
+        start: int,
+        log_probs: torch.Tensor,
+        mine: torch.Tensor | None,
+        targets: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """d loss / d logits of the rows ``part`` and the vocabulary from ``start`` on, in the memory of ``log_probs``.
+
+        Args:
+            log_probs: [rows, columns], the student's log probabilities.
+            mine: [rows, w <= columns], those over the common vocabulary at T; ``log_probs`` itself where it is that.
+            targets: [rows, w], the teacher's probabilities there.
+        """
+        lm_weight, kl_weight, temperature = self.options[:3]
+        factor = kl_weight * temperature
+        distils = self.distils and targets is not None
+        difference = mine.exp_().sub_(targets) if distils and mine is not log_probs else None
+        grad = log_probs.exp_()
+        if difference is not None:
+            grad.mul_(lm_weight)[:, : targets.shape[1]].add_(difference, alpha=factor)
+        elif distils:
+            grad.mul_(lm_weight + factor).sub_(targets, alpha=factor)
+        else:
+            grad.mul_(lm_weight)
+        labels = self.labels[part, None] - start
+        inside = (labels >= 0) & (labels < grad.shape[1])
+        return grad.scatter_add_(1, labels.clamp(0, grad.shape[1] - 1), inside.to(grad.dtype).mul_(-lm_weight))
 
 
 class _Head:
-    """A language-model head and its input in the dtype of the product; ``logits`` are widened."""
+    """A language-model head and its input in the dtype of the product."""
 
-    def __init__(self, hidden, weight, bias, dtype):
-        self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+        self.dtype = _compute_dtype(hidden, weight)
+        self.weight_dtype = weight.dtype
+        self.hidden, self.weight = hidden.to(self.dtype), weight.to(self.dtype)
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def logits(self, part: slice) -> torch.Tensor:
-        """[rows of the part, V], a buffer of its own."""
-        return F.linear(self.hidden[part], self.weight, self.bias).to(self.wide)
+    def logits(self, rows: slice, vocab: slice = slice(None)) -> torch.Tensor:
+        """[rows, vocab], in the dtype of the product."""
+        return F.linear(self.hidden[rows], self.weight[vocab], None if self.bias is None else self.bias[vocab])
 
 
 def _compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -122,11 +222,31 @@ def _compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def _add_weight_gradient(total: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor) -> None:
-    """total[V, D] += grad[rows, V].T @ hidden[rows, D]; narrow products are widened block by block before the sum."""
-    if grad.dtype == total.dtype:
-        total.addmm_(grad.t(), hidden)
-        return
-    for start in range(0, total.shape[0], _VOCAB_BLOCK):
-        block = slice(start, start + _VOCAB_BLOCK)
-        total[block] += grad[:, block].t() @ hidden
+def _slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _log_softmax(logits: torch.Tensor, temperature: float, wide: torch.dtype) -> torch.Tensor:
+    if temperature != 1:
+        logits = logits.to(wide) / temperature
+    return F.log_softmax(logits, dim=1, dtype=wide)
+
+
+def _wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right, float32 for 16-bit operands."""
+    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16) and _HAS_WIDE_MM:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    wide = torch.float64 if left.dtype == torch.float64 else torch.float32
+    return left.to(wide) @ right.to(wide)
+
+
+def _finish(gradient: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
+    """gradient * factor, in place where it has the parameter's dtype; 16-bit ones a block at a time in float32."""
+    if gradient is None:
+        return None
+    if gradient.dtype == factor.dtype:
+        return gradient.mul_(factor).to(dtype)
+    for block in _slices(len(gradient), 4096):
+        gradient[block] = gradient[block] * factor.view(*[1] * gradient.ndim)
+    return gradient.to(dtype)

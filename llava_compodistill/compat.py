@@ -361,3 +361,26 @@ def gathered(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
 
     with zero.GatheredParameters(partitioned):
         yield
+
+
+def output_capturing_repair() -> tuple[str, str, Callable] | None:
+    """(module, symbol, replacement) for transformers 5's output capturing, or None where there is none.
+
+    Asked for attentions or hidden states, a model hooks its submodels too, also those that have hooked themselves
+    before. A vision tower that has run once then returns every hidden state twice, so that "the last but one" is the
+    last layer's, without a word. (In 5.18. Remove when `install_all_output_capturing_hooks` looks at its own mark.)
+    """
+    try:
+        from transformers.utils import output_capturing
+    except ImportError:
+        return None
+    original = getattr(output_capturing, "install_all_output_capturing_hooks", None)
+    if original is None or getattr(original, "repaired", False):
+        return None
+
+    def install_once(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if not getattr(model, "_output_capturing_hooks_installed", False):
+            original(model, *args, **kwargs)
+
+    install_once.repaired = True
+    return output_capturing.__name__, "install_all_output_capturing_hooks", install_once

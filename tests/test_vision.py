@@ -152,3 +152,22 @@ def test_equal_normalisation_leaves_the_bits_alone(siglip):
 
     processor = build_tower(siglip).image_processor
     assert renormalisation(processor, processor) == ((1.0,) * 3, (0.0,) * 3)
+
+
+@pytest.mark.parametrize("family", ["siglip", "clip"])
+def test_asking_for_attentions_does_not_change_what_the_encoder_gives(tmp_path, family):
+    """transformers 5 hooks a tower a second time, whose "last but one" hidden state is then another layer's."""
+    register()
+    patches = 16
+    tower = factory.save_tower(tmp_path / "tower", family, patches)
+    model = factory.make_model(tower, attention="eager", dtype=torch.float32)
+    batch = factory.make_batch(["qIqa"], dtype=torch.float32).inputs
+    batch.pop("labels")
+    with torch.no_grad():
+        before = model.encode_images(batch["images"])
+        for _ in range(2):
+            outputs = model(**batch, use_cache=False, output_attentions=True, output_hidden_states=True)
+            assert len(outputs.attentions) == 4 and len(outputs.hidden_states) == 5
+        assert torch.equal(model.encode_images(batch["images"]), before)
+        states = model.get_vision_tower().vision_tower(batch["images"], output_hidden_states=True).hidden_states
+        assert len(states) == 4

@@ -68,6 +68,9 @@ def register(train: bool = False) -> None:
     for key in wanted:
         module, symbol = key
         _rebind(module, symbol, replacements[key](getattr(sys.modules[module], symbol)))
+    repair = compat.output_capturing_repair()
+    if repair is not None:
+        _rebind(*repair)
     _register_models()
     _register_templates()
 

@@ -61,16 +61,17 @@ def similarity(
     *,
     version: str = "qwen_1_5",
     batch_size: int = 64,
+    band: str = "intermediate",
 ) -> Similarity:
     """Compare a student's attention with its teacher's on question-answer pairs.
 
-    Both models read the same sequences; every real query counts in `band`, the queries that predict the answer in
-    `by_layer`.
+    Both models read the same sequences; every real query counts in `band` (as `visual_understanding_layers` takes
+    it), the queries that predict the answer in `by_layer`.
     """
     student, teacher = llava_core(student), llava_core(teacher)
     depth, teacher_depth = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-    band = visual_understanding_layers(depth)
-    groups = match_layers(band, visual_understanding_layers(teacher_depth))
+    layers = visual_understanding_layers(depth, band)
+    groups = match_layers(layers, visual_understanding_layers(teacher_depth, band))
     partners = [layer_at_equal_depth(layer, depth, teacher_depth) for layer in range(depth)]
     band_sum = torch.zeros(())
     layer_sums = torch.zeros(depth)
@@ -83,8 +84,8 @@ def similarity(
         for layer in means.layers:
             means.receive(layer, teacher_maps[layer])
         rows, answers = batch.attention_rows("all"), batch.attention_rows("answer")
-        for layer, target in zip(band, means.means, strict=True):
-            band_sum += attention_similarity(maps[layer], target, rows, reduction="none").sum() / len(band)
+        for layer, target in zip(layers, means.means, strict=True):
+            band_sum += attention_similarity(maps[layer], target, rows, reduction="none").sum() / len(layers)
         for layer, partner in enumerate(partners):
             layer_sums[layer] += attention_similarity(
                 maps[layer], teacher_maps[partner], answers, reduction="none"

@@ -7,7 +7,7 @@ exactly this answer (the likeliest token is the answer's at every position, the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,7 @@ def score(
     version: str = "qwen_1_5",
     batch_size: int = 64,
     progress: Iterable | None = None,
+    inside: Callable[[MergeRecorder], contextlib.AbstractContextManager] | None = None,
 ) -> list[Score]:
     """Score answers in batches; the head runs at answer positions only, its log-softmax in fp32.
 
@@ -103,14 +104,16 @@ def score(
         model: a LLaVA model in eval mode, its vision tower loaded.
         tokenizer: with the padding and end token of training (`prepare_tokenizer`).
         version: conversation template.
+        inside: makes the context that every forward runs in, for analyses that intervene in the model.
 
     Returns:
         One `Score` per question, in order.
     """
     core = llava_core(model)
+    inside = inside or (lambda recorder: contextlib.nullcontext())
     scores: list[Score] = []
     for inputs in batches(questions, core, tokenizer, version=version, batch_size=batch_size):
-        with record_merge(core) as recorder, _answer_logits(core, recorder) as collected:
+        with record_merge(core) as recorder, _answer_logits(core, recorder) as collected, inside(recorder):
             core(**inputs, use_cache=False)
         logits, targets, sample = collected[-1]
         log_probabilities = torch.log_softmax(logits.float(), dim=-1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatch to quickstart, data or store-weights."""
+    """Dispatch to quickstart, data, layers or store-weights."""
     parser = argparse.ArgumentParser(
         prog="llava-compodistill miniature",
         description="The miniature world: everything made here, nothing downloaded.",
@@ -20,6 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     data.add_argument("--preset", default="default", choices=("default", "smoke", "gpu"))
     store = commands.add_parser("store-weights", help="freeze a run's tower, base model and teacher into the package")
     store.add_argument("run", type=Path, help="folder of a run made with --from-scratch")
+    layers = commands.add_parser("layers", help="in which layers a run's teacher reads the image")
+    layers.add_argument("run", type=Path, nargs="?", default=Path("runs/miniature"))
+    layers.add_argument("--checkpoint", type=Path, help="another checkpoint than the run's teacher")
+    layers.add_argument("--split", choices=("val", "test"), default="val")
     args, rest = parser.parse_known_args(argv)
     if args.command == "quickstart":
         from .quickstart import main as quickstart
@@ -33,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         manifest = write_dataset(args.output, WorldConfig.preset(args.preset))
         print(f"{args.output}: {manifest.get('counts', '')}")
         return 0
+    if args.command == "layers":
+        from .layers import main as read_layers
+
+        return read_layers(args.run, args.checkpoint, args.split)
     return _store(args.run)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..eval.scoring import Question, score
+from ..eval.scoring import Question, Score, score
 from .compositional import KINDS
 from .language import CAPTION_PROMPT
 from .settings import VERSION
@@ -74,29 +74,39 @@ def read_captions(data: str | Path, split: str, kinds: Sequence[str] = KINDS) ->
     ]
 
 
-def evaluate(model: nn.Module, tokenizer: Any, data: str | Path, split: str = "val", batch_size: int = 64) -> Scores:
+def evaluate(
+    model: nn.Module, tokenizer: Any, data: str | Path, split: str = "val", batch_size: int = 64, **options: Any
+) -> Scores:
     """Evaluate a model on a split of the held-out sets.
 
     Args:
         model: a LLaVA model in eval mode with its tower loaded.
         data: the folder that `write_dataset` filled.
         split: val, on which settings are chosen, or test, which is reported.
+        options: go to `score`.
     """
     data = Path(data)
     images = data / "images"
+
+    def scored(questions: Sequence[Question]) -> list[Score]:
+        return score(questions, model, tokenizer, version=VERSION, batch_size=batch_size, **options)
+
     return Scores(
-        recognition=_exact(model, tokenizer, read_questions(data / f"recognition_{split}.jsonl", images), batch_size),
-        relation=_exact(model, tokenizer, read_questions(data / f"relation_{split}.jsonl", images), batch_size),
-        compositional=_compositional(model, tokenizer, data / f"compositional_{split}", images, batch_size),
-        unseen=_compositional(model, tokenizer, data / f"compositional_{split}_unseen", images, batch_size),
+        recognition=_exact(scored, read_questions(data / f"recognition_{split}.jsonl", images)),
+        relation=_exact(scored, read_questions(data / f"relation_{split}.jsonl", images)),
+        compositional=_compositional(scored, data / f"compositional_{split}", images),
+        unseen=_compositional(scored, data / f"compositional_{split}_unseen", images),
     )
 
 
-def _exact(model: nn.Module, tokenizer: Any, questions: Sequence[Question], batch_size: int) -> float:
-    return mean(result.greedy for result in score(questions, model, tokenizer, version=VERSION, batch_size=batch_size))
+Scorer = Callable[[Sequence[Question]], list[Score]]
 
 
-def _compositional(model: nn.Module, tokenizer: Any, folder: Path, images: Path, batch_size: int) -> dict[str, float]:
+def _exact(scored: Scorer, questions: Sequence[Question]) -> float:
+    return mean(result.greedy for result in scored(questions))
+
+
+def _compositional(scored: Scorer, folder: Path, images: Path) -> dict[str, float]:
     accuracy = {}
     for kind in KINDS:
         items = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8")).values()
@@ -105,9 +115,6 @@ def _compositional(model: nn.Module, tokenizer: Any, folder: Path, images: Path,
             for item in items
             for key in ("caption", "negative_caption")
         ]
-        scores = [
-            result.log_probability
-            for result in score(questions, model, tokenizer, version=VERSION, batch_size=batch_size)
-        ]
+        scores = [result.log_probability for result in scored(questions)]
         accuracy[kind] = mean(true > false for true, false in zip(scores[::2], scores[1::2], strict=True))
     return accuracy

@@ -32,8 +32,9 @@ def draw_all(results: Sequence[dict[str, Any]], settings: Settings, root: Path) 
 
     matplotlib.use("Agg")
     students = [result for result in results if result["method"] != "teacher"]
-    drawn = [draw_losses(students, root / "loss_curves.png"), draw_similarity(students, root / "similarity.png")]
-    drawn.append(draw_overlays(results, root, root / "attention_overlays.png"))
+    drawn = [draw_losses(students, root / "loss_curves.png")]
+    drawn.append(draw_similarity(students, settings.band, root / "similarity.png"))
+    drawn.append(draw_overlays(results, settings.band, root, root / "attention_overlays.png"))
     return drawn
 
 
@@ -65,7 +66,7 @@ def draw_losses(students: Sequence[dict[str, Any]], path: Path) -> Path:
     return _save(figure, path)
 
 
-def draw_similarity(students: Sequence[dict[str, Any]], path: Path) -> Path:
+def draw_similarity(students: Sequence[dict[str, Any]], band: str, path: Path) -> Path:
     """Similarity to the teacher's attention by layer, answer tokens as queries (the paper's Figure 2)."""
     import matplotlib.pyplot as plt
 
@@ -73,8 +74,8 @@ def draw_similarity(students: Sequence[dict[str, Any]], path: Path) -> Path:
 
     figure, axis = plt.subplots(figsize=(6.4, 4))
     depth = len(students[0]["scores"]["similarity_by_layer"])
-    band = visual_understanding_layers(depth)
-    axis.axvspan(band[0] - 0.5, band[-1] + 0.5, color="#f0f0f0", label="visual understanding layers")
+    layers = visual_understanding_layers(depth, band)
+    axis.axvspan(layers[0] - 0.5, layers[-1] + 0.5, color="#f0f0f0", label="layers that VAT aligns")
     for method in dict.fromkeys(result["method"] for result in students):
         curves = [r["scores"]["similarity_by_layer"] for r in students if r["method"] == method]
         curve = [mean(values) for values in zip(*curves, strict=True)]
@@ -88,9 +89,9 @@ def draw_similarity(students: Sequence[dict[str, Any]], path: Path) -> Path:
     return _save(figure, path)
 
 
-def draw_overlays(results: Sequence[dict[str, Any]], root: Path, path: Path) -> Path:
-    """Attention over the image at the moment a caption names its second object, averaged over the band: teacher | KD |
-    CompoDistill. To say its colour a model has to look at it."""
+def draw_overlays(results: Sequence[dict[str, Any]], band: str, root: Path, path: Path) -> Path:
+    """Attention over the image at the moment a caption names its second object, averaged over the layers that VAT
+    aligns: teacher | KD | CompoDistill. To say its colour a model has to look at it."""
     import matplotlib.pyplot as plt
     from PIL import Image
 
@@ -107,16 +108,16 @@ def draw_overlays(results: Sequence[dict[str, Any]], root: Path, path: Path) -> 
     looks: dict[str, list[np.ndarray]] = {}
     for method in columns:
         model, tokenizer = load_for_evaluation(Path(seen[method]["checkpoint"]))
-        band = visual_understanding_layers(model.config.num_hidden_layers)
+        layers = visual_understanding_layers(model.config.num_hidden_layers, band)
         side = model.get_vision_tower().num_patches_per_side
         looks[method] = []
         for question, inputs in zip(
             questions, batches(questions, model, tokenizer, version=VERSION, batch_size=1), strict=True
         ):
-            maps, batch = all_maps(model, inputs, band)
+            maps, batch = all_maps(model, inputs, layers)
             rows = batch.attention_rows("answer")[0].nonzero()[:, 0]  # the queries that say the caption's tokens
             query = rows[_second_color(tokenizer, question.answer)]
-            look = sum(maps[layer][0, query] for layer in band) / len(band)
+            look = sum(maps[layer][0, query] for layer in layers) / len(layers)
             looks[method].append((look / look.sum()).reshape(side, side).float().cpu().numpy())
     figure, axes = plt.subplots(
         len(questions), len(columns) + 1, figsize=(2.3 * (len(columns) + 1), 2.6 * len(questions)), squeeze=False
@@ -139,9 +140,7 @@ def draw_overlays(results: Sequence[dict[str, Any]], root: Path, path: Path) -> 
         figure.colorbar(shown, ax=axes[row].tolist(), fraction=0.012, pad=0.01)
     for axis in axes.flat:
         axis.set_axis_off()
-    figure.suptitle(
-        "Attention over the image when the [word] is said, mean of the visual understanding layers", y=0.94
-    )
+    figure.suptitle("Attention over the image when the [word] is said, mean of the layers that VAT aligns", y=0.94)
     return _save(figure, path, tight=False)
 
 

@@ -71,7 +71,7 @@ def _evaluate(checkpoint: Path, teacher: Any, settings: Settings, root: Path, sp
     scores = evaluate(model, tokenizer, root / "data", split).as_dict()
     captions = read_captions(root / "data", split)
     captions = captions[:: max(1, len(captions) // settings.similarity_captions)]
-    alike = similarity(model, teacher, captions, tokenizer, version=VERSION)
+    alike = similarity(model, teacher, captions, tokenizer, version=VERSION, band=settings.band)
     return {**scores, "attention_similarity": alike.band, "similarity_by_layer": alike.by_layer}
 
 

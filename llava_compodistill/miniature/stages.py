@@ -179,6 +179,7 @@ def train_student(
                 *steps(settings.distil_steps),
                 *weight,
                 *("--attention_weight", str(settings.attention_weight)),
+                *("--student_layers", settings.band, "--teacher_layers", settings.band),
                 *("--measure_attention", "True"),
                 *chosen.flags,
             ],

@@ -1,0 +1,180 @@
+"""Benchmarks of the package: python scripts/benchmark/run.py --suite op,head,step [--device cuda|cpu]
+
+Suites
+    op       the visual attention map, forward and backward: eager, chunked, Triton
+    head     head + cross-entropy + KL: on all positions, on the answer rows, ours, Liger's where it is installed
+    step     a DFT step of teacher and student: the usual way, logits KD only, ours
+    fit      largest micro-batch and best throughput within a memory limit, for the same three
+    profile  the operators above 2 % of our step
+    compile  our step with and without torch.compile
+
+All rivals of a suite run in one process on the same inputs. Each is first held against a float64 (op, head) or the
+usual (step) computation; what fails gets no time. Presets give the sizes: `paper` (Qwen1.5-4B and 1.8B, SigLIP so400m,
+bf16; a GPU of 80 GB or more), `cpu` (two cores, a few minutes), `miniature` (the quick start's models).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler measures memory here and has nothing to say
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch  # noqa: E402
+from packaging.version import Version  # noqa: E402
+from rich import box  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(ROOT))  # the checkout's package, so that the commit in the CSV is the code that ran
+
+import head as head_suite  # noqa: E402
+import op as op_suite  # noqa: E402
+import step as step_suite  # noqa: E402
+from measure import machine, write_csv  # noqa: E402
+from pair import Pair  # noqa: E402
+from presets import PRESETS, Preset  # noqa: E402
+
+SUITES = ("op", "head", "step", "fit", "profile", "compile")
+console = Console()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="run.py"
+    )
+    parser.add_argument("--suite", default="op,head", help=f"suites separated by commas, of {', '.join(SUITES)}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--preset", choices=PRESETS, help="sizes (default: paper on cuda, cpu on cpu)")
+    parser.add_argument("--batch", help="micro-batches of the step suite, such as 1,8; of profile the first")
+    parser.add_argument("--length", help="sequence lengths of op, step, fit and profile, such as 1024,2048")
+    parser.add_argument("--limit", help="memory limits of fit in GiB, such as 48,139 (default: the preset's)")
+    parser.add_argument("--no-checkpointing", action="store_true", help="step, fit: no gradient checkpointing")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time spent on each comparison")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmark.csv"), help="CSV to write (default: %(default)s)"
+    )
+    return parser
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    suites = args.suite.split(",")
+    unknown = [suite for suite in suites if suite not in SUITES]
+    if unknown:
+        console.print(f"--suite {args.suite}: unknown {', '.join(unknown)}; there are {', '.join(SUITES)}.")
+        return 2
+    if args.device == "cuda" and not torch.cuda.is_available():
+        console.print("--device cuda: PyTorch sees no GPU here. --device cpu runs the same suites on small sizes.")
+        return 2
+    if {"step", "fit", "compile"} & set(suites) and Version(importlib.metadata.version("transformers")) < Version("5"):
+        console.print("The suites step, fit and compile switch attention backends on built models: transformers 5.")
+        return 2
+    device = torch.device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    preset = PRESETS[args.preset or ("paper" if args.device == "cuda" else "cpu")]
+    preset = preset.change(numbers(args.batch), numbers(args.length), numbers(args.limit))
+    origin, rows = machine(device), []
+    for suite in suites:
+        console.rule(f"{suite} on {origin['device']}")
+        found = []
+        for row in generate(suite, preset, device, args):
+            found.append({**row, "preset": preset.name, **origin})
+            rows.append(found[-1])
+            write_csv(args.output, rows)  # after every row: a later suite may not fit the machine
+            console.print(line(row), highlight=False)
+        console.print(table(suite, found))
+    console.print(f"{len(rows)} rows: {args.output}")
+    return 0 if not any("FAILED" in str(row.get("parity", "")) for row in rows) else 1
+
+
+def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if suite == "op":
+        yield from op_suite.run(preset.ops, device, args.seconds)
+        return
+    if suite == "head":
+        yield from head_suite.run(preset.heads, device, args.seconds)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with console.status("building models with random weights"):
+            pair = Pair(preset.pair, device, Path(folder), checkpointing=not args.no_checkpointing)
+        if suite == "step":
+            yield from step_suite.run(pair, folder, preset.batches, args.seconds)
+        elif suite == "fit":
+            yield from step_suite.run_fit(pair, folder, preset.limits, args.seconds)
+        elif suite == "compile":
+            yield from step_suite.run_compiled(pair, folder, preset.batches[-1], args.seconds)
+        else:
+            yield from step_suite.run_profile(pair, folder, preset.batches[-1])
+
+
+def numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise SystemExit(f"{text!r}: must be whole numbers separated by commas.") from None
+
+
+TITLES = {
+    "variant": "variant",
+    "note": "",
+    "batch": "B",
+    "length": "N",
+    "visual": "N_v",
+    "kv_heads": "kv",
+    "rows": "rows",
+    "p50_ms": "ms",
+    "extra_mib": "MiB",
+    "samples_per_s": "samples/s",
+    "flops_share": "MFU",
+}
+
+
+def shown(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def line(row: dict[str, Any]) -> str:
+    names = [*TITLES, "parity"]
+    return "  ".join(f"{TITLES.get(n, n)} {shown(row[n])}".strip() for n in names if row.get(n) not in (None, ""))
+
+
+def table(suite: str, rows: list[dict[str, Any]]) -> Table:
+    """The suite's medians, each beside its ratio to the first variant of the same sizes."""
+    names = [name for name in TITLES if any(row.get(name) not in (None, "") for row in rows)]
+    result = Table(title=suite, title_justify="left", padding=(0, 0, 0, 1), box=box.SIMPLE)
+    ratios = [name for name in ("p50_ms", "extra_mib", "samples_per_s") if name in names]
+    for name in names:
+        result.add_column(TITLES[name], justify="left" if name in ("variant", "note") else "right")
+        if name in ratios:
+            result.add_column("ratio", justify="right", style="bold")
+    first: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        # In op and head a note is one of the sizes: the pass, or whether the head is trained.
+        sizes = [name for name in ("batch", "length", "visual", "heads", "kv_heads", "head_size", "rows")]
+        base = first.setdefault((*map(row.get, sizes), row.get("note") if suite in ("op", "head") else ""), row)
+        cells = []
+        for name in names:
+            cells.append(shown(row.get(name, "")))
+            if name in ratios:
+                cells.append(f"{row[name] / base[name]:.3f}" if row.get(name) and base.get(name) else "")
+        result.add_row(*cells)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

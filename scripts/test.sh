@@ -35,8 +35,8 @@ say "environments ready after $((SECONDS - STARTED)) s"
 
 RUFF=$ROOT/.venv/bin/ruff
 lint=0
-(cd "$ROOT" && "$RUFF" check setup.py llava_compodistill tests) || lint=1
-(cd "$ROOT" && "$RUFF" format --check setup.py llava_compodistill tests) || lint=1
+(cd "$ROOT" && "$RUFF" check setup.py llava_compodistill scripts tests) || lint=1
+(cd "$ROOT" && "$RUFF" format --check setup.py llava_compodistill scripts tests) || lint=1
 result ruff $lint "$( ((lint)) && echo FAILED || echo ok)"
 
 # From an empty folder, so that no import can find the sources.

@@ -20,7 +20,7 @@ class Preset:
     limits: tuple[float, ...]
 
     def change(
-        self, batches: tuple[int, ...] | None, lengths: tuple[int, ...] | None, limits: tuple[int, ...] | None
+        self, batches: tuple[int, ...] | None, lengths: tuple[int, ...] | None, limits: tuple[float, ...] | None
     ) -> Preset:
         preset = replace(self, batches=batches or self.batches, limits=limits or self.limits)
         if lengths:
@@ -95,6 +95,6 @@ MINIATURE = Preset(
         lengths=(64,),
     ),
     batches=(32,),
-    limits=(1,),
+    limits=(0.05,),
 )
 PRESETS = {preset.name: preset for preset in (PAPER, CPU, MINIATURE)}

@@ -85,7 +85,7 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     preset = PRESETS[args.preset or ("paper" if args.device == "cuda" else "cpu")]
-    preset = preset.change(numbers(args.batch), numbers(args.length), numbers(args.limit))
+    preset = preset.change(numbers(args.batch), numbers(args.length), numbers(args.limit, float))
     origin, rows = machine(device), []
     for suite in suites:
         console.rule(f"{suite} on {origin['device']}")
@@ -120,13 +120,13 @@ def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Na
             yield from step_suite.run_profile(pair, folder, preset.batches[-1])
 
 
-def numbers(text: str | None) -> tuple[int, ...] | None:
+def numbers(text: str | None, kind: type = int) -> tuple | None:
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise SystemExit(f"{text!r}: must be whole numbers separated by commas.") from None
+        raise SystemExit(f"{text!r}: must be {'whole ' * (kind is int)}numbers separated by commas.") from None
 
 
 TITLES = {
@@ -158,6 +158,7 @@ def table(suite: str, rows: list[dict[str, Any]]) -> Table:
     names = [name for name in TITLES if any(row.get(name) not in (None, "") for row in rows)]
     result = Table(title=suite, title_justify="left", padding=(0, 0, 0, 1), box=box.SIMPLE)
     ratios = [name for name in ("p50_ms", "extra_mib", "samples_per_s") if name in names]
+    ratios += ["batch"] if suite == "fit" else []
     for name in names:
         result.add_column(TITLES[name], justify="left" if name in ("variant", "note") else "right")
         if name in ratios:
@@ -165,8 +166,10 @@ def table(suite: str, rows: list[dict[str, Any]]) -> Table:
     first: dict[tuple, dict[str, Any]] = {}
     for row in rows:
         # In op and head a note is one of the sizes: the pass, or whether the head is trained.
-        sizes = [name for name in ("batch", "length", "visual", "heads", "kv_heads", "head_size", "rows")]
-        base = first.setdefault((*map(row.get, sizes), row.get("note") if suite in ("op", "head") else ""), row)
+        sizes = ["length", "visual"] if suite == "fit" else ["batch", "length", "visual", "heads", "kv_heads", "rows"]
+        # In op and head a note is one of the sizes (the pass, whether the head is trained), in fit it begins with one.
+        note = row.get("note", "").split(";")[0] if suite in ("op", "head", "fit") else ""
+        base = first.setdefault((*map(row.get, sizes), row.get("head_size"), note), row)
         cells = []
         for name in names:
             cells.append(shown(row.get(name, "")))

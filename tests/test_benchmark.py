@@ -1,0 +1,101 @@
+"""The benchmark scripts on the miniature's sizes: every suite runs, its parity holds, its figures can be drawn."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+SCRIPTS = Path(os.environ.get("COMPODISTILL_SOURCE", Path(__file__).resolve().parents[1])) / "scripts" / "benchmark"
+CURRENT = int(transformers.__version__.split(".")[0]) >= 5
+
+
+def run(script: str, *args: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPTS / script), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The CSV of all suites that this transformers can run, and its pictures."""
+    path = tmp_path_factory.mktemp("benchmark") / "figures.csv"
+    suites = "op,head,step,fit,profile" if CURRENT else "op,head,profile"
+    done = run(
+        "run.py",
+        "--device",
+        "cpu",
+        "--preset",
+        "miniature",
+        "--suite",
+        suites,
+        "--seconds",
+        0,
+        "--threads",
+        1,
+        "--limit",
+        0.02,
+        "--output",
+        path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return path
+
+
+def test_every_variant_has_its_figures(measured):
+    found = rows(measured)
+    expected = {"op": {"eager", "chunked"}, "head": {"all positions", "answer rows", "ours"}}
+    if CURRENT:
+        expected |= {suite: {"usual", "KD only", "ours"} for suite in ("step", "fit")}
+    for suite, variants in expected.items():
+        mine = [row for row in found if row["suite"] == suite]
+        assert {row["variant"] for row in mine} >= variants
+        for row in mine:
+            assert "FAILED" not in row["parity"] and float(row["parity"]) < 1e-4
+            if suite != "fit":
+                assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+                assert float(row["extra_mib"]) > 0
+    assert any(row["suite"] == "profile" and "%" in row["note"] for row in found)
+    assert all(row["device"] and row["torch"] == torch.__version__ and "run.py" in row["command"] for row in found)
+
+
+@pytest.mark.skipif(not CURRENT, reason="the whole step is measured on current transformers")
+def test_a_step_and_its_fit(measured):
+    found = rows(measured)
+    memory = {row["variant"]: float(row["extra_mib"]) for row in found if row["suite"] == "step"}
+    assert memory["ours"] < memory["usual"]
+    batch = {row["variant"]: int(row["batch"]) for row in found if row["suite"] == "fit"}
+    assert 1 <= batch["usual"] < batch["ours"]
+    assert all(float(row["flops_share"]) > 0 for row in found if row["suite"] == "step")
+
+
+def test_pictures(measured):
+    done = run("plot.py", measured)
+    assert done.returncode == 0, done.stderr
+    pictures = sorted(path.name for path in measured.parent.glob("*.png"))
+    suites = ["fit", "head", "op", "step"] if CURRENT else ["head", "op"]
+    assert pictures == [f"figures-{suite}.png" for suite in suites]
+    assert all(path.stat().st_size > 5_000 for path in measured.parent.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run.py", "--suite", "speed"], "unknown speed; there are op, head"),
+        (["run.py", "--suite", "op", "--length", "long"], "'long': must be whole numbers"),
+        (["plot.py", "missing.csv"], "missing.csv: No such file"),
+    ],
+)
+def test_errors(args, message):
+    done = run(*args)
+    assert done.returncode != 0 and message in done.stdout + done.stderr

@@ -37,7 +37,8 @@ def merged_samples(batch, limit=None):
 
 def weights_of(model):
     """Parameters by name in fp64, graph included, so that gradients with respect to the model's can be compared."""
-    return {name: p.double() for name, p in model.named_parameters() if "vision_tower" not in name}
+    named = model.named_parameters(remove_duplicate=False)  # a tied head under both of its names
+    return {name: p.double() for name, p in named if "vision_tower" not in name}
 
 
 def close(found, expected, tolerance=ROUNDING):
@@ -234,10 +235,14 @@ PAIRS = {
     "llama": {"family": "llama"},
     "eager": {"attention": "eager"},
     "truncated": {"tokenizer_model_max_length": 27},
+    "tied": {"tie_word_embeddings": True},
     "checkpointed": {"checkpointed": True},
     "warm": {"kd_temperature": 2.5},
     "chunked": {"attention_map_impl": "chunked"},
 }
+
+
+MODEL_OPTIONS = ("attention", "tokenizer_model_max_length", "tie_word_embeddings")
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -246,7 +251,7 @@ def test_losses_and_gradients_of_dft_equal_the_reference(siglip, tmp_path, pair)
     taf, family = options.pop("taf", True), options.pop("family", "qwen2")
     temperature = options.get("kd_temperature", 1.0)
     checkpointed = options.pop("checkpointed", False)
-    model_options = {k: options.pop(k) for k in ("attention", "tokenizer_model_max_length") if k in options}
+    model_options = {k: options.pop(k) for k in MODEL_OPTIONS if k in options}
     dtype = model_options["dtype"] = precision(model_options.get("attention", "sdpa"))
     teacher = make_model(
         siglip, family, hidden=48, layers=6, heads=6, kv_heads=3, vocab=128, seed=1, **model_options

@@ -1,5 +1,8 @@
 """The walk-through of the README in a LLaVA checkout laid out from the registry's llava-torch: init, the real scripts
-from the teacher to SFT, LLaVA's own evaluation, unmodified."""
+from the teacher to SFT, LLaVA's own evaluation, unmodified.
+
+LLAVA_CHECKOUT=/path/to/LLaVA runs it in a clone of a git checkout instead.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,12 @@ def checkout(world, tmp_path_factory) -> Path:
     import llava
 
     root = tmp_path_factory.mktemp("LLaVA")
+    if "LLAVA_CHECKOUT" in os.environ:
+        run(root, "git", "clone", "--quiet", os.environ["LLAVA_CHECKOUT"], ".")
+        run(root, sys.executable, "-m", "llava_compodistill.cli", "init", ".", "--patch")
+        found = run(root, sys.executable, "-c", "import llava; print(llava.__path__[0])")
+        assert Path(found.strip()) == root / "llava"
+        return root
     shutil.copytree(Path(llava.__file__).parent, root / "llava", ignore=shutil.ignore_patterns("__pycache__"))
     run(root, sys.executable, "-m", "llava_compodistill.cli", "init", ".")
     return root

@@ -1,0 +1,290 @@
+"""Benchmark figures from records: pure functions over dicts, usable on any model's records.
+
+A record holds an item's `id`, what the item is (`subset`, `category`, `label`, …) and what the model made of it, in one
+of three forms:
+
+* ``scores``: [captions][images], how well each caption matches each image (log-probabilities, P("Yes"), …). Caption 0
+  belongs to image 0 and caption 1, where there are two images, to image 1. A tie is wrong: every comparison is strict.
+* ``choices``: one entry an order of the options, ``{"image": 0, "options": [1, 0], "picked": 0, "text": "A"}``: which
+  captions were shown as A, B, …, and which of them was picked (None where no letter could be read).
+* ``text``: what the model answered.
+
+Figures are in %, with the number of items beside them; `unparsable` answers are wrong and counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+Record = Mapping[str, Any]
+
+SUGARCREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
+SADE = ("comprehensive", "relation", "attribute", "atomic", "negate", "content")
+REEFKNOT_TASKS = ("yesno", "multichoice", "vqa")
+
+
+class RecordError(ValueError):
+    """A record that a scorer cannot read; names the record and the field."""
+
+
+def sugarcrepe(records: Iterable[Record]) -> dict[str, Any]:
+    """SugarCrepe (arXiv 2306.14610): accuracy by subset and their unweighted mean, `overall` (chance 50)."""
+    subsets = _grouped(records, "subset", SUGARCREPE)
+    figures = {name: _percent(map(pair_accuracy, items)) for name, items in subsets.items()}
+    return {
+        "overall": _mean(figures.values()),
+        "micro": _percent(pair_accuracy(item) for items in subsets.values() for item in items),
+        **figures,
+        **_counts(record for items in subsets.values() for record in items),
+    }
+
+
+def sade(records: Iterable[Record]) -> dict[str, Any]:
+    """SADE (arXiv 2308.10509): recall@1 of the true caption among its negatives, by category; `comprehensive` is
+    Winoground's group score. `macro` averages the categories, `micro` the items."""
+    categories = _grouped(records, "category", SADE)
+
+    def hit(record: Record) -> float:
+        if record["category"] == "comprehensive":
+            return float(all(_two_by_two(record)))
+        return pair_accuracy(record)
+
+    figures = {name: _percent(map(hit, items)) for name, items in categories.items()}
+    return {
+        "macro": _mean(figures.values()),
+        "macro_without_comprehensive": _mean(value for name, value in figures.items() if name != "comprehensive"),
+        "micro": _percent(hit(item) for items in categories.values() for item in items),
+        **figures,
+        **_counts(record for items in categories.values() for record in items),
+    }
+
+
+def bivlc(records: Iterable[Record]) -> dict[str, Any]:
+    """BiVLC (arXiv 2406.09952): `i2t`, `t2i` and `group` (chance 25 / 25 / 16.7), the four one-sided accuracies (chance
+    50), and `group` by the type of change."""
+    records = list(records)
+    figures = _four_way(records)
+    for kind, items in sorted(_grouped((r for r in records if "type" in r), "type").items()):
+        figures[f"group_{kind}"] = _four_way(items).get("group")
+    return {**figures, **_counts(records)}
+
+
+def winoground(records: Iterable[Record]) -> dict[str, Any]:
+    """Winoground (arXiv 2204.03162): `text`, `image` and `group` (chance 25 / 25 / 16.7) and `pairwise`, the accuracy of
+    the single image-to-text choices (chance 50), which alone compares with the paper's figure."""
+    records = list(records)
+    found = _four_way(records)
+    figures = {"pairwise": found["pairwise"]}
+    if "group" in found:
+        figures |= {"text": found["i2t"], "image": found["t2i"], "group": found["group"]}
+    return {**figures, **_counts(records)}
+
+
+def rbench(records: Iterable[Record]) -> dict[str, Any]:
+    """R-Bench (arXiv 2406.16449), image level: yes/no figures of each of the five lists (`lists` names those an item is
+    in), and their means. An empty answer is wrong and no "yes"."""
+    lists: dict[Any, list[Record]] = defaultdict(list)
+    records = list(records)
+    for record in records:
+        for name in _field(record, "lists"):
+            lists[name].append(record)
+    by_list = {
+        str(name): yes_no_figures(items) for name, items in sorted(lists.items(), key=lambda pair: str(pair[0]))
+    }
+    names = ("f1", "accuracy", "precision", "recall", "yes_ratio")
+    figures = {name: _mean(entry[name] for entry in by_list.values()) for name in names}
+    return {**figures, "by_list": by_list, "items": len(records), "unparsable": _unparsable(records, yes_or_no)}
+
+
+def reefknot(records: Iterable[Record], judge: Callable[[str, str], bool] | None = None) -> dict[str, Any]:
+    """Reefknot (arXiv 2408.09429): `rscore`, the mean over the tasks of 1 - hallucination rate (the error rate), and each
+    task's figures by type of relation.
+
+    Args:
+        judge: (answer, label) -> right, for the open questions; by default the label's words must stand in the answer.
+    """
+    records = list(records)
+    tasks = _grouped(records, "task", REEFKNOT_TASKS)
+    figures: dict[str, Any] = {}
+    accuracies = []
+    for task, items in tasks.items():
+        entry: dict[str, Any] = {}
+        for relation, chosen in (("", items), *sorted(_grouped(items, "relation_type").items())):
+            if task == "yesno":
+                found = yes_no_figures(chosen)
+            else:
+                right = _letter_right if task == "multichoice" else (lambda r: (judge or says)(r["text"], r["label"]))
+                found = {"accuracy": _percent(float(right(record)) for record in chosen), "items": len(chosen)}
+            entry |= found if not relation else {relation: found}
+        entry["hallucination_rate"] = 100 - entry["accuracy"]
+        entry["unparsable"] = _unparsable(items, _READERS[task])
+        accuracies.append(entry["accuracy"])
+        figures[task] = entry
+    return {"rscore": _mean(accuracies), **figures, "items": len(records)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single records
+# ---------------------------------------------------------------------------------------------------------------------
+def pair_accuracy(record: Record) -> float:
+    """Whether the true caption (0) beats every other on image 0; over `choices`, the share of orders that pick it."""
+    if "scores" in record:
+        true, *false = (row[0] for row in record["scores"])
+        return float(all(true > other for other in false))
+    return mean(float(_picked(choice) == choice.get("image", 0)) for choice in _field(record, "choices"))
+
+
+def _picked(choice: Record) -> int | None:
+    return None if choice["picked"] is None else choice["options"][choice["picked"]]
+
+
+def _two_by_two(record: Record) -> tuple[bool, bool, bool, bool]:
+    """Image 0 prefers its caption, image 1 its, caption 0 prefers its image, caption 1 its."""
+    (s00, s01), (s10, s11) = _field(record, "scores")
+    return s00 > s10, s11 > s01, s00 > s01, s11 > s10
+
+
+def _four_way(records: Sequence[Record]) -> dict[str, Any]:
+    if all("scores" not in record for record in records):
+        # Letters are chosen for one image at a time: text-to-image would need both images in one prompt.
+        return {"pairwise": _percent(map(pair_accuracy, records))}
+    sides = [_two_by_two(record) for record in records]
+    names = ("i2t_image_0", "i2t_image_1", "t2i_caption_0", "t2i_caption_1")
+    return {
+        "group": _percent(float(all(side)) for side in sides),
+        "i2t": _percent(float(side[0] and side[1]) for side in sides),
+        "t2i": _percent(float(side[2] and side[3]) for side in sides),
+        "pairwise": _percent(float(value) for side in sides for value in side[:2]),
+        **{name: _percent(float(side[index]) for side in sides) for index, name in enumerate(names)},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading answers
+# ---------------------------------------------------------------------------------------------------------------------
+def letter(text: str, count: int) -> int | None:
+    """The first of the letters A, B, … that stands by itself, as its number; None where there is none.
+
+    "A man on a horse" reads as A, as in the authors' protocols: the raw text is kept in every record, and
+    `letter_is_doubtful` tells how many there were.
+    """
+    found = re.search(rf"(?<![A-Za-z])([A-{chr(64 + count)}])(?![A-Za-z'])", text)
+    return None if found is None else ord(found.group(1)) - 65
+
+
+def letter_is_doubtful(text: str) -> bool:
+    """Whether the letter that `letter` reads could be the article of a sentence."""
+    return re.match(r"\s*A\s+[a-z]", text) is not None
+
+
+def yes_or_no(text: str) -> bool | None:
+    """POPE's rule: in the first sentence, without commas, a word No, not or no means no, and all else yes. None where
+    nothing was answered."""
+    sentence = text.split(".")[0].replace(",", "")
+    if not text.strip():
+        return None
+    return not {"No", "not", "no"} & set(sentence.split(" "))
+
+
+def says(text: str, label: str) -> bool:
+    """Whether an open answer holds the label's words in a row; case, articles and punctuation do not count."""
+    answer, wanted = (_words(part) for part in (text, label))
+    spans = (answer[start : start + len(wanted)] for start in range(len(answer) - len(wanted) + 1))
+    return bool(wanted) and any(span == wanted for span in spans)
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in ("a", "an", "the")]
+
+
+def _letter_right(record: Record) -> bool:
+    label = str(_field(record, "label")).strip()
+    options = len(record["options"]) if "options" in record else 4
+    picked = letter(record["text"], options)
+    return picked is not None and chr(65 + picked) == label.upper()[:1]
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "yesno": yes_or_no,
+    "multichoice": lambda text: letter(text, 4),
+    "vqa": lambda text: text.strip() or None,
+}
+
+
+def yes_no_figures(records: Sequence[Record]) -> dict[str, Any]:
+    """Accuracy, precision, recall, F1 and the share of "yes", in %; yes is the positive answer."""
+    pairs = [(yes_or_no(_field(record, "text")), _is_yes(record)) for record in records]
+    hits = sum(answer is True and label for answer, label in pairs)
+    said, true = sum(answer is True for answer, _ in pairs), sum(label for _, label in pairs)
+    precision, recall = _ratio(hits, said), _ratio(hits, true)
+    return {
+        "f1": _ratio(2 * precision * recall, 100 * (precision + recall)),
+        "accuracy": _ratio(sum(answer is label for answer, label in pairs), len(pairs)),
+        "precision": precision,
+        "recall": recall,
+        "yes_ratio": _ratio(said, len(pairs)),
+        "items": len(pairs),
+    }
+
+
+def _is_yes(record: Record) -> bool:
+    label = str(_field(record, "label")).strip().lower()
+    if label not in ("yes", "no"):
+        raise RecordError(f"record {record.get('id')}: label {record['label']!r} must be yes or no")
+    return label == "yes"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sums
+# ---------------------------------------------------------------------------------------------------------------------
+def _field(record: Record, name: str) -> Any:
+    if name not in record:
+        raise RecordError(f"record {record.get('id')}: has no {name!r}, only {', '.join(map(str, record))}")
+    return record[name]
+
+
+def _grouped(records: Iterable[Record], field: str, known: Sequence[str] | None = None) -> dict[str, list[Record]]:
+    """Records by a field, in the order of the known values.
+
+    Raises RecordError for a value that is not known.
+    """
+    groups: dict[str, list[Record]] = {name: [] for name in known or ()}
+    for record in records:
+        value = _field(record, field)
+        if known is not None and value not in groups:
+            raise RecordError(f"record {record.get('id')}: {field} {value!r} must be one of {', '.join(known)}")
+        groups.setdefault(value, []).append(record)
+    return {name: items for name, items in groups.items() if items}
+
+
+def _ratio(part: float, whole: float) -> float:
+    return 100 * part / whole if whole else 0.0
+
+
+def _percent(values: Iterable[float]) -> float | None:
+    """The mean in %, None of nothing."""
+    values = list(values)
+    return 100 * mean(values) if values else None
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return mean(values) if values else None
+
+
+def _unparsable(records: Iterable[Record], reader: Callable[[str], Any]) -> int:
+    return sum(reader(_field(record, "text")) is None for record in records)
+
+
+def _counts(records: Iterable[Record]) -> dict[str, int]:
+    records = list(records)
+    choices = [choice for record in records for choice in record.get("choices", ())]
+    counts = {"items": len(records)}
+    if choices:
+        counts["unparsable"] = sum(choice["picked"] is None for choice in choices)
+        counts["doubtful_letters"] = sum(letter_is_doubtful(choice.get("text", "")) for choice in choices)
+    return counts

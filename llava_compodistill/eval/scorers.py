@@ -1,7 +1,7 @@
 """Benchmark figures from records: pure functions over dicts, usable on any model's records.
 
-A record holds an item's `id`, what the item is (`subset`, `category`, `label`, …) and what the model made of it, in one
-of three forms:
+A record holds an item's `id`, what the item is (`subset`, `category`, `label`, …) and what the model made of it, in
+one of three forms:
 
 * ``scores``: [captions][images], how well each caption matches each image (log-probabilities, P("Yes"), …). Caption 0
   belongs to image 0 and caption 1, where there are two images, to image 1. A tie is wrong: every comparison is strict.
@@ -64,8 +64,8 @@ def sade(records: Iterable[Record]) -> dict[str, Any]:
 
 
 def bivlc(records: Iterable[Record]) -> dict[str, Any]:
-    """BiVLC (arXiv 2406.09952): `i2t`, `t2i` and `group` (chance 25 / 25 / 16.7), the four one-sided accuracies (chance
-    50), and `group` by the type of change."""
+    """BiVLC (arXiv 2406.09952): `i2t`, `t2i` and `group` (chance 25 / 25 / 16.7), the four one-sided accuracies
+    (chance 50), and `group` by the type of change."""
     records = list(records)
     figures = _four_way(records)
     for kind, items in sorted(_grouped((r for r in records if "type" in r), "type").items()):
@@ -74,8 +74,8 @@ def bivlc(records: Iterable[Record]) -> dict[str, Any]:
 
 
 def winoground(records: Iterable[Record]) -> dict[str, Any]:
-    """Winoground (arXiv 2204.03162): `text`, `image` and `group` (chance 25 / 25 / 16.7) and `pairwise`, the accuracy of
-    the single image-to-text choices (chance 50), which alone compares with the paper's figure."""
+    """Winoground (arXiv 2204.03162): `text`, `image` and `group` (chance 25 / 25 / 16.7) and `pairwise`, the accuracy
+    of the single image-to-text choices (chance 50), which alone compares with the paper's figure."""
     records = list(records)
     found = _four_way(records)
     figures = {"pairwise": found["pairwise"]}
@@ -85,8 +85,8 @@ def winoground(records: Iterable[Record]) -> dict[str, Any]:
 
 
 def rbench(records: Iterable[Record]) -> dict[str, Any]:
-    """R-Bench (arXiv 2406.16449), image level: yes/no figures of each of the five lists (`lists` names those an item is
-    in), and their means. An empty answer is wrong and no "yes"."""
+    """R-Bench (arXiv 2406.16449), image level: yes/no figures of each of the five lists (`lists` names those an item
+    is in), and their means. An empty answer is wrong and no "yes"."""
     lists: dict[Any, list[Record]] = defaultdict(list)
     records = list(records)
     for record in records:
@@ -101,8 +101,8 @@ def rbench(records: Iterable[Record]) -> dict[str, Any]:
 
 
 def reefknot(records: Iterable[Record], judge: Callable[[str, str], bool] | None = None) -> dict[str, Any]:
-    """Reefknot (arXiv 2408.09429): `rscore`, the mean over the tasks of 1 - hallucination rate (the error rate), and each
-    task's figures by type of relation.
+    """Reefknot (arXiv 2408.09429): `rscore`, the mean over the tasks of 1 - hallucination rate (the error rate), and
+    each task's figures by type of relation.
 
     Args:
         judge: (answer, label) -> right, for the open questions; by default the label's words must stand in the answer.

@@ -384,3 +384,25 @@ def output_capturing_repair() -> tuple[str, str, Callable] | None:
 
     install_once.repaired = True
     return output_capturing.__name__, "install_all_output_capturing_hooks", install_once
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Key/value caches: tuples in 4.37, objects later
+# ---------------------------------------------------------------------------------------------------------------------
+def read_cache(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(keys, values) [B, H_kv, N, d] of each layer of a model's `past_key_values`."""
+    if isinstance(cache, tuple):
+        return list(cache)
+    if hasattr(cache, "layers"):
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(zip(cache.key_cache, cache.value_cache, strict=True))
+
+
+def make_cache(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """`past_key_values` for a model's forward. A forward may extend it in place."""
+    if Version("4.48") > TRANSFORMERS:
+        return tuple(pairs)
+    cache = transformers.DynamicCache()
+    for layer, (keys, values) in enumerate(pairs):
+        cache.update(keys, values, layer)
+    return cache

@@ -1,0 +1,265 @@
+"""Ask one model many things about images, each image and each beginning computed once.
+
+Under a template everything up to the image is the same text, and the image comes first: all questions and captions on
+an image share that prefix. It runs once an image, its keys and values are kept, and what differs runs in batches
+behind it. LLaVA's own evaluation runs every question by itself, image included.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import compat
+from ..models import llava_core
+from ..plugin.host import import_llava, import_llava_train
+from ..plugin.templates import prepare_tokenizer, use_template
+
+IMAGE_TOKEN_INDEX, IGNORE_INDEX = -200, -100
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely is `answer`? Answered by the mean log-probability of its tokens, the end token included, in nats."""
+
+    image: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class FirstWord:
+    """Which of `words` would an answer begin with? Answered by the log-probability of the first token of each."""
+
+    image: str
+    prompt: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What does the model answer? Answered by text, decoded greedily."""
+
+    image: str
+    prompt: str
+    max_new_tokens: int = 64
+
+
+Request = Likelihood | FirstWord | Answer
+
+
+@dataclass
+class _Row:
+    """A request as tokens: what comes behind the image, and which of it is to be predicted."""
+
+    index: int
+    request: Request
+    before: tuple[int, ...]
+    ids: list[int]
+    labels: list[int]
+
+
+class Engine:
+    """Answers requests with one model.
+
+    Args:
+        model: a LLaVA model in eval mode with its vision tower loaded.
+        tokenizer: its tokenizer.
+        version: conversation template.
+        batch_size: sequences at a time, behind the images' prefixes as well as the images themselves.
+
+    Raises:
+        ValueError: for a model that cuts images into several (anyres), which have no common prefix length.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, version: str, batch_size: int = 32):
+        self.model, self.tokenizer, self.version, self.batch_size = llava_core(model), tokenizer, version, batch_size
+        config = self.model.config
+        if "anyres" in (getattr(config, "image_aspect_ratio", None) or ""):
+            raise ValueError("image_aspect_ratio 'anyres': such models are evaluated by LLaVA's own modules.")
+        prepare_tokenizer(tokenizer, use_template(version))
+        self._preprocess = import_llava_train().preprocess
+        self._process_images = import_llava("llava.mm_utils").process_images
+        self._marker = "<image>"
+        if getattr(config, "mm_use_im_start_end", False):
+            self._marker = "<im_start><image><im_end>"
+
+    @torch.inference_mode()
+    def run(
+        self, requests: Sequence[Request], done: Callable[[int, Any], None] | None = None
+    ) -> list[float | list[float] | str]:
+        """Answer requests, in order: a float, a list of floats (one a word) or a text each.
+
+        Args:
+            requests: of any kinds; those on one image are computed together, wherever they stand.
+            done: called with (position, response) as responses come.
+        """
+        responses: list[Any] = [None] * len(requests)
+        for rows, caches in self._prefixes(requests):
+            for kind in (Likelihood, FirstWord, Answer):
+                chosen = sorted((r for r in rows if isinstance(r.request, kind)), key=lambda row: len(row.ids))
+                for start in range(0, len(chosen), self.batch_size):
+                    batch = chosen[start : start + self.batch_size]
+                    answer = self._generate if kind is Answer else self._log_probabilities
+                    for row, response in zip(batch, answer(batch, caches), strict=True):
+                        responses[row.index] = response
+                        if done is not None:
+                            done(row.index, response)
+        return responses
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Prefixes
+    # -----------------------------------------------------------------------------------------------------------------
+    def _prefixes(self, requests: Sequence[Request]) -> Iterator[tuple[list[_Row], _Caches]]:
+        """Requests in groups of images, with the keys and values of what stands before their own tokens."""
+        use_template(self.version)
+        groups: dict[tuple[tuple[int, ...], str], list[_Row]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            row = self._tokens(index, request)
+            groups[row.before, request.image].append(row)
+        by_text: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        for before, image in groups:
+            by_text[before].append(image)
+        for before, images in by_text.items():
+            for start in range(0, len(images), self.batch_size):
+                some = images[start : start + self.batch_size]
+                rows = [row for image in some for row in groups[before, image]]
+                yield rows, self._read(before, some)
+
+    def _tokens(self, index: int, request: Request) -> _Row:
+        answer = request.answer if isinstance(request, Likelihood) else "?"
+        turns = [
+            {"from": "human", "value": f"{self._marker}\n{request.prompt}"},
+            {"from": "gpt", "value": answer},
+        ]
+        batch = self._preprocess([turns], self.tokenizer, has_image=True)
+        ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+        image = ids.index(IMAGE_TOKEN_INDEX)
+        if ids.count(IMAGE_TOKEN_INDEX) != 1:
+            raise ValueError(f"The prompt {request.prompt!r} holds an image token of its own.")
+        if not isinstance(request, Likelihood):
+            ids = ids[: next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)]
+            labels = labels[: len(ids)]
+        return _Row(index, request, tuple(ids[:image]), ids[image + 1 :], labels[image + 1 :])
+
+    def _read(self, before: tuple[int, ...], images: list[str]) -> _Caches:
+        model = self.model
+        tower = model.get_vision_tower()
+        pixels = []
+        for path in images:
+            pixels.append(self._process_images([_open(path)], tower.image_processor, model.config)[0])
+        features = model.encode_images(torch.stack(pixels).to(model.device, model.dtype))
+        text = self._embed(torch.tensor([before] * len(images), dtype=torch.long, device=model.device))
+        outputs = model.get_model()(inputs_embeds=torch.cat([text, features.to(text.dtype)], dim=1), use_cache=True)
+        return _Caches(
+            compat.read_cache(outputs.past_key_values),
+            {image: number for number, image in enumerate(images)},
+            len(before) + features.shape[1],
+        )
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model.get_model().embed_tokens(ids)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Behind the prefixes
+    # -----------------------------------------------------------------------------------------------------------------
+    def _forward(self, rows: list[_Row], caches: _Caches):
+        """(last hidden states [R, N, D], past_key_values, lengths [R]) of the rows' own tokens, padded on the right,
+        where nothing that is real sees it."""
+        device = self.model.device
+        lengths = torch.tensor([len(row.ids) for row in rows], device=device)
+        width = int(lengths.max())
+        ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows], device=device)
+        positions = torch.arange(caches.length, caches.length + width, device=device).expand(len(rows), -1)
+        outputs = self.model.get_model()(
+            inputs_embeds=self._embed(ids),
+            attention_mask=torch.ones(len(rows), caches.length + width, dtype=torch.long, device=device),
+            position_ids=positions,
+            past_key_values=caches.of([row.request.image for row in rows]),
+            use_cache=True,
+        )
+        return outputs.last_hidden_state, outputs.past_key_values, lengths
+
+    def _log_probabilities(self, rows: list[_Row], caches: _Caches) -> list[float | list[float]]:
+        hidden, _, lengths = self._forward(rows, caches)
+        responses: list[float | list[float]] = []
+        if isinstance(rows[0].request, FirstWord):
+            last = hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
+            log_probs = self._head(last)
+            for row, values in zip(rows, log_probs, strict=True):
+                responses.append([float(values[self._first_token(row, word)]) for word in row.request.words])
+            return responses
+        for row, states in zip(rows, hidden, strict=True):
+            places = [place for place, label in enumerate(row.labels) if label != IGNORE_INDEX]
+            log_probs = self._head(states[[place - 1 for place in places]])
+            targets = torch.tensor([row.labels[place] for place in places], device=hidden.device)
+            responses.append(float(log_probs.gather(1, targets[:, None]).mean()))
+        return responses
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(self.model.get_output_embeddings()(hidden).float(), dim=-1)
+
+    def _first_token(self, row: _Row, word: str) -> int:
+        """The token that an answer beginning with a word begins with, under the template."""
+        turns = [{"from": "human", "value": f"{self._marker}\n{row.request.prompt}"}, {"from": "gpt", "value": word}]
+        labels = self._preprocess([turns], self.tokenizer, has_image=True)["labels"][0]
+        return int(labels[labels != IGNORE_INDEX][0])
+
+    def _generate(self, rows: list[_Row], caches: _Caches) -> list[str]:
+        model, device = self.model, self.model.device
+        hidden, cache, lengths = self._forward(rows, caches)
+        width, count = hidden.shape[1], len(rows)
+        every = torch.arange(count, device=device)
+        token = model.get_output_embeddings()(hidden[every, lengths - 1]).argmax(dim=-1)
+        # The rows' padding lies between their prompts and their answers now, and must not be seen.
+        prompt = torch.arange(width, device=device)[None] < lengths[:, None]
+        mask = torch.cat([torch.ones(count, caches.length, device=device, dtype=torch.bool), prompt], dim=1).long()
+        limit = torch.tensor([row.request.max_new_tokens for row in rows], device=device)
+        stop, answers = self.tokenizer.eos_token_id, []
+        ended = torch.zeros(count, dtype=torch.bool, device=device)
+        for step in range(int(limit.max())):
+            ended |= (token == stop) | (step >= limit)
+            if bool(ended.all()):
+                break
+            answers.append(torch.where(ended, stop, token))
+            mask = torch.cat([mask, mask.new_ones(count, 1)], dim=1)
+            outputs = model.get_model()(
+                inputs_embeds=self._embed(token[:, None]),
+                attention_mask=mask,
+                position_ids=(caches.length + lengths + step)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = outputs.past_key_values
+            token = model.get_output_embeddings()(outputs.last_hidden_state[:, -1]).argmax(dim=-1)
+        if not answers:
+            return [""] * count
+        texts = []
+        for tokens in torch.stack(answers, dim=1).tolist():
+            kept = tokens[: tokens.index(stop)] if stop in tokens else tokens
+            texts.append(self.tokenizer.decode(kept, skip_special_tokens=True).strip())
+        return texts
+
+
+class _Caches:
+    """Keys and values of several images' prefixes."""
+
+    def __init__(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], numbers: dict[str, int], length: int):
+        self.pairs, self.numbers, self.length = pairs, numbers, length
+
+    def of(self, images: list[str]) -> Any:
+        """A cache with one row for each of the images named, copied: a forward may write into it."""
+        index = torch.tensor([self.numbers[image] for image in images], device=self.pairs[0][0].device)
+        return compat.make_cache([(keys[index], values[index]) for keys, values in self.pairs])
+
+
+def _open(path: str) -> Any:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")

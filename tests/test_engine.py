@@ -1,0 +1,133 @@
+"""The evaluation engine against one question at a time: forwards without a cache, and LLaVA's own generate()."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from llava_compodistill.eval.engine import Answer, Engine, FirstWord, Likelihood
+from llava_compodistill.eval.scoring import Question, score
+
+VERSION = "qwen_1_5"
+PROMPTS = ["What is this?", "Is the red circle left of the blue square? Answer yes or no.", "Describe the image."]
+ANSWERS = ["a small red circle", "Yes", "a large blue square above a small green star"]
+
+
+@pytest.fixture(scope="module")
+def engine(world, tmp_path_factory):
+    """A random teacher of the test world, with weights large enough to answer different things."""
+    import factory
+
+    from llava_compodistill.plugin import register
+
+    register(train=True)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(world["tokenizer"])
+    model = factory.make_model(world["siglip"], vocab=len(tokenizer), dtype=torch.float32, seed=3)
+    return Engine(model, tokenizer, version=VERSION, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def images(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    paths = []
+    for number, color in enumerate([(255, 0, 0), (0, 80, 200), (10, 240, 10)]):
+        image = Image.new("RGB", (60, 60), color)
+        image.paste((255, 255, 255), (10 * number, 5, 30 + 10 * number, 40))
+        paths.append(str(folder / f"{number}.png"))
+        image.save(paths[-1])
+    return paths
+
+
+def test_likelihoods_are_those_of_whole_sequences(engine, images):
+    requests = [Likelihood(image, prompt, answer) for answer in ANSWERS for prompt in PROMPTS for image in images]
+    found = engine.run(requests)
+    questions = [Question(r.image, r.prompt, r.answer) for r in requests]
+    expected = [
+        s.log_probability
+        for question in questions
+        for s in score([question], engine.model, engine.tokenizer, version=VERSION, batch_size=1)
+    ]
+    assert found == pytest.approx(expected, abs=2e-5)
+    assert len({round(value, 3) for value in found}) > len(found) / 2
+
+
+def prompt_ids(engine, prompt):
+    from llava.conversation import conv_templates
+    from llava.mm_utils import tokenizer_image_token
+
+    conversation = conv_templates[VERSION].copy()
+    conversation.append_message(conversation.roles[0], f"<image>\n{prompt}")
+    conversation.append_message(conversation.roles[1], None)
+    return tokenizer_image_token(conversation.get_prompt(), engine.tokenizer, -200, return_tensors="pt")[None]
+
+
+def pixels_of(engine, image):
+    from llava.mm_utils import process_images
+
+    processor = engine.model.get_vision_tower().image_processor
+    return process_images([Image.open(image).convert("RGB")], processor, engine.model.config)
+
+
+def test_first_words_are_the_first_tokens_of_answers(engine, images):
+    words = ("Yes", "No", "a")
+    requests = [FirstWord(image, prompt, words) for image in images for prompt in PROMPTS]
+    found = engine.run(requests)
+    tokens = [engine.tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]
+    assert len(set(tokens)) == 3
+    for request, values in zip(requests, found, strict=True):
+        with torch.no_grad():
+            logits = engine.model(prompt_ids(engine, request.prompt), images=pixels_of(engine, request.image)).logits
+        expected = torch.log_softmax(logits[0, -1].double(), dim=-1)[tokens]
+        assert values == pytest.approx(expected.tolist(), abs=2e-5)
+
+
+def generate_alone(engine, image, prompt, limit):
+    """LLaVA's way: one question a call, image included."""
+    model, tokenizer = engine.model, engine.tokenizer
+    tokens = model.generate(
+        prompt_ids(engine, prompt), images=pixels_of(engine, image), do_sample=False, max_new_tokens=limit,
+        use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+
+
+def test_answers_are_those_of_one_question_at_a_time(engine, images):
+    limits = [1, 9, 5]
+    requests = [Answer(image, p, limit) for image in images for p, limit in zip(PROMPTS, limits, strict=True)]
+    found = engine.run(requests)
+    expected = [generate_alone(engine, r.image, r.prompt, r.max_new_tokens) for r in requests]
+    assert found == expected
+    assert len(set(found)) > 2 and any(len(text.split()) > 2 for text in found)
+
+
+def test_mixed_requests_come_back_in_their_order(engine, images):
+    requests = [
+        Answer(images[1], PROMPTS[0], 4),
+        Likelihood(images[0], PROMPTS[2], ANSWERS[0]),
+        FirstWord(images[1], PROMPTS[1], ("Yes", "No")),
+        Likelihood(images[1], PROMPTS[2], ANSWERS[0]),
+    ]
+    told = {}
+    found = engine.run(requests, done=told.__setitem__)
+    assert told == dict(enumerate(found))
+    assert [type(value) for value in found] == [str, float, list, float]
+    for request, value in zip(requests, found, strict=True):
+        alone = engine.run([request])[0]
+        assert alone == (pytest.approx(value, abs=2e-5) if not isinstance(value, str) else value)
+
+
+def test_each_image_is_encoded_once(engine, images, monkeypatch):
+    seen = []
+    encode = engine.model.encode_images
+    monkeypatch.setattr(engine.model, "encode_images", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+    engine.run([Likelihood(image, prompt, answer) for answer in ANSWERS for prompt in PROMPTS for image in images])
+    assert seen == [3]
+
+
+def test_several_crops_are_left_to_llava(engine, monkeypatch):
+    monkeypatch.setattr(engine.model.config, "image_aspect_ratio", "anyres", raising=False)
+    with pytest.raises(ValueError, match="anyres.*LLaVA's own"):
+        Engine(engine.model, engine.tokenizer, version=VERSION)

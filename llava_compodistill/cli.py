@@ -30,13 +30,23 @@ COMMANDS: dict[str, Command] = {
     "init": Command("llava_compodistill.plugin.checkout", "main", "put our scripts and patches into a LLaVA checkout"),
     "run": Command("llava_compodistill.plugin.runner", "main", "run a LLaVA module with the plugin registered"),
     "train": Command("llava_compodistill.train", "main", "train one stage (flags as in LLaVA's scripts)", True),
+    "eval": Command("llava_compodistill.eval.cli", "main", "compositional and hallucination benchmarks"),
     "miniature": Command(
-        "llava_compodistill.miniature.cli", "main", "the built-in world: quickstart, data, store-weights"
+        "llava_compodistill.miniature.cli", "main", "the built-in world: quickstart, data, layers, store-weights"
     ),
 }
 
 #: Errors of the user's input that a subcommand explains in full: shown without a traceback.
-EXPLAINED = {"CheckoutError", "CheckpointError", "HostError", "PatchError", "RunnerError"}
+EXPLAINED = {
+    "CheckoutError",
+    "CheckpointError",
+    "DataError",
+    "HostError",
+    "PatchError",
+    "RecordError",
+    "RecordsError",
+    "RunnerError",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

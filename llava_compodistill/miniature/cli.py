@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatch to quickstart, data, layers or store-weights."""
+    """Dispatch to quickstart, data, benchmarks, layers or store-weights."""
     parser = argparse.ArgumentParser(
         prog="llava-compodistill miniature",
         description="The miniature world: everything made here, nothing downloaded.",
@@ -20,6 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     data.add_argument("--preset", default="default", choices=("default", "smoke", "gpu"))
     store = commands.add_parser("store-weights", help="freeze a run's tower, base model and teacher into the package")
     store.add_argument("run", type=Path, help="folder of a run made with --from-scratch")
+    asked = commands.add_parser("benchmarks", help="the held-out sets in the formats of SugarCrepe, SADE, …")
+    asked.add_argument("data", type=Path, help="folder of `data`, or RUN/data of a quick start")
+    asked.add_argument("output", type=Path, help="what `llava-compodistill eval --data-root` then takes")
+    asked.add_argument("--split", choices=("val", "test"), default="val")
     layers = commands.add_parser("layers", help="in which layers a run's teacher reads the image")
     layers.add_argument("run", type=Path, nargs="?", default=Path("runs/miniature"))
     layers.add_argument("--checkpoint", type=Path, help="another checkpoint than the run's teacher")
@@ -36,6 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         manifest = write_dataset(args.output, WorldConfig.preset(args.preset))
         print(f"{args.output}: {manifest.get('counts', '')}")
+        return 0
+    if args.command == "benchmarks":
+        from .benchmarks import write_benchmarks
+
+        try:
+            counts = write_benchmarks(args.data, args.output, args.split)
+        except FileNotFoundError as error:
+            print(error)
+            return 2
+        print(f"{args.output}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
         return 0
     if args.command == "layers":
         from .layers import main as read_layers

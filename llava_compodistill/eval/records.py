@@ -1,0 +1,142 @@
+"""Records of an evaluation: JSON lines that a killed run leaves whole, and that the next run goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class RecordsError(ValueError):
+    """A file of records cannot be gone on with; the message names file and line."""
+
+
+class RecordFile:
+    """One JSON object a line, each with an `id`, in the order they were made.
+
+    Args:
+        path: the file; what it holds already is kept and offered in `done`.
+        run: what the records are made of and with (benchmark, protocol, model, `fingerprint` of the items, …), kept
+            beside them in PATH.run.json. Records of another run are an error, so that no summary mixes two.
+        ids: the items' ids, in order.
+        overwrite: begin anew.
+
+    Attributes:
+        done: id -> record of what is there.
+        cut: whether a line that a kill had left unfinished was taken away.
+
+    Raises:
+        RecordsError: for records of another run, of unknown or repeated items, or that are no JSON.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any], ids: Sequence[str], overwrite: bool = False):
+        self.path, self.done, self.cut = path, {}, False
+        repeated = _repeated(ids)
+        if repeated:
+            raise RecordsError(f"{run.get('benchmark')}: the id {repeated!r} stands for several items.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".run.json")
+        if overwrite:
+            path.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
+        if path.exists():
+            self._check_run(beside, run)
+            self._read(set(ids))
+        beside.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def _check_run(self, beside: Path, run: dict[str, Any]) -> None:
+        try:
+            before = json.loads(beside.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecordsError(
+                f"{self.path}: {beside.name}, which says what made these records, is missing: --overwrite begins anew."
+            ) from None
+        changed = [name for name in run if before.get(name) != run[name]]
+        if changed:
+            name = changed[0]
+            raise RecordsError(
+                f"{self.path} holds records of another run: its {name} is {before.get(name)!r}, not {run[name]!r}. "
+                "Take another --output, or --overwrite."
+            )
+
+    def _read(self, known: set[str]) -> None:
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):  # a kill came in the middle of a line
+            with self.path.open("r+b") as file:
+                file.truncate(whole)
+            self.cut = True
+        for number, line in enumerate(data[:whole].splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                key = record["id"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise RecordsError(
+                    f"{self.path}, line {number}: no record ({error}). --overwrite begins anew."
+                ) from None
+            if key not in known:
+                raise RecordsError(
+                    f"{self.path}, line {number}: there is no item {key!r} in the questions: these answer others."
+                )
+            if key in self.done:
+                raise RecordsError(f"{self.path}, line {number}: the item {key!r} is there already.")
+            self.done[key] = record
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write records through to the disk."""
+        for record in records:
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self.done[record["id"]] = record
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> RecordFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a finished run.
+
+    Raises:
+        RecordsError: for a line that is no record, with its number.
+    """
+    records = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise RecordsError(f"{path}: {error.strerror}.") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["id"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise RecordsError(f"{path}, line {number}: no record ({error}).") from None
+        records.append(record)
+    return records
+
+
+def fingerprint(items: Iterable[Any]) -> str:
+    """Of what is asked: 16 hex digits over items that JSON can hold."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps(item, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def _repeated(ids: Sequence[str]) -> str | None:
+    seen: set[str] = set()
+    for key in ids:
+        if key in seen:
+            return key
+        seen.add(key)
+    return None

@@ -1,0 +1,194 @@
+"""The miniature's held-out sets in the benchmarks' own formats, so that every loader and scorer has something to read.
+
+What the world has is given to the benchmark that asks for such a thing: its compositional couples to SugarCrepe, SADE,
+BiVLC and Winoground, its yes/no questions on relations to R-Bench and Reefknot.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .compositional import KINDS
+
+#: Which type of the world's captions stands for a category of SADE.
+_SADE = {"relation": "replace_rel", "attribute": "swap_att", "atomic": "replace_obj", "negate": "add_att"}
+_LETTERS = "ABCD"
+
+
+def write_benchmarks(data: Path, output: Path, split: str = "val") -> dict[str, int]:
+    """Write OUTPUT/{sugarcrepe,sade,bivlc,winoground,rbench,reefknot} from the folder that `write_dataset` filled.
+
+    Returns:
+        How many items each benchmark has.
+
+    Raises:
+        FileNotFoundError: when DATA is no such folder.
+    """
+    images = data / "images"
+    if not (data / "manifest.json").is_file():
+        raise FileNotFoundError(f"{data / 'manifest.json'} is missing: `miniature data` or the quick start writes it.")
+    subsets = {
+        kind: list(json.loads((data / f"compositional_{split}" / f"{kind}.json").read_text(encoding="utf-8")).values())
+        for kind in KINDS
+    }
+    relations = _read_lines(data / f"relation_{split}.jsonl")
+    questions = _read_lines(data / f"recognition_{split}.jsonl")
+    counts = {
+        "sugarcrepe": _sugarcrepe(output / "sugarcrepe", subsets),
+        "sade": _sade(output / "sade", subsets),
+        "bivlc": _bivlc(output / "bivlc", subsets),
+        "winoground": _winoground(output / "winoground", subsets),
+        "rbench": _rbench(output / "rbench", relations),
+        "reefknot": _reefknot(output / "reefknot", relations, questions, subsets),
+    }
+    for name in counts:
+        _link(output / name / ("VG_100K" if name == "reefknot" else "images"), images)
+    return counts
+
+
+def _sugarcrepe(folder: Path, subsets: dict[str, list[dict]]) -> int:
+    for kind, items in subsets.items():
+        _write(folder / f"{kind}.json", json.dumps(dict(enumerate(items)), indent=1))
+    return sum(map(len, subsets.values()))
+
+
+def _couples(items: list[dict]) -> list[tuple[dict, dict]]:
+    """Items 2k and 2k + 1 have the same two captions, each true of the other's image."""
+    return list(zip(items[::2], items[1::2], strict=True))
+
+
+def _sade(folder: Path, subsets: dict[str, list[dict]]) -> int:
+    entries: list[dict[str, Any]] = []
+    for category, kind in _SADE.items():
+        for item in subsets[kind]:
+            entries.append({"category": category, "image": item["filename"], "positive": item["caption"]})
+            entries[-1]["negatives"] = [item["negative_caption"]]
+    # Three wrong captions: the false one, and the two of the next couple.
+    couples = _couples(subsets["replace_obj"])
+    for number, couple in enumerate(couples):
+        others = [item["caption"] for item in couples[(number + 1) % len(couples)]]
+        for item in couple:
+            if item["caption"] not in others:
+                entries.append({"category": "content", "image": item["filename"], "positive": item["caption"]})
+                entries[-1]["negatives"] = [item["negative_caption"], *others]
+    for first, second in _couples(subsets["swap_obj"]):
+        images, captions = [first["filename"], second["filename"]], [first["caption"], second["caption"]]
+        entries.append({"category": "comprehensive", "images": images, "captions": captions})
+    numbered = [{"id": number, "source": "miniature", **entry} for number, entry in enumerate(entries)]
+    return _write_lines(folder / "sade.jsonl", numbered)
+
+
+def _bivlc(folder: Path, subsets: dict[str, list[dict]]) -> int:
+    entries = []
+    for kind, items in subsets.items():
+        for first, second in _couples(items):
+            change, subtype = kind.split("_")
+            entries.append(
+                {
+                    "image": first["filename"],
+                    "caption": first["caption"],
+                    "negative_image": second["filename"],
+                    "negative_caption": second["caption"],
+                    "type": change,
+                    "subtype": subtype,
+                }
+            )
+    return _write_lines(folder / "bivlc.jsonl", entries)
+
+
+def _winoground(folder: Path, subsets: dict[str, list[dict]]) -> int:
+    entries = []
+    for kind in ("swap_obj", "swap_att"):  # the same words in another order, as there
+        for first, second in _couples(subsets[kind]):
+            entries.append(
+                {
+                    "id": len(entries),
+                    "image_0": first["filename"],
+                    "caption_0": first["caption"],
+                    "image_1": second["filename"],
+                    "caption_1": second["caption"],
+                    "collapsed_tag": "Object" if kind == "swap_obj" else "Attribute",
+                }
+            )
+    return _write_lines(folder / "examples.jsonl", entries)
+
+
+def _rbench(folder: Path, relations: list[dict]) -> int:
+    entries = [
+        {
+            "question_id": number,
+            "image": question["image"],
+            "text": question["text"],
+            "label": question["answer"].lower(),
+            "qtype": "positive" if question["answer"] == "Yes" else "negative",
+        }
+        for number, question in enumerate(relations)
+    ]
+    _write(folder / "image-level_filterd.json", json.dumps(entries, indent=1))
+    for number in range(1, 6):
+        # Couples stay together, so that every list is balanced; each list leaves out another fifth.
+        ids = [entry["question_id"] for entry in entries if entry["question_id"] // 2 % 5 != number - 1]
+        _write(folder / f"nocaps_image-level_rel_ids_{number}.json", json.dumps(ids))
+    return len(entries)
+
+
+def _reefknot(folder: Path, relations: list[dict], questions: list[dict], subsets: dict[str, list[dict]]) -> int:
+    yes_no = [
+        {
+            "image_id": question["image"],
+            "query_prompt": question["text"],
+            "label": question["answer"].lower(),
+            "type": "YESNO",
+            "relation_type": "perception" if question["type"] == "horizontal" else "cognitive",
+        }
+        for question in relations
+    ]
+    choices = []
+    for number, item in enumerate(subsets["replace_rel"]):
+        captions = [item["caption"], item["negative_caption"]]
+        place = number % 2
+        captions = captions if place == 0 else captions[::-1]
+        options = "\n".join(f"{letter}. {caption}" for letter, caption in zip(_LETTERS, captions, strict=False))
+        prompt = f"Which caption describes the image?\n{options}\nAnswer with the letter."
+        choices.append(
+            {
+                "image_id": item["filename"],
+                "query_prompt": prompt,
+                "label": _LETTERS[place],
+                "type": "Multichoice",
+                "relation_type": "perception",
+            }
+        )
+    open_questions = [
+        {
+            "image_id": question["image"],
+            "query_prompt": question["text"],
+            "label": question["answer"],
+            "type": "VQA",
+            "relation_type": "cognitive",
+        }
+        for question in questions
+    ]
+    files = {"YESNO": yes_no, "Multichoice": choices, "VQA": open_questions}
+    return sum(_write_lines(folder / f"{name}.jsonl", entries) for name, entries in files.items())
+
+
+def _read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_lines(path: Path, entries: list[dict]) -> int:
+    _write(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+    return len(entries)
+
+
+def _link(path: Path, target: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(target.resolve(), target_is_directory=True)

@@ -1,0 +1,179 @@
+"""The benchmarks' local files and the files of records: what is read, what is refused, and what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from llava_compodistill.eval import formats
+from llava_compodistill.eval.formats import LOADERS, DataError
+from llava_compodistill.eval.records import RecordFile, RecordsError, fingerprint, read_records
+from llava_compodistill.miniature.benchmarks import write_benchmarks
+
+
+@pytest.fixture
+def data(world, tmp_path):
+    write_benchmarks(world["data"], tmp_path / "eval")
+    return tmp_path / "eval"
+
+
+def rewrite(path, change):
+    """Change the objects of a JSON-lines file."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in change(entries)))
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_every_format_is_read(data, name):
+    items = LOADERS[name](data)
+    assert len({item.id for item in items}) == len(items) >= 4
+    for item in items:
+        assert bool(item.captions) != bool(item.prompt) and item.images
+    if name in ("bivlc", "winoground"):
+        assert all(len(item.images) == len(item.captions) == 2 for item in items)
+        assert all(item.images[0] != item.images[1] for item in items)
+    if name == "sugarcrepe":
+        assert set(Counter(item.fields["subset"] for item in items)) == set(formats.SUGARCREPE)
+    if name == "sade":
+        assert set(item.fields["category"] for item in items) == set(formats.SADE)
+        assert any(len(item.captions) == 4 for item in items)
+    if name == "rbench":
+        assert {number for item in items for number in item.fields["lists"]} == {1, 2, 3, 4, 5}
+    if name == "reefknot":
+        assert set(item.fields["task"] for item in items) == set(formats.REEFKNOT_FILES)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_nothing_there_says_how_to_get_it(tmp_path, name):
+    with pytest.raises(DataError, match=name) as error:
+        LOADERS[name](tmp_path)
+    assert formats.HOW_TO_GET[name][:20] in str(error.value)
+
+
+def test_missing_images_are_counted_and_named(data, world):
+    items = formats.winoground(data)
+    hidden = [world["data"] / "images" / "hidden.png"]
+    rewrite(
+        data / "winoground" / "examples.jsonl",
+        lambda entries: [{**entries[0], "image_0": hidden[0].name}, *entries[1:]],
+    )
+    with pytest.raises(DataError, match=rf"winoground: 1 of {2 * len(items)} images are missing \(.*hidden.png\)"):
+        formats.winoground(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "message"),
+    [
+        ("bivlc", "bivlc.jsonl", lambda e: e.pop("caption"), "bivlc.jsonl, line 2: has no 'caption', only image"),
+        ("bivlc", "bivlc.jsonl", lambda e: e.update(caption=" "), "line 2: caption must be a text"),
+        ("sade", "sade.jsonl", lambda e: e.update(category="color"), "line 2: category 'color' must be one of"),
+        ("sade", "sade.jsonl", lambda e: e.update(negatives=[]), "line 2: negatives is empty"),
+        ("sade", "sade.jsonl", lambda e: e.update(negatives="a"), "line 2: negatives must be a list of texts"),
+        ("reefknot", "YESNO.jsonl", lambda e: e.update(label="maybe"), "line 2: label 'maybe' must be yes or no"),
+        ("reefknot", "VQA.jsonl", lambda e: e.pop("query_prompt"), "VQA.jsonl, line 2: has no 'query_prompt'"),
+    ],
+)
+def test_wrong_fields_are_named_with_their_line(data, name, file, change, message):
+    def second(entries):
+        change(entries[1])
+        return entries
+
+    rewrite(data / name / file, second)
+    with pytest.raises(DataError, match=message):
+        LOADERS[name](data)
+
+
+def test_broken_files_are_named(data):
+    (data / "sugarcrepe" / "swap_obj.json").write_text("{")
+    with pytest.raises(DataError, match="swap_obj.json: no JSON"):
+        formats.sugarcrepe(data)
+    path = data / "winoground" / "examples.jsonl"
+    path.write_text(path.read_text() + '{"id": 7, "ima\n')
+    with pytest.raises(DataError, match=r"examples.jsonl, line \d+: no JSON"):
+        formats.winoground(data)
+    listed = data / "rbench" / "nocaps_image-level_rel_ids_3.json"
+    listed.write_text("[0, 123456]")
+    with pytest.raises(DataError, match="ids_3.json: there is no question 123456"):
+        formats.rbench(data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------------------------------
+RUN = {"benchmark": "sugarcrepe", "model": "a", "fingerprint": "f"}
+IDS = ["one", "two", "three"]
+
+
+def test_records_are_gone_on_with(tmp_path):
+    path = tmp_path / "out" / "r.jsonl"
+    with RecordFile(path, RUN, IDS) as records:
+        assert not records.done
+        records.append([{"id": "one", "scores": [[1.5], [0.25]]}])
+    with RecordFile(path, RUN, IDS) as records:
+        assert list(records.done) == ["one"] and not records.cut
+        records.append([{"id": "two", "text": "ä"}, {"id": "three", "text": ""}])
+    assert [record["id"] for record in read_records(path)] == IDS
+    assert read_records(path)[0]["scores"] == [[1.5], [0.25]] and read_records(path)[1]["text"] == "ä"
+
+
+def test_a_half_written_line_is_taken_away_and_asked_again(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with RecordFile(path, RUN, IDS) as records:
+        records.append([{"id": "one"}, {"id": "two"}])
+    path.write_bytes(path.read_bytes()[:-5])
+    with RecordFile(path, RUN, IDS) as records:
+        assert records.cut and list(records.done) == ["one"]
+        records.append([{"id": "two"}])
+    assert [record["id"] for record in read_records(path)] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["{}"], "line 1: no record"),
+        (['{"id": "one"}', "nonsense"], "line 2: no record"),
+        (['{"id": "four"}'], "line 1: there is no item 'four'"),
+        (['{"id": "one"}', '{"id": "one"}'], "line 2: the item 'one' is there already"),
+    ],
+)
+def test_lines_that_do_not_belong_are_named(tmp_path, lines, message):
+    path = tmp_path / "r.jsonl"
+    RecordFile(path, RUN, IDS).close()
+    path.write_text("\n".join(lines) + "\n")
+    before = path.read_text()
+    with pytest.raises(RecordsError, match=message):
+        RecordFile(path, RUN, IDS)
+    assert path.read_text() == before
+
+
+def test_records_of_another_run_are_not_mixed(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with RecordFile(path, RUN, IDS) as records:
+        records.append([{"id": "one"}])
+    with pytest.raises(RecordsError, match="its model is 'a', not 'b'.*--overwrite"):
+        RecordFile(path, {**RUN, "model": "b"}, IDS)
+    with RecordFile(path, {**RUN, "model": "b"}, IDS, overwrite=True) as records:
+        assert not records.done
+    path.with_name("r.jsonl.run.json").unlink()
+    with pytest.raises(RecordsError, match="r.jsonl.run.json.*is missing"):
+        RecordFile(path, RUN, IDS)
+
+
+def test_repeated_ids_of_items(tmp_path):
+    with pytest.raises(RecordsError, match="the id 'one' stands for several"):
+        RecordFile(tmp_path / "r.jsonl", RUN, ["one", "two", "one"])
+
+
+def test_the_fingerprint_knows_what_is_asked_and_not_where_it_lies(data, world, tmp_path):
+    def of(root):
+        return fingerprint(item.asked() for item in formats.sugarcrepe(root))
+
+    write_benchmarks(world["data"], tmp_path / "elsewhere")
+    assert of(data) == of(tmp_path / "elsewhere")
+    path = data / "sugarcrepe" / "swap_obj.json"
+    entries = json.loads(path.read_text())
+    entries["0"]["caption"] += "!"
+    path.write_text(json.dumps(entries))
+    assert of(data) != of(tmp_path / "elsewhere")

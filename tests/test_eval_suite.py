@@ -1,0 +1,153 @@
+"""The six benchmarks on the miniature's held-out sets with its stored teacher, which has learned to see."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llava_compodistill.cli import main
+from llava_compodistill.eval import protocols
+from llava_compodistill.eval.engine import Answer, FirstWord, Likelihood
+from llava_compodistill.eval.formats import Item
+from llava_compodistill.eval.suite import BENCHMARKS
+from llava_compodistill.miniature import weights
+from llava_compodistill.miniature.benchmarks import write_benchmarks
+from llava_compodistill.miniature.language import CAPTION_PROMPT
+
+pytestmark = pytest.mark.skipif(not weights.have_stored_weights(), reason="no stored weights")
+
+
+@pytest.fixture(scope="module")
+def place(world, tmp_path_factory):
+    """Flags of `eval` for the stored teacher and the test world's benchmarks."""
+    root = tmp_path_factory.mktemp("eval")
+    write_benchmarks(world["data"], root / "data")
+    weights.install(root / "models")
+    model = root / "models" / "llava-teacher"
+    common = ["--model-path", str(model), "--data-root", str(root / "data"), "--conv-mode", "qwen_qa"]
+    return {"root": root, "flags": ["eval", *common, "--caption-prompt", CAPTION_PROMPT, "--device", "cpu"]}
+
+
+def summaries(folder):
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json") if ".run." not in path.name}
+
+
+def test_all_six_run_and_the_teacher_sees(place, capsys):
+    output = place["root"] / "likelihood"
+    assert main([*place["flags"], "--output", str(output), "--protocol", "likelihood"]) == 0
+    found = summaries(output)
+    assert set(found) == set(BENCHMARKS)
+    # A few items each: far above chance, not a measurement.
+    assert found["sugarcrepe"]["value"] > 80 and found["winoground"]["value"] > 80 and found["bivlc"]["value"] > 80
+    assert found["sade"]["value"] > 80 and found["rbench"]["value"] > 80
+    assert found["winoground"]["figures"]["group"] > 50 and found["reefknot"]["figures"]["yesno"]["accuracy"] > 80
+    printed = capsys.readouterr().out
+    assert "CR average" in printed and "70.3" in printed and "SugarCrepe" in printed and "R-Bench" in printed
+    lines = (output / "rbench.jsonl").read_text().splitlines()
+    assert {json.loads(line)["text"] for line in lines} == {"Yes", "No"}  # raw answers are kept
+
+
+@pytest.mark.parametrize("protocol", ["yes", "choice", "choice-logits"])
+def test_the_other_protocols(place, protocol):
+    """The teacher knows neither form of question: they run, and count what they cannot read."""
+    output = place["root"] / protocol
+    flags = [*place["flags"], "--output", str(output), "--protocol", protocol, "--benchmarks", "sugarcrepe,winoground"]
+    assert main(flags) == 0
+    found = summaries(output)
+    for summary in found.values():
+        assert 0 <= summary["value"] <= 100 and summary["protocol"] == protocol
+        assert ("unparsable" in summary["figures"]) == (protocol in protocols.CHOOSING)
+    record = json.loads((output / "winoground.jsonl").read_text().splitlines()[0])
+    if protocol == "yes":
+        assert len(record["scores"]) == 2 and len(record["yes_no"]) == 4
+    else:
+        assert [choice["image"] for choice in record["choices"]] == [0, 0, 1, 1]
+
+
+def test_a_killed_run_is_gone_on_with_and_has_the_same_summary(place):
+    whole, resumed = place["root"] / "whole", place["root"] / "resumed"
+    flags = [*place["flags"], "--protocol", "likelihood", "--benchmarks", "bivlc"]
+    assert main([*flags, "--output", str(whole)]) == 0
+    assert main([*flags, "--output", str(resumed)]) == 0
+    records = (resumed / "bivlc.jsonl").read_bytes()
+    (resumed / "bivlc.json").unlink()
+    (resumed / "bivlc.jsonl").write_bytes(records[: len(records) // 2])  # in the middle of a line
+    assert main([*flags, "--output", str(resumed)]) == 0
+    assert (resumed / "bivlc.json").read_text() == (whole / "bivlc.json").read_text()
+    assert (resumed / "bivlc.jsonl").read_bytes() == records
+    # Nothing is asked again: the scores that are there are believed.
+    first, *others = records.decode().splitlines()
+    changed = json.loads(first) | {"scores": [[0, 1], [1, 0]]}
+    (resumed / "bivlc.jsonl").write_text("\n".join([json.dumps(changed), *others]) + "\n")
+    assert main([*flags, "--output", str(resumed)]) == 0
+    assert summaries(resumed)["bivlc"]["figures"]["i2t"] < summaries(whole)["bivlc"]["figures"]["i2t"]
+
+
+def test_another_protocol_does_not_go_on_with_these_records(place, capsys):
+    output = place["root"] / "mixed"
+    flags = [*place["flags"], "--output", str(output), "--benchmarks", "winoground"]
+    assert main([*flags, "--protocol", "likelihood"]) == 0
+    assert main([*flags, "--protocol", "yes"]) == 2
+    assert "its protocol is 'likelihood', not 'yes'" in capsys.readouterr().err
+    assert main([*flags, "--protocol", "yes", "--overwrite"]) == 0
+
+
+def test_missing_data_is_said_before_the_model_is_loaded(place, capsys, tmp_path):
+    flags = ["eval", "--model-path", str(tmp_path / "no model"), "--data-root", str(tmp_path)]
+    assert main([*flags, "--benchmarks", "sade"]) == 2
+    assert "sade" in capsys.readouterr().err
+    assert main(flags) == 2  # all: each is left out with its reason
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("left out:") == len(BENCHMARKS) and "hf auth login" in printed
+    assert main([*flags, "--benchmarks", "sugarcrab"]) == 2
+    assert "unknown sugarcrab; there are sugarcrepe" in " ".join(capsys.readouterr().out.split())
+    (place["root"] / "data").joinpath("keep").touch()
+    assert main([*place["flags"], "--benchmarks", "sade", "--protocol", "choice"]) == 2
+    assert "SADE has likelihood, yes" in " ".join(capsys.readouterr().out.split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Protocols, without a model
+# ---------------------------------------------------------------------------------------------------------------------
+SQUARE = Item("7", ("a.png", "b.png"), ("red left of blue", "blue left of red"), fields={"type": "swap"})
+
+
+def test_likelihood_makes_a_matrix_of_captions_and_images():
+    asked = protocols.requests(SQUARE, "likelihood", "Caption:")
+    assert asked[1] == Likelihood("b.png", "Caption:", SQUARE.captions[0])
+    assert asked[2] == Likelihood("a.png", "Caption:", SQUARE.captions[1])
+    made = protocols.record(SQUARE, "likelihood", [1, 2, 3, 4])
+    assert made["scores"] == [[1, 2], [3, 4]] and made["type"] == "swap" and made["id"] == "7"
+
+
+def test_yes_asks_whether_the_figure_shows_it():
+    asked = protocols.requests(SQUARE, "yes")
+    assert asked[0] == FirstWord(
+        "a.png", 'Does this figure show "red left of blue"? Please answer yes or no.', ("Yes", "No")
+    )
+    made = protocols.record(SQUARE, "yes", [[-1, -2], [-3, -4], [-5, -6], [-7, -8]])
+    assert made["scores"] == [[-1, -3], [-5, -7]]
+
+
+def test_choice_asks_in_both_orders_with_the_authors_wording():
+    item = Item("3", ("a.png",), ("A dog", "A cat"), fields={"subset": "replace_obj"})
+    first, second = protocols.requests(item, "choice")
+    assert isinstance(first, Answer) and first.prompt == (
+        "Which caption best describes the image?\n(A) A dog\n (B) A cat\n"
+        "Answer with the option's alphabet from the given choices directly."
+    )
+    assert "(A) A cat\n (B) A dog" in second.prompt
+    made = protocols.record(item, "choice", ["(B) A cat", "neither"])
+    assert [choice["picked"] for choice in made["choices"]] == [1, None]
+    assert made["choices"][0]["text"] == "(B) A cat"
+    made = protocols.record(item, "choice-logits", [[-1.0, -2.0], [-1.5, -1.5]])
+    assert [choice["picked"] for choice in made["choices"]] == [0, None]  # a tie is no choice
+
+
+def test_protocols_that_do_not_fit_are_refused():
+    many = Item("1", ("a.png",), ("x", "y", "z"))
+    with pytest.raises(ValueError, match="3 captions, letters choose between two"):
+        protocols.requests(many, "choice")
+    with pytest.raises(ValueError, match="protocol 'guess': must be one of"):
+        protocols.requests(many, "guess")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .compositional import KINDS
+from .llava_benchmarks import link, write_lines, write_llava_benchmarks
 
 #: Which type of the world's captions stands for a category of SADE.
 _SADE = {"relation": "replace_rel", "attribute": "swap_att", "atomic": "replace_obj", "negate": "add_att"}
@@ -18,7 +19,8 @@ _LETTERS = "ABCD"
 
 
 def write_benchmarks(data: Path, output: Path, split: str = "val") -> dict[str, int]:
-    """Write OUTPUT/{sugarcrepe,sade,bivlc,winoground,rbench,reefknot} from the folder that `write_dataset` filled.
+    """Write OUTPUT/{sugarcrepe,sade,bivlc,winoground,rbench,reefknot} and LLaVA's own six from the folder that
+    `write_dataset` filled.
 
     Returns:
         How many items each benchmark has.
@@ -44,8 +46,8 @@ def write_benchmarks(data: Path, output: Path, split: str = "val") -> dict[str, 
         "reefknot": _reefknot(output / "reefknot", relations, questions, subsets),
     }
     for name in counts:
-        _link(output / name / ("VG_100K" if name == "reefknot" else "images"), images)
-    return counts
+        link(output / name / ("VG_100K" if name == "reefknot" else "images"), images)
+    return counts | write_llava_benchmarks(output, images, relations, questions)
 
 
 def _sugarcrepe(folder: Path, subsets: dict[str, list[dict]]) -> int:
@@ -77,7 +79,7 @@ def _sade(folder: Path, subsets: dict[str, list[dict]]) -> int:
         images, captions = [first["filename"], second["filename"]], [first["caption"], second["caption"]]
         entries.append({"category": "comprehensive", "images": images, "captions": captions})
     numbered = [{"id": number, "source": "miniature", **entry} for number, entry in enumerate(entries)]
-    return _write_lines(folder / "sade.jsonl", numbered)
+    return write_lines(folder / "sade.jsonl", numbered)
 
 
 def _bivlc(folder: Path, subsets: dict[str, list[dict]]) -> int:
@@ -95,7 +97,7 @@ def _bivlc(folder: Path, subsets: dict[str, list[dict]]) -> int:
                     "subtype": subtype,
                 }
             )
-    return _write_lines(folder / "bivlc.jsonl", entries)
+    return write_lines(folder / "bivlc.jsonl", entries)
 
 
 def _winoground(folder: Path, subsets: dict[str, list[dict]]) -> int:
@@ -112,7 +114,7 @@ def _winoground(folder: Path, subsets: dict[str, list[dict]]) -> int:
                     "collapsed_tag": "Object" if kind == "swap_obj" else "Attribute",
                 }
             )
-    return _write_lines(folder / "examples.jsonl", entries)
+    return write_lines(folder / "examples.jsonl", entries)
 
 
 def _rbench(folder: Path, relations: list[dict]) -> int:
@@ -172,7 +174,7 @@ def _reefknot(folder: Path, relations: list[dict], questions: list[dict], subset
         for question in questions
     ]
     files = {"YESNO": yes_no, "Multichoice": choices, "VQA": open_questions}
-    return sum(_write_lines(folder / f"{name}.jsonl", entries) for name, entries in files.items())
+    return sum(write_lines(folder / f"{name}.jsonl", entries) for name, entries in files.items())
 
 
 def _read_lines(path: Path) -> list[dict]:
@@ -182,13 +184,3 @@ def _read_lines(path: Path) -> list[dict]:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-
-
-def _write_lines(path: Path, entries: list[dict]) -> int:
-    _write(path, "".join(json.dumps(entry) + "\n" for entry in entries))
-    return len(entries)
-
-
-def _link(path: Path, target: Path) -> None:
-    path.unlink(missing_ok=True)
-    path.symlink_to(target.resolve(), target_is_directory=True)

@@ -1,0 +1,12 @@
+#!/bin/bash
+# POPE: object hallucination, yes/no. LLaVA's model_vqa_loader and eval_pope.
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+POPE=$EVAL_DATA/pope
+need "$POPE/coco" "the annotations, $EVALUATION_MD"
+ask "$POPE/llava_pope_test.jsonl" "$POPE/val2014" "$POPE/answers/$NAME.jsonl"
+"$PYTHON" -m llava.eval.eval_pope \
+    --annotation-dir "$POPE/coco" \
+    --question-file "$POPE/llava_pope_test.jsonl" \
+    --result-file "$POPE/answers/$NAME.jsonl"

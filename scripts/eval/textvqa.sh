@@ -1,0 +1,11 @@
+#!/bin/bash
+# TextVQA, validation. LLaVA's model_vqa_loader and eval_textvqa.
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+TEXTVQA=$EVAL_DATA/textvqa
+need "$TEXTVQA/TextVQA_0.5.1_val.json" "$EVALUATION_MD"
+ask "$TEXTVQA/llava_textvqa_val_v051_ocr.jsonl" "$TEXTVQA/train_images" "$TEXTVQA/answers/$NAME.jsonl"
+"$PYTHON" -m llava.eval.eval_textvqa \
+    --annotation-file "$TEXTVQA/TextVQA_0.5.1_val.json" \
+    --result-file "$TEXTVQA/answers/$NAME.jsonl"

@@ -74,7 +74,7 @@ class Settings:
     attention_weight: float = 3.0
     #: The layers that L_ADL aligns. Not the paper's middle ones: models as small as these, trained from scratch, read
     #: the image in their first layer (`miniature layers`), and the others' attention has little to teach.
-    band: str = "all"
+    band: str = "early"
     kl_weight: float = 1.0
     max_length: int = 1024
     logging_steps: int = 10

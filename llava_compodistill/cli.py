@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "run": Command("llava_compodistill.plugin.runner", "main", "run a LLaVA module with the plugin registered"),
     "train": Command("llava_compodistill.train", "main", "train one stage (flags as in LLaVA's scripts)", True),
     "eval": Command("llava_compodistill.eval.cli", "main", "compositional and hallucination benchmarks"),
+    "compare": Command("llava_compodistill.eval.compare", "main", "models side by side, with intervals and p-values"),
     "miniature": Command(
         "llava_compodistill.miniature.cli", "main", "the built-in world: quickstart, data, layers, store-weights"
     ),

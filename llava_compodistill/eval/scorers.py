@@ -47,17 +47,11 @@ def sade(records: Iterable[Record]) -> dict[str, Any]:
     """SADE (arXiv 2308.10509): recall@1 of the true caption among its negatives, by category; `comprehensive` is
     Winoground's group score. `macro` averages the categories, `micro` the items."""
     categories = _grouped(records, "category", SADE)
-
-    def hit(record: Record) -> float:
-        if record["category"] == "comprehensive":
-            return float(all(_two_by_two(record)))
-        return pair_accuracy(record)
-
-    figures = {name: _percent(map(hit, items)) for name, items in categories.items()}
+    figures = {name: _percent(map(_sade_hit, items)) for name, items in categories.items()}
     return {
         "macro": _mean(figures.values()),
         "macro_without_comprehensive": _mean(value for name, value in figures.items() if name != "comprehensive"),
-        "micro": _percent(hit(item) for items in categories.values() for item in items),
+        "micro": _percent(_sade_hit(item) for items in categories.values() for item in items),
         **figures,
         **_counts(record for items in categories.values() for record in items),
     }
@@ -117,8 +111,8 @@ def reefknot(records: Iterable[Record], judge: Callable[[str, str], bool] | None
             if task == "yesno":
                 found = yes_no_figures(chosen)
             else:
-                right = _letter_right if task == "multichoice" else (lambda r: (judge or says)(r["text"], r["label"]))
-                found = {"accuracy": _percent(float(right(record)) for record in chosen), "items": len(chosen)}
+                right = (float(_reefknot_right(record, judge)) for record in chosen)
+                found = {"accuracy": _percent(right), "items": len(chosen)}
             entry |= found if not relation else {relation: found}
         entry["hallucination_rate"] = 100 - entry["accuracy"]
         entry["unparsable"] = _unparsable(items, _READERS[task])
@@ -136,6 +130,20 @@ def pair_accuracy(record: Record) -> float:
         true, *false = (row[0] for row in record["scores"])
         return float(all(true > other for other in false))
     return mean(float(_picked(choice) == choice.get("image", 0)) for choice in _field(record, "choices"))
+
+
+def _sade_hit(record: Record) -> float:
+    if record["category"] == "comprehensive":
+        return float(all(_two_by_two(record)))
+    return pair_accuracy(record)
+
+
+def _reefknot_right(record: Record, judge: Callable[[str, str], bool] | None = None) -> bool:
+    if record["task"] == "yesno":
+        return yes_or_no(_field(record, "text")) is _is_yes(record)
+    if record["task"] == "multichoice":
+        return _letter_right(record)
+    return (judge or says)(_field(record, "text"), _field(record, "label"))
 
 
 def _picked(choice: Record) -> int | None:
@@ -161,6 +169,22 @@ def _four_way(records: Sequence[Record]) -> dict[str, Any]:
         "pairwise": _percent(float(value) for side in sides for value in side[:2]),
         **{name: _percent(float(side[index]) for side in sides) for index, name in enumerate(names)},
     }
+
+
+def item_value(benchmark: str, record: Record) -> float:
+    """What an item adds to its benchmark's headline, where that is a mean (of means) over items: in [0, 1].
+
+    Raises ValueError for R-Bench, whose F1 is no mean over items.
+    """
+    if benchmark == "sugarcrepe":
+        return pair_accuracy(record)
+    if benchmark == "sade":
+        return _sade_hit(record)
+    if benchmark in ("bivlc", "winoground"):
+        return mean(map(float, _two_by_two(record)[:2])) if "scores" in record else pair_accuracy(record)
+    if benchmark == "reefknot":
+        return float(_reefknot_right(record))
+    raise ValueError(f"benchmark {benchmark!r} has no value of single items")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,162 @@
+"""Comparisons: headlines made of sums, intervals of known width, and pairs that differ or do not."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from llava_compodistill.cli import main
+from llava_compodistill.eval.compare import bootstrap, compare, parts, short_names
+from llava_compodistill.eval.formats import DataError
+from llava_compodistill.eval.scorers import SADE, SUGARCREPE
+from llava_compodistill.eval.suite import BENCHMARKS
+
+
+def records(name, size=300, skill=0.7, seed=0):
+    """Records of a benchmark, an answer being right with probability `skill`."""
+    rng = random.Random(seed)
+
+    def pair():
+        return [[1.0], [0.0]] if rng.random() < skill else [[0.0], [1.0]]
+
+    def square():
+        return [[rng.random() + skill * (c == i) for i in (0, 1)] for c in (0, 1)]
+
+    made = []
+    for number in range(size):
+        record = {"id": str(number)}
+        if name == "sugarcrepe":
+            record |= {"subset": SUGARCREPE[number % 3], "scores": pair()}  # of unequal worth
+        elif name == "sade":
+            category = SADE[number % 6 if number % 5 else 0]
+            record |= {"category": category, "scores": square() if category == "comprehensive" else pair()}
+        elif name in ("bivlc", "winoground"):
+            record |= {"type": "swap", "scores": square()}
+        else:
+            label = rng.choice(["yes", "no"])
+            wrong = {"yes": "No.", "no": "Yes."}[label]
+            text = label.capitalize() if rng.random() < skill else rng.choice([wrong, wrong, ""])
+            record |= {"label": label, "text": text, "lists": [1 + number % 5, 1 + (number + 1) % 5]}
+            record |= {"task": "yesno", "relation_type": "perception"}
+            if name == "reefknot" and number % 3:
+                answer = "A" if rng.random() < skill else "B"
+                record |= {"task": "multichoice" if number % 2 else "vqa", "label": "A", "text": answer}
+        made.append(record)
+    return made
+
+
+def write(folder, name, made, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    benchmark = BENCHMARKS[name]
+    figures = benchmark.score(made)
+    summary = {
+        "benchmark": name,
+        "protocol": benchmark.protocols[-1],
+        "model": folder.name,
+        "items": len(made),
+        "fingerprint": "same",
+        "headline": benchmark.headline,
+        "value": figures[benchmark.headline],
+        "figures": figures,
+        **changes,
+    }
+    (folder / f"{name}.json").write_text(json.dumps(summary))
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
+    return folder / f"{name}.json"
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_headlines_are_those_of_the_scorer(name):
+    for seed in range(3):
+        made = records(name, seed=seed)
+        found = parts(name, made)
+        whole = found.value(found.sums(np.ones((1, len(made)))))
+        assert whole == pytest.approx([BENCHMARKS[name].score(made)[BENCHMARKS[name].headline]])
+        # A sample in which an item is drawn twice is that of a record that stands there twice.
+        counts = np.ones((1, len(made)))
+        counts[0, 7], counts[0, 8] = 2, 0
+        if name in ("bivlc", "winoground", "rbench"):  # one stratum
+            drawn = [*made[:8], made[7], *made[9:]]
+            expected = BENCHMARKS[name].score(drawn)[BENCHMARKS[name].headline]
+            assert found.value(found.sums(counts)) == pytest.approx([expected])
+
+
+def test_the_interval_of_a_share_is_the_binomials():
+    made = [{"id": n, "subset": "swap_obj", "scores": [[1], [0]] if n % 2 else [[0], [1]]} for n in range(400)]
+    drawn = bootstrap([parts("sugarcrepe", made)], 4000)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    width = 100 * 1.96 * (0.25 / 400) ** 0.5
+    assert low == pytest.approx(50 - width, abs=0.6) and high == pytest.approx(50 + width, abs=0.6)
+
+
+def test_a_model_does_not_differ_from_itself(tmp_path):
+    made = records("sugarcrepe")
+    first, second = compare([write(tmp_path / name, "sugarcrepe", made) for name in ("a", "b")])
+    assert second["difference"] == second["difference_low"] == second["difference_high"] == 0 and second["p"] == 1
+    assert first["low"] < first["value"] < first["high"] and (first["low"], first["high"]) == (
+        second["low"],
+        second["high"],
+    )
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_better_model_is_better_and_chance_is_not(tmp_path, name):
+    good, bad, alike = (
+        write(tmp_path / str(n), name, records(name, skill=skill, seed=n)) for n, skill in enumerate([0.95, 0.5, 0.5])
+    )
+    _, better = compare([bad, good])
+    assert better["p"] < 0.01 and better["difference_low"] > 0
+    _, same = compare([bad, alike])
+    assert same["difference_low"] < 0 < same["difference_high"] and same["p"] > 0.05
+
+
+def test_pairing_sees_what_two_intervals_do_not(tmp_path):
+    """One model right wherever the other is, and on a few items more: their intervals overlap, the pair differs."""
+    made = records("winoground", size=200, skill=0.5)
+    better = [dict(record) for record in made]
+    changed = 0
+    for record in better:
+        if record["scores"][0][0] <= record["scores"][1][0] and changed < 12:
+            record["scores"] = [[9, 0], [0, record["scores"][1][1]]]
+            changed += 1
+    first, second = compare([write(tmp_path / "a", "winoground", made), write(tmp_path / "b", "winoground", better)])
+    assert second["low"] < first["high"] and second["p"] < 0.01
+
+
+def test_what_cannot_be_compared(tmp_path):
+    made = records("sugarcrepe")
+    path = write(tmp_path / "a", "sugarcrepe", made)
+    other = write(tmp_path / "b", "sugarcrepe", made, fingerprint="other")
+    with pytest.raises(DataError, match="about other questions"):
+        compare([path, other])
+    with pytest.raises(DataError, match="300 records of 299"):
+        compare([write(tmp_path / "c", "sugarcrepe", made, items=299)])
+    with pytest.raises(DataError, match="its records give"):
+        compare([write(tmp_path / "d", "sugarcrepe", made, value=12.0)])
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "x.json").write_text("{}")
+    with pytest.raises(DataError, match="x.json: no summary"):
+        compare([tmp_path / "e" / "x.json"])
+
+
+def test_command(tmp_path, capsys):
+    for model, skill in (("teacher", 0.9), ("student", 0.6)):
+        for name in ("sugarcrepe", "rbench"):
+            write(tmp_path / model, name, records(name, skill=skill))
+    write(tmp_path / "teacher", "sade", records("sade"))  # only one of them has it
+    picture = tmp_path / "pictures" / "c.png"
+    folders = [str(tmp_path / model) for model in ("student", "teacher")]
+    assert main(["compare", *folders, "--samples", "300", "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "SugarCrepe" in printed and "R-Bench" in printed and "SADE" not in printed
+    assert "student" in printed and "teacher" in printed and picture.stat().st_size > 5000
+    assert main(["compare", str(tmp_path / "nothing")]) == 2
+    assert "no summary" in capsys.readouterr().err
+
+
+def test_names_are_as_long_as_they_must_be(tmp_path):
+    paths = [tmp_path / "kd" / "eval" / "a.json", tmp_path / "vat" / "eval" / "a.json"]
+    assert short_names(paths) == ["kd/eval", "vat/eval"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from llava_compodistill.cli import main
-from llava_compodistill.eval import protocols
+from llava_compodistill.eval import protocols, shares
 from llava_compodistill.eval.engine import Answer, FirstWord, Likelihood
 from llava_compodistill.eval.formats import Item
 from llava_compodistill.eval.suite import BENCHMARKS
@@ -35,7 +36,8 @@ def summaries(folder):
 
 def test_all_six_run_and_the_teacher_sees(place, capsys):
     output = place["root"] / "likelihood"
-    assert main([*place["flags"], "--output", str(output), "--protocol", "likelihood"]) == 0
+    flags = [*place["flags"], "--benchmarks", ",".join(BENCHMARKS), "--output", str(output)]
+    assert main([*flags, "--protocol", "likelihood"]) == 0
     found = summaries(output)
     assert set(found) == set(BENCHMARKS)
     # A few items each: far above chance, not a measurement.
@@ -96,15 +98,50 @@ def test_another_protocol_does_not_go_on_with_these_records(place, capsys):
 def test_missing_data_is_said_before_the_model_is_loaded(place, capsys, tmp_path):
     flags = ["eval", "--model-path", str(tmp_path / "no model"), "--data-root", str(tmp_path)]
     assert main([*flags, "--benchmarks", "sade"]) == 2
-    assert "sade" in capsys.readouterr().err
+    assert "the images of sade are in none of" in " ".join(capsys.readouterr().out.split())
+    flags += ["--conv-mode", "v1"]
     assert main(flags) == 2  # all: each is left out with its reason
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.count("left out:") == len(BENCHMARKS) and "hf auth login" in printed
+    assert printed.count("left out:") == 12 and "hf auth login" in printed and "docs/Evaluation.md" in printed
     assert main([*flags, "--benchmarks", "sugarcrab"]) == 2
     assert "unknown sugarcrab; there are sugarcrepe" in " ".join(capsys.readouterr().out.split())
-    (place["root"] / "data").joinpath("keep").touch()
+    data = ["--data-root", str(place["root"] / "data")]
+    assert main(["eval", "--model-path", str(tmp_path / "none"), *data, "--benchmarks", "sade"]) == 2
+    assert "does not tell the model's type" in " ".join(capsys.readouterr().out.split())
     assert main([*place["flags"], "--benchmarks", "sade", "--protocol", "choice"]) == 2
     assert "SADE has likelihood, yes" in " ".join(capsys.readouterr().out.split())
+
+
+def test_two_processes_give_the_records_of_one(place):
+    alone, shared = place["root"] / "alone", place["root"] / "shared"
+    flags = [*place["flags"], "--protocol", "likelihood", "--benchmarks", "sugarcrepe"]
+    assert main([*flags, "--output", str(alone)]) == 0
+    # A share that an earlier run left behind is not asked again, whatever it says.
+    first = json.loads((alone / "sugarcrepe.jsonl").read_text().splitlines()[0])
+    assert main([*flags, "--output", str(shared)]) == 0
+    run = json.loads((shared / "sugarcrepe.jsonl.run.json").read_text())
+    for path in shared.iterdir():
+        path.unlink()
+    left = shares.share_path(shared / "sugarcrepe.jsonl", 2, 3)
+    left.write_text(json.dumps(first | {"scores": [[0.0], [7.0]]}) + "\n")
+    left.with_name(left.name + ".run.json").write_text(json.dumps(run))
+    assert main([*flags, "--output", str(shared), "--processes", "2"]) == 0
+    assert sorted(path.name for path in shared.iterdir()) == [
+        "sugarcrepe.json", "sugarcrepe.jsonl", "sugarcrepe.jsonl.run.json",
+    ]  # fmt: skip
+    records = {r["id"]: r for r in map(json.loads, (alone / "sugarcrepe.jsonl").read_text().splitlines())}
+    found = {r["id"]: r for r in map(json.loads, (shared / "sugarcrepe.jsonl").read_text().splitlines())}
+    assert found.pop(first["id"])["scores"] == [[0.0], [7.0]] and records.pop(first["id"])
+    assert found.keys() == records.keys()
+    for key, record in records.items():
+        # In other batches the sums are taken in another order.
+        assert np.allclose(record["scores"], found[key]["scores"], atol=1e-4)
+
+
+def test_a_failing_process_stops_the_others_and_is_named(place, capfd):
+    flags = [*place["flags"], "--protocol", "likelihood", "--benchmarks", "winoground", "--processes", "2"]
+    assert main([*flags, "--output", str(place["root"] / "failing"), "--conv-mode", "no_such_template"]) == 2
+    assert "of 2 failed; what was answered is kept" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import protocols
+from . import protocols, shares
 from .formats import DataError
-from .suite import BENCHMARKS, PAPER_MODELS, protocol_for, run_benchmark
+from .llava_suite import LLAVA_BENCHMARKS, check, run_llava_benchmark
+from .records import RecordFile
+from .suite import BENCHMARKS, PAPER_MODELS, Run
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 console = Console()
 #: `PAPER_MODELS` in a table's head.
@@ -26,10 +34,11 @@ TEMPLATES = {"llava_qwen2": "qwen_1_5", "llava_llama": "v1", "llava": "v1", "lla
 
 
 def build_parser() -> argparse.ArgumentParser:
+    known = ",".join([*BENCHMARKS, *LLAVA_BENCHMARKS])
     parser = argparse.ArgumentParser(prog="llava-compodistill eval", description=__doc__)
     parser.add_argument("--model-path", required=True, help="checkpoint folder")
     parser.add_argument("--model-base", help="base model of a LoRA checkpoint")
-    parser.add_argument("--benchmarks", default="all", help=f"all, or some of {','.join(BENCHMARKS)}")
+    parser.add_argument("--benchmarks", default="all", help=f"all that have data, or some of {known}")
     parser.add_argument("--data-root", type=Path, default=Path("playground/data/eval"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of records and summaries (default: MODEL/eval)")
     parser.add_argument(
@@ -42,67 +51,138 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda")
+    parser.add_argument("--processes", type=int, help="at once (default: one a GPU)")
     parser.add_argument("--overwrite", action="store_true", help="ask again what was answered already")
+    parser.add_argument("--share", help=argparse.SUPPRESS)  # K/N: how a process is told its part of the items
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[2:] if argv is None else argv)
     args = build_parser().parse_args(argv)
-    names = list(BENCHMARKS) if args.benchmarks == "all" else args.benchmarks.split(",")
-    unknown = [name for name in names if name not in BENCHMARKS]
+    every = [*BENCHMARKS, *LLAVA_BENCHMARKS]
+    names = every if args.benchmarks == "all" else args.benchmarks.split(",")
+    unknown = [name for name in names if name not in every]
     if unknown:
-        console.print(
-            f"--benchmarks {args.benchmarks}: unknown {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}."
-        )
+        console.print(f"--benchmarks {args.benchmarks}: unknown {', '.join(unknown)}; there are {', '.join(every)}.")
         return 2
-    output = args.output or Path(args.model_path) / "eval"
-    # Everything is read and checked before the model is: a missing image shows now, not after hours.
-    items, missing = {}, {}
-    for name in names:
-        try:
-            protocol_for(BENCHMARKS[name], args.protocol)
-            items[name] = BENCHMARKS[name].load(args.data_root)
-        except DataError as error:
-            if args.benchmarks != "all":
-                raise
-            missing[name] = str(error)
-        except ValueError as error:
-            if args.benchmarks != "all":
-                console.print(str(error), markup=False)
-                return 2
-            missing[name] = str(error)
-    for text in missing.values():
+    # Everything is read and checked before a model is: a missing image shows now, not after hours.
+    runs, theirs, left_out = prepare(args, names)
+    if left_out and args.benchmarks != "all":
+        console.print(left_out[0], markup=False)
+        return 2
+    for text in left_out:
         console.print(f"left out: {text}", markup=False)
-    if not items:
+    if args.share:
+        return ask_share(args, runs)
+    if not runs and not theirs:
         return 2
-    model, engine = load(args)
-    summaries = []
-    for name, asked in items.items():
-        with progress() as bars:
-            bar = bars.add_task(BENCHMARKS[name].title, total=len(asked))
-            summary = run_benchmark(
-                BENCHMARKS[name],
-                asked,
-                engine,
-                str(args.model_path),
-                output,
-                protocol=args.protocol,
-                caption_prompt=args.caption_prompt,
-                overwrite=args.overwrite,
-                progress=lambda count, bar=bar, bars=bars: bars.advance(bar, count),
-            )
-        summaries.append(summary)
-        rate = summary["asked"] / max(summary["seconds"], 1e-9)
-        console.print(
-            f"{summary['asked']} of {summary['items']} items in {summary['seconds']:.0f} s ({rate:.1f} a second): "
-            f"{output / (name + '.json')}"
-        )
-    console.print(table(summaries, model))
+    summaries = own_benchmarks(args, argv, runs)
+    for name in theirs:
+        console.rule(LLAVA_BENCHMARKS[name].title)
+        options = {"conv_mode": template(args), "model_base": args.model_base}
+        summaries.append(run_llava_benchmark(name, args.model_path, args.data_root, folder(args), **options))
+    console.print(table(summaries, Path(args.model_path).name))
+    for summary in summaries:
+        if summary.get("note"):
+            console.print(f"{LLAVA_BENCHMARKS[summary['benchmark']].title}: {summary['note']}", markup=False)
     return 0
 
 
-def load(args: argparse.Namespace) -> tuple[str, Any]:
-    """(the model's short name, an engine for it), through the plugin's loader."""
+def folder(args: argparse.Namespace) -> Path:
+    return args.output or Path(args.model_path) / "eval"
+
+
+def prepare(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Run], list[str], list[str]]:
+    """(our benchmarks, LLaVA's, why others are left out)."""
+    runs, theirs, left_out = [], [], []
+    for name in names:
+        try:
+            if name in LLAVA_BENCHMARKS:
+                check(name, args.data_root)
+                theirs.append(name)
+                continue
+            benchmark, protocol = BENCHMARKS[name], args.protocol
+            if args.benchmarks == "all" and protocol not in benchmark.protocols:
+                protocol = None  # its own first one; the table says which
+            items = benchmark.load(args.data_root)
+            about = (args.model_path, template(args), folder(args), protocol, args.caption_prompt)
+            runs.append(Run(benchmark, items, *about))
+        except ValueError as error:  # DataError, or a protocol that the benchmark lacks
+            left_out.append(str(error))
+    return runs, theirs, left_out
+
+
+def own_benchmarks(args: argparse.Namespace, argv: list[str], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    import torch
+
+    on_gpus = not (args.device or "cuda").startswith("cpu") and torch.cuda.is_available()
+    processes = args.processes or (torch.cuda.device_count() if on_gpus and args.device in (None, "cuda") else 1)
+    engine, summaries = None, []
+    for run in runs:
+        left = run.begin(args.overwrite)
+        started = time.monotonic()
+        with progress() as bars:
+            bar = bars.add_task(run.benchmark.title, total=len(run.items), completed=len(run.items) - len(left))
+
+            def advance(count: int, bar=bar, bars=bars) -> None:
+                bars.advance(bar, count)
+
+            if left and processes > 1:
+                ask_in_processes(run, argv, processes, on_gpus, advance)
+                run.begin()  # joins the shares
+            elif left:
+                engine = engine or load(args)
+                run.ask(engine, left, run.path, progress=advance)
+        summaries.append(run.finish())
+        seconds = time.monotonic() - started
+        rate = f" in {seconds:.0f} s ({len(left) / seconds:.1f} a second)" if left else ", answered before"
+        console.print(f"{len(run.items)} items{rate}: {run.output / (run.benchmark.name + '.json')}")
+    return summaries
+
+
+def ask_in_processes(
+    run: Run, argv: list[str], processes: int, on_gpus: bool, progress: Callable[[int], None]
+) -> None:
+    """This command again, once a process, for one benchmark and a share of its items."""
+    flags = ["-m", "llava_compodistill.cli", "eval", *argv, "--benchmarks", run.benchmark.name]
+    flags = [flag for flag in flags if flag != "--overwrite"]
+    if run.protocol in run.benchmark.protocols and run.protocol != "answer":
+        flags += ["--protocol", run.protocol]
+    commands = [[*flags, "--processes", "1", "--share", f"{number}/{processes}"] for number in range(processes)]
+    paths = [shares.share_path(run.path, number, processes) for number in range(processes)]
+    devices: list[str | None] = [None] * processes
+    if on_gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(number) for number in range(processes)]
+        devices = [names[number % len(names)] for number in range(processes)]
+    shares.run_processes(commands, devices, lambda: shares.lines_in(paths), progress)
+
+
+def ask_share(args: argparse.Namespace, runs: Sequence[Run]) -> int:
+    """What a process of `ask_in_processes` does: answer its items into a file of its own."""
+    number, count = map(int, args.share.split("/"))
+    (run,) = runs
+    with RecordFile(run.path, run.about, run.ids) as records:
+        left = [item for item in run.items if item.id not in records.done][number::count]
+    run.ask(load(args), left, shares.share_path(run.path, number, count))
+    return 0
+
+
+def template(args: argparse.Namespace) -> str:
+    """--conv-mode, or what the checkpoint's type asks for."""
+    if args.conv_mode:
+        return args.conv_mode
+    path = Path(args.model_path) / "config.json"
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError):
+        raise DataError(f"{path} does not tell the model's type: name the template with --conv-mode.") from None
+    return TEMPLATES.get(kind, "v1")
+
+
+def load(args: argparse.Namespace) -> Engine:
+    """An engine for the checkpoint, through the plugin's loader."""
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -116,14 +196,8 @@ def load(args: argparse.Namespace) -> tuple[str, Any]:
     register(train=True)
     name = Path(args.model_path).name
     loader = import_llava("llava.model.builder").load_pretrained_model
-    with console.status(f"loading {args.model_path}"):
-        tokenizer, model, _, _ = loader(args.model_path, args.model_base, name, device=device, torch_dtype=dtype)
-    version = args.conv_mode
-    if version is None:
-        kind = model.config.model_type
-        version = TEMPLATES.get(kind, "v1")
-        console.print(f"--conv-mode {version}, for a {kind}")
-    return name, Engine(model.eval(), tokenizer, version=version, batch_size=args.batch_size)
+    tokenizer, model, _, _ = loader(args.model_path, args.model_base, name, device=device, torch_dtype=dtype)
+    return Engine(model.eval(), tokenizer, version=template(args), batch_size=args.batch_size)
 
 
 def progress() -> Progress:
@@ -141,9 +215,12 @@ def table(summaries: Sequence[dict[str, Any]], name: str) -> Table:
         result.add_column(column, justify="right", no_wrap=True)
     averaged: dict[str, dict[str, Any]] = {}
     for summary in summaries:
-        benchmark = BENCHMARKS[summary["benchmark"]]
-        paper = [f"{value:.1f}" for value in summary["paper"].values()]
+        name = summary["benchmark"]
+        benchmark = BENCHMARKS.get(name) or LLAVA_BENCHMARKS[name]
+        paper = [f"{value:.1f}" for value in summary.get("paper", {}).values()]
         result.add_row(benchmark.title, summary["headline"], summary["protocol"], percent(summary["value"]), *paper)
+        if name not in BENCHMARKS:
+            continue
         if benchmark.averaged:
             averaged[benchmark.name] = summary
     if len(averaged) == sum(benchmark.averaged for benchmark in BENCHMARKS.values()):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..env_report import commit
-from . import formats, protocols, scorers
+from . import formats, protocols, scorers, shares
 from .engine import Engine
 from .formats import Item
-from .records import RecordFile, fingerprint
+from .records import RecordFile, RecordsError, fingerprint
 
 
 @dataclass(frozen=True)
@@ -78,69 +77,89 @@ def protocol_for(benchmark: Benchmark, wanted: str | None) -> str:
     return wanted
 
 
-def run_benchmark(
-    benchmark: Benchmark,
-    items: Sequence[Item],
-    engine: Engine,
-    model_name: str,
-    output: Path,
-    *,
-    protocol: str | None = None,
-    caption_prompt: str = protocols.CAPTION_PROMPT,
-    overwrite: bool = False,
-    at_once: int = 64,
-    progress: Callable[[int], None] = lambda items: None,
-) -> dict[str, Any]:
-    """Ask, record and score; what OUTPUT/NAME.jsonl holds already is not asked again.
+class Run:
+    """One benchmark put to one model under one protocol, with its records in OUTPUT/NAME.jsonl.
 
     Args:
         items: what `benchmark.load` gave.
-        model_name: kept with the records; going on with another model's records is an error.
-        at_once: items between two writes to the disk.
-        progress: called with the number of items that are done.
-
-    Returns:
-        The summary, also written to OUTPUT/NAME.json.
-
-    Raises:
-        RecordsError: for records of another run.
+        model: kept with the records; going on with another model's records is an error.
+        template: conversation template, kept likewise.
+        protocol: one of the benchmark's; its first by default.
     """
-    protocol = protocol_for(benchmark, protocol)
-    run = {
-        "benchmark": benchmark.name,
-        "protocol": protocol,
-        "model": model_name,
-        "template": engine.version,
-        "items": len(items),
-        "fingerprint": fingerprint(item.asked() for item in items),
-    }
-    if protocol == "likelihood":
-        run["caption_prompt"] = caption_prompt
-    path = output / f"{benchmark.name}.jsonl"
-    started, asked = time.monotonic(), 0
-    with RecordFile(path, run, [item.id for item in items], overwrite) as records:
-        left = [item for item in items if item.id not in records.done]
-        progress(len(items) - len(left))
-        for start in range(0, len(left), at_once):
-            some = left[start : start + at_once]
-            put = [protocols.requests(item, protocol, caption_prompt) for item in some]
-            responses = iter(engine.run([request for requests in put for request in requests]))
-            records.append(
-                protocols.record(item, protocol, [next(responses) for _ in requests])
-                for item, requests in zip(some, put, strict=True)
-            )
-            asked += len(some)
-            progress(len(some))
-        done = [records.done[item.id] for item in items]
-    figures = benchmark.score(done)
-    summary = {
-        **run,
-        "headline": benchmark.headline,
-        "value": figures.get(benchmark.headline),
-        "figures": figures,
-        "paper": dict(zip(PAPER_MODELS, benchmark.paper, strict=True)),
-        "commit": commit(),
-    }
-    (output / f"{benchmark.name}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    # How long it took is of this run alone: a resumed run has the same summary.
-    return {**summary, "asked": asked, "seconds": time.monotonic() - started}
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        items: Sequence[Item],
+        model: str,
+        template: str,
+        output: Path,
+        protocol: str | None = None,
+        caption_prompt: str = protocols.CAPTION_PROMPT,
+    ):
+        self.benchmark, self.items, self.output = benchmark, list(items), output
+        self.protocol, self.caption_prompt = protocol_for(benchmark, protocol), caption_prompt
+        self.path = output / f"{benchmark.name}.jsonl"
+        self.ids = [item.id for item in items]
+        self.about = {
+            "benchmark": benchmark.name,
+            "protocol": self.protocol,
+            "model": model,
+            "template": template,
+            "items": len(items),
+            "fingerprint": fingerprint(item.asked() for item in items),
+        }
+        if self.protocol == "likelihood":
+            self.about["caption_prompt"] = caption_prompt
+
+    def begin(self, overwrite: bool = False) -> list[Item]:
+        """Join what earlier processes left; returns the items that are left to ask.
+
+        Raises:
+            RecordsError: for records of another run.
+        """
+        done = shares.join(self.path, self.about, self.ids, overwrite)
+        return [item for item in self.items if item.id not in done]
+
+    def ask(
+        self,
+        engine: Engine,
+        left: Sequence[Item],
+        path: Path,
+        *,
+        at_once: int = 64,
+        progress: Callable[[int], None] = lambda items: None,
+    ) -> None:
+        """Ask the items that are left and append their records, `at_once` between two writes to the disk."""
+        with RecordFile(path, self.about, self.ids) as records:
+            for start in range(0, len(left), at_once):
+                some = left[start : start + at_once]
+                put = [protocols.requests(item, self.protocol, self.caption_prompt) for item in some]
+                responses = iter(engine.run([request for requests in put for request in requests]))
+                records.append(
+                    protocols.record(item, self.protocol, [next(responses) for _ in requests])
+                    for item, requests in zip(some, put, strict=True)
+                )
+                progress(len(some))
+
+    def finish(self) -> dict[str, Any]:
+        """Score the records; returns the summary, also written to OUTPUT/NAME.json.
+
+        It depends on the records alone: a resumed run has the same.
+        """
+        with RecordFile(self.path, self.about, self.ids) as records:
+            missing = len(self.ids) - len(records.done)
+            if missing:
+                raise RecordsError(f"{self.path}: {missing} of {len(self.ids)} items are not answered.")
+            figures = self.benchmark.score([records.done[key] for key in self.ids])
+        summary = {
+            **self.about,
+            "headline": self.benchmark.headline,
+            "value": figures.get(self.benchmark.headline),
+            "figures": figures,
+            "paper": dict(zip(PAPER_MODELS, self.benchmark.paper, strict=True)),
+            "commit": commit(),
+        }
+        text = json.dumps(summary, indent=1) + "\n"
+        (self.output / f"{self.benchmark.name}.json").write_text(text, encoding="utf-8")
+        return summary

@@ -1,0 +1,91 @@
+"""Several processes, one a GPU, answer a benchmark's questions; each keeps its own records, which are joined after.
+
+A share is every n-th of the items that are left. A kill loses nothing: the shares that lie there are joined before
+the work is divided again, over as many processes as there are then.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .records import RecordFile, RecordsError
+
+
+def share_path(path: Path, number: int, count: int) -> Path:
+    """Where share `number` of `count` keeps its records: NAME.share-0-of-2.jsonl beside NAME.jsonl."""
+    return path.with_name(f"{path.stem}.share-{number}-of-{count}{path.suffix}")
+
+
+def join(path: Path, run: dict, ids: Sequence[str], overwrite: bool = False) -> set[str]:
+    """Move the records of all shares into the whole file, in the order of the items; returns the ids it has then.
+
+    Raises:
+        RecordsError: for records of another run.
+    """
+    shares = sorted(path.parent.glob(f"{path.stem}.share-*{path.suffix}"))
+    if overwrite:
+        for share in shares:
+            _remove(share)
+        shares = []
+    with RecordFile(path, run, ids, overwrite) as whole:
+        found = {}
+        for share in shares:
+            with RecordFile(share, run, ids) as records:
+                found |= records.done
+        whole.append(found[key] for key in ids if key in found and key not in whole.done)
+        done = set(whole.done)
+    for share in shares:
+        _remove(share)
+    return done
+
+
+def run_processes(
+    commands: Sequence[Sequence[str]],
+    devices: Sequence[str | None],
+    count_done: Callable[[], int],
+    progress: Callable[[int], None],
+) -> None:
+    """Run the commands at once, each with its device in CUDA_VISIBLE_DEVICES, until all have ended.
+
+    Raises:
+        RecordsError: when one fails; the others are stopped, and what they answered stays.
+    """
+    processes = []
+    for command, device in zip(commands, devices, strict=True):
+        environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
+        processes.append(
+            subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL, stderr=None)
+        )
+    shown = 0
+    try:
+        while True:
+            states = [process.poll() for process in processes]
+            done = count_done()
+            progress(done - shown)
+            shown = done
+            failed = [number for number, state in enumerate(states) if state not in (None, 0)]
+            if failed:
+                raise RecordsError(f"Process {failed[0]} of {len(commands)} failed; what was answered is kept.")
+            if all(state == 0 for state in states):
+                return
+            time.sleep(0.2)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+
+def lines_in(paths: Sequence[Path]) -> int:
+    """Whole lines in files that may not be there yet."""
+    return sum(path.read_bytes().count(b"\n") for path in paths if path.is_file())
+
+
+def _remove(share: Path) -> None:
+    share.unlink(missing_ok=True)
+    share.with_name(share.name + ".run.json").unlink(missing_ok=True)

@@ -38,6 +38,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.12.6", "ninja"],
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
+    "eval": ["datasets"],
     "dev": ["build", "pytest>=7.4", "pytest-xdist", "ruff", "setuptools>=64", "wheel"],
 }
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from llava_compodistill.eval import formats
 from llava_compodistill.eval.formats import LOADERS, DataError
+from llava_compodistill.eval.hub import fetch
 from llava_compodistill.eval.records import RecordFile, RecordsError, fingerprint, read_records
 from llava_compodistill.miniature.benchmarks import write_benchmarks
 
@@ -177,3 +181,58 @@ def test_the_fingerprint_knows_what_is_asked_and_not_where_it_lies(data, world, 
     entries["0"]["caption"] += "!"
     path.write_text(json.dumps(entries))
     assert of(data) != of(tmp_path / "elsewhere")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hub, which a stand-in plays
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def hub(monkeypatch):
+    """A `datasets` module that knows three repositories."""
+    picture = Image.new("L", (8, 8), 99)
+    rows = {
+        f"HuggingFaceM4/SugarCrepe_{subset}": [{"image": picture, "tested_labels": [f"true {subset}", "false"]}] * 2
+        for subset in formats.SUGARCREPE
+    }
+    both = {"caption": "a", "negative_caption": "b", "type": "swap", "subtype": "obj"}
+    rows["imirandam/BiVLC"] = [{"image": picture, "negative_image": picture, **both}] * 3
+    four = {"image_0": picture, "image_1": picture, "caption_0": "a b", "caption_1": "b a", "tag": "Object"}
+    rows["facebook/winoground"] = [{"id": number, **four} for number in range(4)]
+    asked = []
+
+    def load_dataset(repository, split):
+        assert split == "test"
+        asked.append(repository)
+        if repository not in rows:
+            raise RuntimeError(f"{repository} is gated.\nmore")
+        return rows[repository]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return SimpleNamespace(rows=rows, asked=asked)
+
+
+@pytest.mark.parametrize(("name", "count"), [("sugarcrepe", 14), ("bivlc", 3), ("winoground", 4)])
+def test_the_hub_s_data_is_written_in_the_local_layout(hub, tmp_path, name, count):
+    fetch(name, tmp_path)
+    items = LOADERS[name](tmp_path)
+    assert len(items) == count and items[0].captions[0] in ("true add_att", "a", "a b")
+    times = len(hub.asked)
+    fetch(name, tmp_path)  # is there already
+    assert len(hub.asked) == times
+
+
+def test_what_the_hub_refuses_is_explained_and_leaves_nothing_half_written(hub, tmp_path, monkeypatch):
+    del hub.rows["facebook/winoground"], hub.rows["HuggingFaceM4/SugarCrepe_swap_obj"]
+    with pytest.raises(DataError, match="facebook/winoground is gated. .*hf auth login"):
+        fetch("winoground", tmp_path)
+    assert not (tmp_path / "winoground" / "examples.jsonl").exists()
+    with pytest.raises(DataError, match="SugarCrepe_swap_obj"):
+        fetch("sugarcrepe", tmp_path)
+    hub.rows["HuggingFaceM4/SugarCrepe_swap_obj"] = hub.rows["HuggingFaceM4/SugarCrepe_swap_att"]
+    fetch("sugarcrepe", tmp_path)
+    assert hub.asked.count("HuggingFaceM4/SugarCrepe_add_att") == 1 and len(formats.sugarcrepe(tmp_path)) == 14
+    with pytest.raises(DataError, match="sade is not on the hub"):
+        fetch("sade", tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'llava-compodistill\[eval\]'"):
+        fetch("bivlc", tmp_path)

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from . import protocols, shares
 from .formats import DataError
+from .hub import fetch
 from .llava_suite import LLAVA_BENCHMARKS, check, run_llava_benchmark
 from .records import RecordFile
 from .suite import BENCHMARKS, PAPER_MODELS, Run
@@ -52,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda")
     parser.add_argument("--processes", type=int, help="at once (default: one a GPU)")
+    parser.add_argument("--hub", action="store_true", help="get SugarCrepe, BiVLC, Winoground from the hub if missing")
     parser.add_argument("--overwrite", action="store_true", help="ask again what was answered already")
     parser.add_argument("--share", help=argparse.SUPPRESS)  # K/N: how a process is told its part of the items
     return parser
@@ -105,6 +107,8 @@ def prepare(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Run], 
             benchmark, protocol = BENCHMARKS[name], args.protocol
             if args.benchmarks == "all" and protocol not in benchmark.protocols:
                 protocol = None  # its own first one; the table says which
+            if args.hub and not args.share:
+                fetch(name, args.data_root, console.print)
             items = benchmark.load(args.data_root)
             about = (args.model_path, template(args), folder(args), protocol, args.caption_prompt)
             runs.append(Run(benchmark, items, *about))

@@ -30,7 +30,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def measured(tmp_path_factory):
     """The CSV of all suites that this transformers can run, and its pictures."""
     path = tmp_path_factory.mktemp("benchmark") / "figures.csv"
-    suites = "op,head,step,fit,profile" if CURRENT else "op,head,profile"
+    suites = "op,head,step,fit,profile,eval" if CURRENT else "op,head,profile,eval"
     done = run(
         "run.py",
         "--device",
@@ -65,6 +65,8 @@ def test_every_variant_has_its_figures(measured):
             if suite != "fit":
                 assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
                 assert float(row["extra_mib"]) > 0
+    rates = {row["variant"]: float(row["samples_per_s"]) for row in found if row["suite"] == "eval"}
+    assert set(rates) == {"one by one, likelihood", "one by one, generated letters", "ours, likelihood"}
     assert any(row["suite"] == "profile" and "%" in row["note"] for row in found)
     assert all(row["device"] and row["torch"] == torch.__version__ and "run.py" in row["command"] for row in found)
 

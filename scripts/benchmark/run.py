@@ -7,6 +7,7 @@ Suites
     fit      largest micro-batch and best throughput within a memory limit, for the same three
     profile  the operators above 2 % of our step
     compile  our step with and without torch.compile
+    eval     items a second of the evaluation engine against one question at a time, on the miniature
 
 All rivals of a suite run in one process on the same inputs. Each is first held against a float64 (op, head) or the
 usual (step) computation; what fails gets no time. Presets give the sizes: `paper` (Qwen1.5-4B and 1.8B, SigLIP so400m,
@@ -38,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(ROOT))  # the checkout's package, so that the commit in the CSV is the code that ran
 
+import evaluation  # noqa: E402
 import head as head_suite  # noqa: E402
 import op as op_suite  # noqa: E402
 import step as step_suite  # noqa: E402
@@ -45,7 +47,7 @@ from measure import machine, write_csv  # noqa: E402
 from pair import Pair  # noqa: E402
 from presets import PRESETS, Preset  # noqa: E402
 
-SUITES = ("op", "head", "step", "fit", "profile", "compile")
+SUITES = ("op", "head", "step", "fit", "profile", "compile", "eval")
 console = Console()
 
 
@@ -108,6 +110,9 @@ def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Na
         yield from head_suite.run(preset.heads, device, args.seconds)
         return
     with tempfile.TemporaryDirectory() as folder:
+        if suite == "eval":
+            yield from evaluation.run(folder, device, args.seconds)
+            return
         with console.status("building models with random weights"):
             pair = Pair(preset.pair, device, Path(folder), checkpointing=not args.no_checkpointing)
         if suite == "step":

@@ -1,0 +1,135 @@
+"""Suite eval: items a second of the evaluation engine against one question at a time, on the miniature's SugarCrepe.
+
+LLaVA's own evaluation generates an answer a question, image included: here the letter of the better caption, asked in
+both orders. The same likelihoods one by one show what sharing images, prefixes and batches gives by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import synchronize
+from PIL import Image
+
+from llava_compodistill.eval import formats, protocols, scorers
+from llava_compodistill.eval.engine import Engine
+from llava_compodistill.eval.scoring import Question, score
+from llava_compodistill.miniature import weights
+from llava_compodistill.miniature.benchmarks import write_benchmarks
+from llava_compodistill.miniature.dataset import WorldConfig, write_dataset
+from llava_compodistill.miniature.language import CAPTION_PROMPT
+from llava_compodistill.miniature.report import load_for_evaluation
+from llava_compodistill.miniature.settings import VERSION
+
+#: Most items of a variant; slow ones stop after the time given to them.
+ITEMS = 350
+
+
+def run(folder: str, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    root = Path(folder)
+    write_dataset(root / "data", WorldConfig.preset("smoke", compositional=ITEMS // 7), progress=False)
+    write_benchmarks(root / "data", root / "eval")
+    weights.install(root / "models")
+    model, tokenizer = load_for_evaluation(root / "models" / "llava-teacher")
+    model = model.to(device)
+    items = formats.sugarcrepe(root / "eval")
+    engine = Engine(model, tokenizer, version=VERSION, batch_size=64)
+
+    def in_batches(some: list[formats.Item]) -> list[dict[str, Any]]:
+        put = [protocols.requests(item, "likelihood", CAPTION_PROMPT) for item in some]
+        responses = iter(engine.run([request for requests in put for request in requests]))
+        return [
+            protocols.record(item, "likelihood", [next(responses) for _ in requests])
+            for item, requests in zip(some, put, strict=True)
+        ]
+
+    def one_by_one(item: formats.Item) -> dict[str, Any]:
+        questions = [Question(item.images[0], CAPTION_PROMPT, caption) for caption in item.captions]
+        values = [
+            score([question], model, tokenizer, version=VERSION, batch_size=1)[0].log_probability
+            for question in questions
+        ]
+        return protocols.record(item, "likelihood", values)
+
+    def generated(item: formats.Item) -> dict[str, Any]:
+        answers = [
+            generate(engine, request.image, request.prompt, request.max_new_tokens)
+            for request in protocols.requests(item, "choice")
+        ]
+        return protocols.record(item, "choice", answers)
+
+    in_batches(items[:8])
+    fast, rate = timed(lambda: in_batches(items), device)
+    slow: dict[str, tuple[list[dict[str, Any]], float]] = {}
+    for name, ask in (("one by one, likelihood", one_by_one), ("one by one, generated letters", generated)):
+        slow[name] = one_at_a_time(ask, items, device, seconds)
+    apart = max(
+        abs(a - b)
+        for mine, theirs in zip(fast, slow["one by one, likelihood"][0], strict=False)
+        for a, b in zip(itertools.chain(*mine["scores"]), itertools.chain(*theirs["scores"]), strict=True)
+    )
+    wrong = apart > (1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2)
+    common = {"suite": "eval", "rows": len(items), "dtype": str(model.dtype).removeprefix("torch.")}
+    for name, (records, speed) in slow.items():
+        accuracy = scorers.sugarcrepe(records)["micro"]
+        note = f"{len(records)} items, accuracy {accuracy:.1f}"
+        yield {**common, "variant": name, "samples_per_s": speed, "note": note, "parity": "-"}
+    done = len(slow["one by one, likelihood"][0])
+    note = f"{len(fast)} items, accuracy {scorers.sugarcrepe(fast)['micro']:.1f}; of the first {done} "
+    note += f"{scorers.sugarcrepe(fast[:done])['micro']:.1f}"
+    row = {**common, "variant": "ours, likelihood", "note": note}
+    if wrong:
+        yield {**row, "parity": f"FAILED {apart:.1e}"}
+    else:
+        yield {**row, "parity": f"{apart:.1e}", "samples_per_s": len(fast) / rate}
+
+
+def timed(call, device: torch.device) -> tuple[Any, float]:
+    synchronize(device)
+    started = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return result, time.perf_counter() - started
+
+
+def one_at_a_time(ask, items: list[formats.Item], device: torch.device, seconds: float):
+    """(records, items a second) of as many items as the time allows, in order."""
+    ask(items[0])
+    records, spent = [], 0.0
+    for item in items:
+        record, took = timed(lambda item=item: ask(item), device)
+        records.append(record)
+        spent += took
+        if spent > seconds and len(records) >= 5:
+            break
+    return records, len(records) / spent
+
+
+def generate(engine: Engine, image: str, prompt: str, limit: int) -> str:
+    """As llava.eval.model_vqa_loader does: the whole prompt with its image, one question a call."""
+    from llava.conversation import conv_templates
+    from llava.mm_utils import process_images, tokenizer_image_token
+
+    model, tokenizer = engine.model, engine.tokenizer
+    conversation = conv_templates[engine.version].copy()
+    conversation.append_message(conversation.roles[0], f"<image>\n{prompt}")
+    conversation.append_message(conversation.roles[1], None)
+    ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, -200, return_tensors="pt")[None]
+    with Image.open(image) as picture:
+        pixels = process_images([picture.convert("RGB")], model.get_vision_tower().image_processor, model.config)
+    with torch.inference_mode():
+        tokens = model.generate(
+            ids.to(model.device),
+            images=pixels.to(model.device, model.dtype),
+            do_sample=False,
+            max_new_tokens=limit,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -93,6 +94,16 @@ def test_another_protocol_does_not_go_on_with_these_records(place, capsys):
     assert main([*flags, "--protocol", "yes"]) == 2
     assert "its protocol is 'likelihood', not 'yes'" in capsys.readouterr().err
     assert main([*flags, "--protocol", "yes", "--overwrite"]) == 0
+
+
+def test_a_checkpoint_that_was_trained_again_is_asked_again(place, capsys):
+    output, config = place["root"] / "again", place["root"] / "models" / "llava-teacher" / "config.json"
+    flags = [*place["flags"], "--output", str(output), "--benchmarks", "winoground", "--protocol", "likelihood"]
+    assert main(flags) == 0
+    os.utime(config, (config.stat().st_mtime + 60,) * 2)
+    assert main(flags) == 2
+    assert "its weights is" in capsys.readouterr().err
+    assert main([*flags, "--overwrite"]) == 0
 
 
 def test_missing_data_is_said_before_the_model_is_loaded(place, capsys, tmp_path):

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summaries = own_benchmarks(args, argv, runs)
     for name in theirs:
         console.rule(LLAVA_BENCHMARKS[name].title)
-        options = {"conv_mode": template(args), "model_base": args.model_base}
+        options = {"conv_mode": template(args), "model_base": args.model_base, "overwrite": args.overwrite}
         summaries.append(run_llava_benchmark(name, args.model_path, args.data_root, folder(args), **options))
     console.print(table(summaries, Path(args.model_path).name))
     for summary in summaries:

@@ -99,7 +99,14 @@ def check(name: str, data: Path) -> None:
 
 
 def run_llava_benchmark(
-    name: str, model_path: str, data: Path, output: Path, *, conv_mode: str, model_base: str | None = None
+    name: str,
+    model_path: str,
+    data: Path,
+    output: Path,
+    *,
+    conv_mode: str,
+    model_base: str | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Run scripts/eval/NAME.sh and show what it prints.
 
@@ -112,6 +119,7 @@ def run_llava_benchmark(
     """
     benchmark = LLAVA_BENCHMARKS[name]
     settings = {"EVAL_DATA": str(data), "CONV_MODE": conv_mode, "PYTHON": sys.executable}
+    settings["OVERWRITE"] = str(int(overwrite))
     if model_base:
         settings["MODEL_BASE"] = model_base
     command = ["bash", str(folder("scripts") / "eval" / f"{name}.sh"), model_path]

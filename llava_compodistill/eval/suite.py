@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,18 @@ def protocol_for(benchmark: Benchmark, wanted: str | None) -> str:
     return wanted
 
 
+def weights_of(model: str) -> str:
+    """What tells a checkpoint from another one that lay, or will lie, in the same folder: its files' sizes and the
+    second of the last change."""
+    files = [path for path in Path(model).glob("*") if path.suffix in (".safetensors", ".bin")]
+    files += [path for path in Path(model).glob("config.json")]
+    if not files:
+        return ""  # a name on the hub
+    newest = max(int(path.stat().st_mtime) for path in files)
+    changed = datetime.datetime.fromtimestamp(newest, datetime.timezone.utc).isoformat(timespec="seconds")
+    return f"{sum(path.stat().st_size for path in files)} bytes of {changed}"
+
+
 class Run:
     """One benchmark put to one model under one protocol, with its records in OUTPUT/NAME.jsonl.
 
@@ -105,6 +118,7 @@ class Run:
             "benchmark": benchmark.name,
             "protocol": self.protocol,
             "model": model,
+            "weights": weights_of(model),
             "template": template,
             "items": len(items),
             "fingerprint": fingerprint(item.asked() for item in items),

@@ -6,6 +6,7 @@
 #   CONV_MODE      conversation template: qwen_1_5 (v1 for Vicuna, qwen_qa for the miniature)
 #   MODEL_BASE     base model of a LoRA checkpoint
 #   MAX_NEW_TOKENS longest answer: 128
+#   OVERWRITE      1 asks again what was answered since the checkpoint was written: 0
 #   PYTHON         the interpreter: python
 # Every GPU in CUDA_VISIBLE_DEVICES answers a share of the questions, as in LLaVA's scripts.
 
@@ -40,8 +41,9 @@ ask() {
     local pids=()
     need "$questions" "$EVALUATION_MD"
     need "$images" "$EVALUATION_MD"
-    if [[ -f $answers && $(wc -l <"$answers") == $(wc -l <"$questions") ]]; then
-        echo "Answered before: $answers (delete it to ask again)"
+    if [[ ${OVERWRITE:-0} != 1 && -f $answers && ! $CKPT/config.json -nt $answers &&
+        $(wc -l <"$answers") == $(wc -l <"$questions") ]]; then
+        echo "Answered before: $answers (OVERWRITE=1 asks again)"
         return
     fi
     IFS=',' read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-0}"

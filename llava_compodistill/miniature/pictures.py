@@ -90,8 +90,8 @@ def draw_similarity(students: Sequence[dict[str, Any]], band: str, path: Path) -
 
 
 def draw_overlays(results: Sequence[dict[str, Any]], band: str, root: Path, path: Path) -> Path:
-    """Attention over the image at the moment a caption names its second object, averaged over the layers that VAT
-    aligns: teacher | KD | CompoDistill. To say its colour a model has to look at it."""
+    """Attention over the image of the word that names a caption's second object by its colour, averaged over the
+    layers that VAT aligns: teacher | KD | CompoDistill. To go on, a model has to find that object."""
     import matplotlib.pyplot as plt
     from PIL import Image
 
@@ -116,7 +116,8 @@ def draw_overlays(results: Sequence[dict[str, Any]], band: str, root: Path, path
         ):
             maps, batch = all_maps(model, inputs, layers)
             rows = batch.attention_rows("answer")[0].nonzero()[:, 0]  # the queries that say the caption's tokens
-            query = rows[_second_color(tokenizer, question.answer)]
+            # A row predicts a token; the next one is the row that has this token as its own.
+            query = rows[_second_color(tokenizer, question.answer) + 1]
             look = sum(maps[layer][0, query] for layer in layers) / len(layers)
             looks[method].append((look / look.sum()).reshape(side, side).float().cpu().numpy())
     figure, axes = plt.subplots(
@@ -140,7 +141,7 @@ def draw_overlays(results: Sequence[dict[str, Any]], band: str, root: Path, path
         figure.colorbar(shown, ax=axes[row].tolist(), fraction=0.012, pad=0.01)
     for axis in axes.flat:
         axis.set_axis_off()
-    figure.suptitle("Attention over the image when the [word] is said, mean of the layers that VAT aligns", y=0.94)
+    figure.suptitle("Where the [word] looks in the image, mean of the layers that VAT aligns", y=0.94)
     return _save(figure, path, tight=False)
 
 

@@ -132,6 +132,8 @@ def test_what_cannot_be_compared(tmp_path):
     other = write(tmp_path / "b", "sugarcrepe", made, fingerprint="other")
     with pytest.raises(DataError, match="about other questions"):
         compare([path, other])
+    with pytest.raises(DataError, match="its protocol is 'choice', that of"):
+        compare([path, write(tmp_path / "f", "sugarcrepe", made, protocol="choice")])
     with pytest.raises(DataError, match="300 records of 299"):
         compare([write(tmp_path / "c", "sugarcrepe", made, items=299)])
     with pytest.raises(DataError, match="its records give"):

@@ -98,8 +98,12 @@ def test_broken_files_are_named(data):
     with pytest.raises(DataError, match=r"examples.jsonl, line \d+: no JSON"):
         formats.winoground(data)
     listed = data / "rbench" / "nocaps_image-level_rel_ids_3.json"
-    listed.write_text("[0, 123456]")
-    with pytest.raises(DataError, match="ids_3.json: there is no question 123456"):
+    before = formats.rbench(data)
+    ids = json.loads(listed.read_text())
+    listed.write_text(json.dumps([*ids, ids[0], 123456]))  # twice, and taken out again
+    assert formats.rbench(data) == before
+    listed.write_text("[123456]")
+    with pytest.raises(DataError, match="ids_3.json: none of its 1 questions is in"):
         formats.rbench(data)
 
 
@@ -160,9 +164,27 @@ def test_records_of_another_run_are_not_mixed(tmp_path):
         RecordFile(path, {**RUN, "model": "b"}, IDS)
     with RecordFile(path, {**RUN, "model": "b"}, IDS, overwrite=True) as records:
         assert not records.done
+        records.append([{"id": "one"}])
     path.with_name("r.jsonl.run.json").unlink()
-    with pytest.raises(RecordsError, match="r.jsonl.run.json.*is missing"):
+    with pytest.raises(RecordsError, match="r.jsonl.run.json.*is missing or broken"):
         RecordFile(path, RUN, IDS)
+
+
+def test_one_process_writes_at_a_time(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with RecordFile(path, RUN, IDS):
+        with pytest.raises(RecordsError, match="another process is writing"):
+            RecordFile(path, RUN, IDS)
+    RecordFile(path, RUN, IDS).close()
+
+
+def test_other_line_separators_are_part_of_a_text(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with RecordFile(path, RUN, IDS) as records:
+        records.append([{"id": "one", "text": "a\u2028b\u0085c"}])
+    with RecordFile(path, RUN, IDS) as records:
+        assert records.done["one"]["text"] == "a\u2028b\u0085c" and not records.cut
+    assert read_records(path)[0]["text"] == "a\u2028b\u0085c"
 
 
 def test_repeated_ids_of_items(tmp_path):
@@ -234,5 +256,6 @@ def test_what_the_hub_refuses_is_explained_and_leaves_nothing_half_written(hub, 
     with pytest.raises(DataError, match="sade is not on the hub"):
         fetch("sade", tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
+    fetch("sugarcrepe", tmp_path)  # is there already
     with pytest.raises(DataError, match=r"pip install 'llava-compodistill\[eval\]'"):
         fetch("bivlc", tmp_path)

@@ -65,6 +65,8 @@ def test_pope_is_scored_by_llava(checkout):
     assert len(accuracies) == 3 and min(accuracies) > 0.6  # of a few questions a part
     again = script(checkout, "pope")
     assert "Answered before" in again.stdout and again.stdout.count("Accuracy") == 3
+    # Another template asks again, and so would another checkpoint of this name.
+    assert "Answered before" not in script(checkout, "pope", CONV_MODE="qwen_1_5").stdout
 
 
 def test_two_shares_give_the_answers_of_one(checkout):

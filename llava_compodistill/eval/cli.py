@@ -19,9 +19,9 @@ from rich.table import Table
 
 from . import protocols, shares
 from .formats import DataError
-from .hub import fetch
+from .hub import ON_HUB, fetch
 from .llava_suite import LLAVA_BENCHMARKS, check, run_llava_benchmark
-from .records import RecordFile
+from .records import read_records
 from .suite import BENCHMARKS, PAPER_MODELS, Run
 
 if TYPE_CHECKING:
@@ -79,20 +79,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ask_share(args, runs)
     if not runs and not theirs:
         return 2
-    summaries = own_benchmarks(args, argv, runs)
+    summaries, failed = own_benchmarks(args, argv, runs), False
     for name in theirs:
         console.rule(LLAVA_BENCHMARKS[name].title)
         options = {"conv_mode": template(args), "model_base": args.model_base, "overwrite": args.overwrite}
-        summaries.append(run_llava_benchmark(name, args.model_path, args.data_root, folder(args), **options))
+        try:
+            summaries.append(run_llava_benchmark(name, args.model_path, args.data_root, folder(args), **options))
+        except DataError as error:
+            failed = True
+            console.print(str(error), markup=False)
     console.print(table(summaries, Path(args.model_path).name))
     for summary in summaries:
         if summary.get("note"):
             console.print(f"{LLAVA_BENCHMARKS[summary['benchmark']].title}: {summary['note']}", markup=False)
-    return 0
+    return int(failed)
 
 
 def folder(args: argparse.Namespace) -> Path:
-    return args.output or Path(args.model_path) / "eval"
+    path = Path(args.model_path)
+    if args.output or path.is_dir():
+        return args.output or path / "eval"
+    return Path("eval") / path.name  # a name on the hub: a folder of that name would be taken for the model
 
 
 def prepare(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Run], list[str], list[str]]:
@@ -107,7 +114,7 @@ def prepare(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Run], 
             benchmark, protocol = BENCHMARKS[name], args.protocol
             if args.benchmarks == "all" and protocol not in benchmark.protocols:
                 protocol = None  # its own first one; the table says which
-            if args.hub and not args.share:
+            if args.hub and name in ON_HUB and not args.share:
                 fetch(name, args.data_root, console.print)
             items = benchmark.load(args.data_root)
             about = (args.model_path, template(args), folder(args), protocol, args.caption_prompt)
@@ -120,8 +127,8 @@ def prepare(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Run], 
 def own_benchmarks(args: argparse.Namespace, argv: list[str], runs: Sequence[Run]) -> list[dict[str, Any]]:
     import torch
 
-    on_gpus = not (args.device or "cuda").startswith("cpu") and torch.cuda.is_available()
-    processes = args.processes or (torch.cuda.device_count() if on_gpus and args.device in (None, "cuda") else 1)
+    cards = torch.cuda.device_count() if args.device in (None, "cuda") else 0
+    processes = args.processes or cards or 1
     engine, summaries = None, []
     for run in runs:
         left = run.begin(args.overwrite)
@@ -133,7 +140,7 @@ def own_benchmarks(args: argparse.Namespace, argv: list[str], runs: Sequence[Run
                 bars.advance(bar, count)
 
             if left and processes > 1:
-                ask_in_processes(run, argv, processes, on_gpus, advance)
+                ask_in_processes(run, argv, processes, cards, advance)
                 run.begin()  # joins the shares
             elif left:
                 engine = engine or load(args)
@@ -145,9 +152,7 @@ def own_benchmarks(args: argparse.Namespace, argv: list[str], runs: Sequence[Run
     return summaries
 
 
-def ask_in_processes(
-    run: Run, argv: list[str], processes: int, on_gpus: bool, progress: Callable[[int], None]
-) -> None:
+def ask_in_processes(run: Run, argv: list[str], processes: int, cards: int, progress: Callable[[int], None]) -> None:
     """This command again, once a process, for one benchmark and a share of its items."""
     flags = ["-m", "llava_compodistill.cli", "eval", *argv, "--benchmarks", run.benchmark.name]
     flags = [flag for flag in flags if flag != "--overwrite"]
@@ -156,9 +161,9 @@ def ask_in_processes(
     commands = [[*flags, "--processes", "1", "--share", f"{number}/{processes}"] for number in range(processes)]
     paths = [shares.share_path(run.path, number, processes) for number in range(processes)]
     devices: list[str | None] = [None] * processes
-    if on_gpus:
+    if cards:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(number) for number in range(processes)]
+        names = visible.split(",") if visible else [str(number) for number in range(cards)]
         devices = [names[number % len(names)] for number in range(processes)]
     shares.run_processes(commands, devices, lambda: shares.lines_in(paths), progress)
 
@@ -167,8 +172,8 @@ def ask_share(args: argparse.Namespace, runs: Sequence[Run]) -> int:
     """What a process of `ask_in_processes` does: answer its items into a file of its own."""
     number, count = map(int, args.share.split("/"))
     (run,) = runs
-    with RecordFile(run.path, run.about, run.ids) as records:
-        left = [item for item in run.items if item.id not in records.done][number::count]
+    done = {record["id"] for record in read_records(run.path)}
+    left = [item for item in run.items if item.id not in done][number::count]
     run.ask(load(args), left, shares.share_path(run.path, number, count))
     return 0
 
@@ -196,6 +201,7 @@ def load(args: argparse.Namespace) -> Engine:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda:0" if device == "cuda" else device  # LLaVA spreads a model on "cuda" over all cards
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     register(train=True)
     name = Path(args.model_path).name

@@ -107,6 +107,11 @@ def compare(summaries: Sequence[Path], samples: int = 2000, seed: int = 0) -> li
     for path, summary in zip(summaries, loaded, strict=True):
         if summary["fingerprint"] != first["fingerprint"]:
             raise DataError(f"{path} is about other questions than {summaries[0]}: they cannot be compared.")
+        for name in ("protocol", "caption_prompt"):
+            if summary.get(name) != first.get(name):
+                raise DataError(
+                    f"{path}: its {name} is {summary.get(name)!r}, that of {summaries[0]} {first.get(name)!r}."
+                )
     models = []
     for path, summary in zip(summaries, loaded, strict=True):
         records = read_records(path.with_suffix(".jsonl"))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import compat
+from ..answer_head import dense_head
 from ..models import llava_core
 from ..plugin.host import import_llava, import_llava_train
 from ..plugin.templates import prepare_tokenizer, use_template
@@ -85,6 +86,7 @@ class Engine:
         prepare_tokenizer(tokenizer, use_template(version))
         self._preprocess = import_llava_train().preprocess
         self._process_images = import_llava("llava.mm_utils").process_images
+        self._weight: torch.Tensor | None = None  # the head's, widened when it is first needed
         self._marker = "<image>"
         if getattr(config, "mm_use_im_start_end", False):
             self._marker = "<im_start><image><im_end>"
@@ -202,7 +204,13 @@ class Engine:
         return responses
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.log_softmax(self.model.get_output_embeddings()(hidden).float(), dim=-1)
+        """In float32: at 16 bits the logits of "A" and "B" often tie."""
+        if self._weight is None:
+            head = self.model.get_output_embeddings()
+            self._weight, self._bias = (
+                None if part is None else part.float() for part in dense_head(head, hidden[:1].to(self.model.dtype))
+            )
+        return torch.log_softmax(torch.nn.functional.linear(hidden.float(), self._weight, self._bias), dim=-1)
 
     def _first_token(self, row: _Row, word: str) -> int:
         """The token that an answer beginning with a word begins with, under the template."""

@@ -148,10 +148,12 @@ def rbench(data: Path) -> list[Item]:
     known = {str(_value(entry, "question_id", f"{path}, entry {n}")) for n, entry in enumerate(entries)}
     for number in range(1, 6):
         listed = folder / f"nocaps_image-level_rel_ids_{number}.json"
-        for key in _json(listed, "rbench"):
-            if str(key) not in known:
-                raise DataError(f"{listed}: there is no question {key} in {path.name}.")
-            lists.setdefault(str(key), []).append(number)
+        ids = dict.fromkeys(map(str, _json(listed, "rbench")))
+        if not ids.keys() & known:
+            raise DataError(f"{listed}: none of its {len(ids)} questions is in {path.name}.")
+        # "filterd": a list may name questions that the authors took out again.
+        for key in ids.keys() & known:
+            lists.setdefault(key, []).append(number)
     items = []
     for number, entry in enumerate(entries):
         place = f"{path}, entry {number}"
@@ -247,7 +249,7 @@ def _object(path: Path, benchmark: str) -> dict[str, Any]:
 def _lines(path: Path, benchmark: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, entry) of each line of a JSON-lines file."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise DataError(f"{path} is missing: {HOW_TO_GET[benchmark]}") from None
     for number, line in enumerate(lines, start=1):

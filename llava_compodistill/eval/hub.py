@@ -19,12 +19,12 @@ def fetch(name: str, data: Path, progress: Callable[[str], None] = lambda text: 
     """
     if name not in _WRITERS:
         raise DataError(f"--hub: {name} is not on the hub: {HOW_TO_GET[name]}")
-    try:
-        import datasets
-    except ImportError:
-        raise DataError("--hub needs the datasets package: pip install 'llava-compodistill[eval]'.") from None
 
     def load(repository: str) -> Iterable[dict[str, Any]]:
+        try:
+            import datasets
+        except ImportError:
+            raise DataError("--hub needs the datasets package: pip install 'llava-compodistill[eval]'.") from None
         progress(f"{repository}, from the hub")
         try:
             return datasets.load_dataset(repository, split="test")
@@ -80,6 +80,7 @@ _WRITERS: dict[str, Callable[[Path, Load], None]] = {
     "bivlc": _bivlc,
     "winoground": _winoground,
 }
+ON_HUB = tuple(_WRITERS)
 
 
 def _save(image: Any, path: Path) -> str:

@@ -42,18 +42,37 @@ class RecordFile:
         if overwrite:
             path.unlink(missing_ok=True)
             beside.unlink(missing_ok=True)
-        if path.exists():
+        if path.exists() and path.stat().st_size:
             self._check_run(beside, run)
             self._read(set(ids))
-        beside.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        else:
+            beside.unlink(missing_ok=True)
+        if not beside.exists():
+            part = beside.with_name(beside.name + ".part")
+            part.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+            part.replace(beside)
         self._file = path.open("a", encoding="utf-8")
+        self._lock()
+
+    def _lock(self) -> None:
+        """One writer at a time: an earlier process that a kill has missed would write the same records again."""
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise RecordsError(f"{self.path}: another process is writing to it. Wait for it, or stop it.") from None
 
     def _check_run(self, beside: Path, run: dict[str, Any]) -> None:
         try:
             before = json.loads(beside.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             raise RecordsError(
-                f"{self.path}: {beside.name}, which says what made these records, is missing: --overwrite begins anew."
+                f"{self.path}: {beside.name}, which says what made these records, is missing or broken: --overwrite "
+                "begins anew."
             ) from None
         changed = [name for name in run if before.get(name) != run[name]]
         if changed:
@@ -70,7 +89,7 @@ class RecordFile:
             with self.path.open("r+b") as file:
                 file.truncate(whole)
             self.cut = True
-        for number, line in enumerate(data[:whole].splitlines(), start=1):
+        for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
             try:
                 record = json.loads(line)
                 key = record["id"]
@@ -112,10 +131,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """
     records = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a text may hold other line separators than JSON lines' own.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise RecordsError(f"{path}: {error.strerror}.") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, start=1):
         try:
             record = json.loads(line)
             record["id"]

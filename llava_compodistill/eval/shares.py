@@ -7,8 +7,10 @@ the work is divided again, over as many processes as there are then.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,6 +57,9 @@ def run_processes(
     Raises:
         RecordsError: when one fails; the others are stopped, and what they answered stays.
     """
+    # A terminated parent takes its children along.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     processes = []
     for command, device in zip(commands, devices, strict=True):
         environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}

@@ -138,7 +138,7 @@ def run(pair: Pair, folder: str, batches: list[int], seconds: float) -> Iterator
             batch = pair.batch(size, length)
             work = {name: lambda step=step, batch=batch: step(batch) for name, step in steps.items()}
             fitting = {name: call for name, call in work.items() if fits(call, device)}
-            times = compare(fitting, device, seconds)
+            times = compare(fitting, device, seconds) if fitting else {}
             for name in work:
                 row = {**_columns(pair, size, length), "suite": "step", "variant": name, "parity": f"{error:.1e}"}
                 if name not in fitting:
@@ -275,7 +275,7 @@ def fits(call: Callable[[], Any], device: torch.device) -> bool:
     try:
         call()
         synchronize(device)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         gc.collect()
         torch.cuda.empty_cache()
         return False
@@ -286,8 +286,14 @@ def total_gib(pair: Pair, step: Callable, size: int, length: int) -> float:
     """Memory of models, gradients and one step at its peak; infinite where the device has not enough."""
     pair.student.zero_grad(set_to_none=True)
     batch = pair.batch(size, length)
-    if not fits(lambda: step(batch), pair.device):
+    peak: list[float] = []
+
+    def measure() -> None:
+        step(batch)  # the gradients are there from now on
+        peak.append(extra_memory(lambda: step(batch), pair.device))
+
+    if not fits(measure, pair.device):
         return float("inf")
     tensors = {p.data_ptr(): p.nbytes for m in (pair.teacher, pair.student) for p in m.parameters()}
     gradient = sum(p.grad.nbytes for p in pair.student.parameters() if p.grad is not None)
-    return (sum(tensors.values()) + gradient + extra_memory(lambda: step(batch), pair.device) * 2**20) / 2**30
+    return (sum(tensors.values()) + gradient + peak[0] * 2**20) / 2**30

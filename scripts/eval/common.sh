@@ -6,7 +6,7 @@
 #   CONV_MODE      conversation template: qwen_1_5 (v1 for Vicuna, qwen_qa for the miniature)
 #   MODEL_BASE     base model of a LoRA checkpoint
 #   MAX_NEW_TOKENS longest answer: 128
-#   OVERWRITE      1 asks again what was answered since the checkpoint was written: 0
+#   OVERWRITE      1 asks again what this checkpoint has answered: 0
 #   PYTHON         the interpreter: python
 # Every GPU in CUDA_VISIBLE_DEVICES answers a share of the questions, as in LLaVA's scripts.
 
@@ -41,8 +41,18 @@ ask() {
     local pids=()
     need "$questions" "$EVALUATION_MD"
     need "$images" "$EVALUATION_MD"
-    if [[ ${OVERWRITE:-0} != 1 && -f $answers && ! $CKPT/config.json -nt $answers &&
-        $(wc -l <"$answers") == $(wc -l <"$questions") ]]; then
+    local stamp count
+    count=$(grep -c '' "$questions")
+    # What the answers depend on; another checkpoint may have the same name.
+    stamp=$(
+        printf '%s\n' "$(realpath -m "$CKPT")" "$CONV_MODE" "${MODEL_BASE:-}" "${MAX_NEW_TOKENS:-128}"
+        cksum <"$questions"
+        if [[ -d $CKPT ]]; then
+            find "$CKPT" -maxdepth 1 \( -name '*.safetensors' -o -name '*.bin' -o -name config.json \) \
+                -printf '%f %s %T@\n' | sort
+        fi
+    )
+    if [[ ${OVERWRITE:-0} != 1 && -f $answers && -f $answers.of && $(<"$answers.of") == "$stamp" ]]; then
         echo "Answered before: $answers (OVERWRITE=1 asks again)"
         return
     fi
@@ -69,9 +79,10 @@ ask() {
     for index in $(seq 0 $((chunks - 1))); do
         cat "${answers%.jsonl}/${chunks}_$index.jsonl"
     done >"$answers.part"
-    [[ $(wc -l <"$answers.part") == $(wc -l <"$questions") ]] ||
-        fail "$answers.part has $(wc -l <"$answers.part") answers to the $(wc -l <"$questions") questions of $questions"
+    [[ $(grep -c '' "$answers.part") == "$count" ]] ||
+        fail "$answers.part has $(grep -c '' "$answers.part") answers to the $count questions of $questions"
     mv "$answers.part" "$answers"
+    echo "$stamp" >"$answers.of"
 }
 
 # converter FILE: a script of LLaVA's repository, which its package on the registry leaves out.

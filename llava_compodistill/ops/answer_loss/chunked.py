@@ -216,10 +216,18 @@ class _Head:
 
 def _compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     """What the product of a plain head would run in here: autocast's dtype inside autocast."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    dtype = _autocast_dtype(hidden.device.type)
+    if dtype is not None and hidden.dtype != torch.float64:
+        return dtype
     return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if device == "cpu":  # before PyTorch 2.4
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

@@ -51,12 +51,14 @@ class CudaToCpu(TorchFunctionMode):
     left alone, CPUs have it.
     """
 
+    #: These give bytes another reading, as safetensors does with those of a file: their dtype is a fact.
+    _READINGS = frozenset({torch.Tensor.view, torch.frombuffer, torch.from_file})
     _MOVES = frozenset({torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.half, torch.Tensor.type})
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in self._MOVES:
             return self._move(func, args, kwargs or {})
-        if kwargs and ("device" in kwargs or "dtype" in kwargs):
+        if func not in self._READINGS and kwargs and ("device" in kwargs or "dtype" in kwargs):
             kwargs = {name: _redirect(v) if name in ("device", "dtype") else v for name, v in kwargs.items()}
         return func(*args, **(kwargs or {}))
 

@@ -124,13 +124,14 @@ def test_files_of_half_precision_are_read_as_what_they_are(tmp_path):
 
     weights = {"a": torch.arange(6, dtype=torch.float16).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
     save_file(weights, tmp_path / "w.safetensors")
-    with redirect_cuda():
+    with runner.redirect_cuda():
         found = load_file(tmp_path / "w.safetensors")
         again = torch.frombuffer(bytearray(8), dtype=torch.float16)
     assert torch.equal(found["a"].float(), weights["a"].float()) and torch.equal(found["b"], weights["b"])
     assert again.shape == (4,)
 
 
+@no_cuda
 def test_the_redirection_ends_with_its_context():
     synchronize = torch.cuda.synchronize
     with pytest.raises(ZeroDivisionError), runner.redirect_cuda():

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from llava_compodistill.cli import main
-from llava_compodistill.eval import protocols, shares
+from llava_compodistill.eval import llava_suite, protocols, shares
+from llava_compodistill.eval.cli import table
 from llava_compodistill.eval.engine import Answer, FirstWord, Likelihood
 from llava_compodistill.eval.formats import Item
-from llava_compodistill.eval.suite import BENCHMARKS
+from llava_compodistill.eval.suite import BENCHMARKS, PAPER_MODELS
 from llava_compodistill.miniature import weights
 from llava_compodistill.miniature.benchmarks import write_benchmarks
 from llava_compodistill.miniature.language import CAPTION_PROMPT
@@ -199,3 +202,37 @@ def test_protocols_that_do_not_fit_are_refused():
         protocols.requests(many, "choice")
     with pytest.raises(ValueError, match="protocol 'guess': must be one of"):
         protocols.requests(many, "guess")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What LLaVA's and the official scorers print, and the table
+# ---------------------------------------------------------------------------------------------------------------------
+def test_printed_scores_are_read():
+    pope = "Category: random, # samples: 4\nAccuracy: 0.75\nF1 score: 0.8\nYes ratio: 0.5\n===\n"
+    pope += "Category: popular, # samples: 4\nAccuracy: 0.25\nF1 score: 0.4\nYes ratio: 0.5\n"
+    found = llava_suite.read_pope(pope)
+    assert found["f1"] == pytest.approx(60) and found["accuracy"] == 50 and found["f1_random"] == 80
+    assert llava_suite.read_accuracy("Binary: 70.1%\nAccuracy: 61.90%\n") == {"accuracy": 61.9}
+    mme = "=========== Perception ===========\ntotal score: 1510.5\n=== Cognition ===\ntotal score: 320.0\n"
+    assert llava_suite.read_mme(mme) == {"perception": 1510.5, "cognition": 320, "percent": pytest.approx(75.525)}
+    assert llava_suite.read_mme("") == llava_suite.read_pope("") == llava_suite.read_accuracy("") == {}
+
+
+def test_averages_are_the_papers_or_not_there():
+    def summary(name, value):
+        benchmark = BENCHMARKS.get(name) or llava_suite.LLAVA_BENCHMARKS[name]
+        paper = dict(zip(PAPER_MODELS, benchmark.paper, strict=True)) if benchmark.paper else {}
+        return {"benchmark": name, "headline": "x", "protocol": "y", "value": value, "paper": paper}
+
+    def printed(names, value=50.0):
+        console = Console(width=100, record=True, file=io.StringIO())
+        console.print(table([summary(name, value) for name in names], "model"))
+        return {line.split("  ")[0].strip(): line.split() for line in console.export_text().splitlines()}
+
+    reasoning = ["sugarcrepe", "sade", "bivlc", "winoground"]
+    answering = ["vqav2", "gqa", "vizwiz", "textvqa", "mme"]
+    rows = printed([*reasoning, *answering, "pope"])
+    # As the paper prints them: 62.6, 54.9, 61.9 (62.0 of its rounded figures) and 70.3, 60.7, 66.7
+    assert rows["VQA average"][-4:] == ["50.0", "62.6", "54.9", "62.0"]
+    assert rows["CR average"][-4:] == ["50.0", "70.3", "60.7", "66.7"]
+    assert "CR average" not in printed(reasoning[:3]) and "VQA average" not in printed(answering, None)

@@ -216,28 +216,30 @@ def progress() -> Progress:
 
 
 def table(summaries: Sequence[dict[str, Any]], name: str) -> Table:
-    """The model's figures beside the paper's; the average where all four of the paper's are there."""
+    """The model's figures beside the paper's; its two averages where all that they are made of is there."""
     plain = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 0, 0, 1), "title_justify": "left"}
     result = Table(title=f"{name}: scores in %, beside the paper's at full size (arXiv 2510.12184)", **plain)
     for column in ("benchmark", "figure", "protocol"):
         result.add_column(column, no_wrap=True)
     for column in ("here", *(f"paper:\n{model}" for model in SHORT)):
         result.add_column(column, justify="right", no_wrap=True)
-    averaged: dict[str, dict[str, Any]] = {}
     for summary in summaries:
         name = summary["benchmark"]
-        benchmark = BENCHMARKS.get(name) or LLAVA_BENCHMARKS[name]
-        paper = [f"{value:.1f}" for value in summary.get("paper", {}).values()]
-        result.add_row(benchmark.title, summary["headline"], summary["protocol"], percent(summary["value"]), *paper)
-        if name not in BENCHMARKS:
-            continue
-        if benchmark.averaged:
-            averaged[benchmark.name] = summary
-    if len(averaged) == sum(benchmark.averaged for benchmark in BENCHMARKS.values()):
-        values = [summary["value"] for summary in averaged.values()]
-        papers = [mean(summary["paper"][model] for summary in averaged.values()) for model in PAPER_MODELS]
+        title = (BENCHMARKS.get(name) or LLAVA_BENCHMARKS[name]).title
+        paper = [f"{value:.1f}" for value in summary["paper"].values()]
+        result.add_row(title, summary["headline"], summary["protocol"], percent(summary["value"]), *paper)
+    averages = {
+        "VQA average": [name for name, benchmark in LLAVA_BENCHMARKS.items() if benchmark.paper],
+        "CR average": [name for name, benchmark in BENCHMARKS.items() if benchmark.averaged],
+    }
+    found = {summary["benchmark"]: summary for summary in summaries if summary["value"] is not None}
+    for title, names in averages.items():
+        if not set(names) <= set(found):
+            continue  # an average of fewer would not be the paper's
+        papers = [mean(found[name]["paper"][model] for name in names) for model in PAPER_MODELS]
         result.add_section()
-        result.add_row("CR average", "", "", percent(mean(values)), *(f"{value:.1f}" for value in papers))
+        here = percent(mean(found[name]["value"] for name in names))
+        result.add_row(title, "", "", here, *(f"{value:.1f}" for value in papers))
     return result
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from ..env_report import commit
 from ..resources import folder
 from .formats import DataError
+from .suite import PAPER_MODELS
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class LlavaBenchmark:
         read: printed text -> figures; empty while there is no score.
         headline: the figure in the table.
         converter: the script of LLaVA's repository that it needs.
+        paper: the paper's (teacher, SFT, CompoDistill), in %; those that have it make up its VQA average.
     """
 
     name: str
@@ -35,6 +37,7 @@ class LlavaBenchmark:
     read: Callable[[str], dict[str, float]]
     headline: str
     converter: str = ""
+    paper: tuple[float, ...] = ()
 
 
 def read_pope(text: str) -> dict[str, float]:
@@ -60,29 +63,39 @@ def read_accuracy(text: str) -> dict[str, float]:
 
 
 def read_mme(text: str) -> dict[str, float]:
-    """calculation.py prints a `total score` for perception and one for cognition."""
+    """calculation.py prints a `total score` for perception (of 2,000) and one for cognition (of 800). `percent` is the
+    share of perception's, as which the paper's figures (61 to 78) can only be read."""
     names = ("perception", "cognition")
-    return dict(zip(names, map(float, re.findall(r"total score: ([\d.]+)", text)), strict=False))
+    figures = dict(zip(names, map(float, re.findall(r"total score: ([\d.]+)", text)), strict=False))
+    if "perception" in figures:
+        figures["percent"] = figures["perception"] / 20
+    return figures
+
+
+def _none(text: str) -> dict[str, float]:
+    return {}
 
 
 LLAVA_BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
         LlavaBenchmark(
-            "vqav2", "VQAv2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", lambda text: {}, "accuracy",
-            "convert_vqav2_for_submission.py",
+            "vqav2", "VQAv2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", _none, "accuracy",
+            "convert_vqav2_for_submission.py", (79.1, 73.6, 78.8),
         ),
         LlavaBenchmark(
-            "gqa", "GQA", "gqa/llava_gqa_testdev_balanced.jsonl", read_accuracy, "accuracy", "convert_gqa_for_eval.py"
+            "gqa", "GQA", "gqa/llava_gqa_testdev_balanced.jsonl", read_accuracy, "accuracy",
+            "convert_gqa_for_eval.py", (62.1, 57.9, 62.2),
         ),
         LlavaBenchmark(
-            "vizwiz", "VizWiz", "vizwiz/llava_test.jsonl", lambda text: {}, "accuracy",
-            "convert_vizwiz_for_submission.py",
+            "vizwiz", "VizWiz", "vizwiz/llava_test.jsonl", _none, "accuracy",
+            "convert_vizwiz_for_submission.py", (48.0, 31.2, 42.5),
         ),
         LlavaBenchmark(
-            "textvqa", "TextVQA", "textvqa/llava_textvqa_val_v051_ocr.jsonl", read_accuracy, "accuracy"
+            "textvqa", "TextVQA", "textvqa/llava_textvqa_val_v051_ocr.jsonl", read_accuracy, "accuracy",
+            paper=(56.7, 50.6, 56.4),
         ),
-        LlavaBenchmark("mme", "MME", "MME/llava_mme.jsonl", read_mme, "perception"),
+        LlavaBenchmark("mme", "MME", "MME/llava_mme.jsonl", read_mme, "percent", paper=(67.2, 61.2, 70.1)),
         LlavaBenchmark("pope", "POPE", "pope/llava_pope_test.jsonl", read_pope, "f1"),
     )
 }  # fmt: skip
@@ -143,6 +156,7 @@ def run_llava_benchmark(
         "value": figures.get(benchmark.headline),
         "figures": figures,
         "note": note,
+        "paper": dict(zip(PAPER_MODELS, benchmark.paper, strict=True)) if benchmark.paper else {},
         "commit": commit(),
     }
     output.mkdir(parents=True, exist_ok=True)

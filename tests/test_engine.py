@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -131,3 +134,14 @@ def test_several_crops_are_left_to_llava(engine, monkeypatch):
     monkeypatch.setattr(engine.model.config, "image_aspect_ratio", "anyres", raising=False)
     with pytest.raises(ValueError, match="anyres.*LLaVA's own"):
         Engine(engine.model, engine.tokenizer, version=VERSION)
+
+
+def test_bfloat16_models_answer_as_in_float32_up_to_rounding(engine, images):
+    """The head is widened: the values are no multiples of what bfloat16 logits can tell apart."""
+    narrow = Engine(copy.deepcopy(engine.model).bfloat16(), engine.tokenizer, version=VERSION, batch_size=4)
+    requests = [Likelihood(image, PROMPTS[2], answer) for image in images for answer in ANSWERS]
+    requests += [FirstWord(image, PROMPTS[1], ("Yes", "No")) for image in images]
+    found, expected = narrow.run(requests), engine.run(requests)
+    assert np.allclose(np.hstack(found), np.hstack(expected), atol=0.2)
+    assert not np.array_equal(np.hstack(found), np.hstack(expected))
+    assert narrow._weight.dtype == torch.float32

@@ -58,8 +58,8 @@ def run_processes(
         RecordsError: when one fails; the others are stopped, and what they answered stays.
     """
     # A terminated parent takes its children along.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main else None
     processes = []
     for command, device in zip(commands, devices, strict=True):
         environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
@@ -84,6 +84,8 @@ def run_processes(
             if process.poll() is None:
                 process.terminate()
                 process.wait()
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def lines_in(paths: Sequence[Path]) -> int:

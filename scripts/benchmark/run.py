@@ -58,10 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", default="op,head", help=f"suites separated by commas, of {', '.join(SUITES)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=PRESETS, help="sizes (default: paper on cuda, cpu on cpu)")
-    parser.add_argument("--batch", help="micro-batches of the step suite, such as 1,8; of profile the first")
-    parser.add_argument("--length", help="sequence lengths of op, step, fit and profile, such as 1024,2048")
+    parser.add_argument("--batch", help="micro-batches of step, such as 1,8; profile and compile take the last")
+    parser.add_argument("--length", help="sequence lengths of op, step, fit, profile and compile, such as 1024,2048")
     parser.add_argument("--limit", help="memory limits of fit in GiB, such as 48,139 (default: the preset's)")
-    parser.add_argument("--no-checkpointing", action="store_true", help="step, fit: no gradient checkpointing")
+    parser.add_argument("--no-checkpointing", action="store_true", help="whole steps without gradient checkpointing")
     parser.add_argument("--seconds", type=float, default=5.0, help="time spent on each comparison")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -58,6 +60,21 @@ def teacher_path(world, tmp_path_factory) -> Path:
     adapter = root / "pt" / "mm_projector.bin"
     tiny.run(world, "sft", root / "llava-teacher", pretrain_mm_mlp_adapter=adapter, **teacher)
     return root / "llava-teacher"
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory) -> Path:
+    """Folder of `miniature quickstart --smoke`, the whole experiment in seconds: data, models/llava-teacher and
+    students/METHOD-seed0/llava-student."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("smoke") / "out"
+    command = [sys.executable, "-m", "llava_compodistill.cli", "miniature", "quickstart", "--smoke"]
+    done = subprocess.run(
+        [*command, "--output", str(folder)], env=tiny.environment(), cwd=folder.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
 
 
 @pytest.fixture(scope="session")

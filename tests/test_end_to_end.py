@@ -133,20 +133,7 @@ def test_llavas_own_evaluation_answers_with_the_student(trained, checkout, world
     assert "Accuracy: 100.00%" in scored
 
 
-def test_quickstart_smoke(tmp_path):
+def test_quickstart_smoke(smoke):
     """The whole miniature experiment in seconds, through the same code as the real one."""
-    run(
-        tmp_path,
-        sys.executable,
-        "-m",
-        "llava_compodistill.cli",
-        "miniature",
-        "quickstart",
-        "--smoke",
-        "--output",
-        "out",
-    )
-    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    results = json.loads((smoke / "results.json").read_text())["results"]
     assert [result["method"] for result in results] == ["teacher", "sft", "kd", "compodistill"]
-    for picture in ("loss_curves.png", "similarity.png", "attention_overlays.png"):
-        assert (tmp_path / "out" / picture).stat().st_size > 10_000

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_compodistill.eval.engine import Answer, Engine, FirstWord, Likelihood
+from llava_compodistill.eval.engine import Engine
+from llava_compodistill.eval.requests import Answer, FirstWord, Likelihood
 from llava_compodistill.eval.scoring import Question, score
 
 VERSION = "qwen_1_5"

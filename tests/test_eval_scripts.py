@@ -1,5 +1,5 @@
-"""scripts/eval/*.sh in a LLaVA checkout, on the miniature's questions and its stored teacher: LLaVA's own modules for
-LLaVA's six, ours for the others."""
+"""scripts/eval/*.sh in a LLaVA checkout, on the miniature's questions: a student that the quick start distilled, and
+the stored teacher, which has learned to see."""
 
 from __future__ import annotations
 
@@ -7,116 +7,206 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from llava_compodistill import resources
+from llava_compodistill.cli import main
+from llava_compodistill.eval.suite import BENCHMARKS
+from llava_compodistill.eval.summaries import EVERY
 from llava_compodistill.miniature import weights
 from llava_compodistill.miniature.benchmarks import write_benchmarks
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not weights.have_stored_weights(), reason="no stored weights")]
 
-#: Stands for LLaVA's converters, which its package leaves out: does what they do, as far as the scripts see it.
-CONVERTER = """
-import json, pathlib, sys
-flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-source = flags.get("--src") or flags.get("--result-file") or (
-    f"{flags['--dir']}/answers/{flags['--split']}/{flags['--ckpt']}/merge.jsonl")
-target = flags.get("--dst") or flags.get("--result-upload-file") or (
-    f"{flags['--dir']}/answers_upload/{flags['--split']}/{flags['--ckpt']}.json")
-path = pathlib.Path(target)
-path.parent.mkdir(parents=True, exist_ok=True)
-path.write_text(json.dumps([json.loads(line)["text"] for line in open(source)]))
-"""
+EVAL = Path("playground/data/eval")
 
 
 @pytest.fixture(scope="module")
-def checkout(world, tmp_path_factory) -> Path:
+def checkout(smoke, tmp_path_factory) -> Path:
     import llava
 
     root = tmp_path_factory.mktemp("LLaVA")
     shutil.copytree(Path(llava.__file__).parent, root / "llava", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(resources.folder("scripts") / "eval", root / "scripts" / "eval")
-    write_benchmarks(world["data"], root / "playground" / "data" / "eval")
+    write_benchmarks(smoke / "data", root / EVAL)
     weights.install(root / "checkpoints")
+    (root / "checkpoints" / "llava-student").symlink_to(smoke / "students" / "compodistill-seed0" / "llava-student")
     return root
 
 
-def script(checkout: Path, name: str, *flags: str, **settings: str) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "PYTHON": sys.executable,
-        "OMP_NUM_THREADS": "1",
-        "CONV_MODE": "qwen_qa",
-        "MAX_NEW_TOKENS": "4",
-        **settings,
-    }
-    command = ["bash", f"scripts/eval/{name}.sh", "checkpoints/llava-teacher", *flags]
-    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+def command(name: str, *flags: str, model: str = "llava-student") -> list[str]:
+    return ["bash", f"scripts/eval/{name}.sh", f"checkpoints/{model}", *flags]
 
 
-def test_pope_is_scored_by_llava(checkout):
-    done = script(checkout, "pope")
+def environment(**settings: str) -> dict[str, str]:
+    mine = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CONV_MODE": "qwen_qa", "MAX_NEW_TOKENS": "4"}
+    return {**os.environ, **mine, **settings}
+
+
+def script(checkout: Path, name: str, *flags: str, model: str = "llava-student", **settings: str):
+    done = subprocess.run(
+        command(name, *flags, model=model), cwd=checkout, env=environment(**settings), capture_output=True, text=True
+    )
+    return done
+
+
+def passed(done: subprocess.CompletedProcess) -> str:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    accuracies = [float(value) for value in re.findall(r"Accuracy: ([\d.]+)", done.stdout)]
+    return done.stdout
+
+
+def answers(path: Path) -> list[tuple]:
+    return [(a["question_id"], a["prompt"], a["text"]) for a in map(json.loads, path.read_text().splitlines())]
+
+
+def test_pope_is_scored_by_llava_and_from_the_records(checkout):
+    printed = passed(script(checkout, "pope", model="llava-teacher"))
+    accuracies = [float(value) for value in re.findall(r"Accuracy: ([\d.]+)", printed)]
     assert len(accuracies) == 3 and min(accuracies) > 0.6  # of a few questions a part
-    again = script(checkout, "pope")
-    assert "Answered before" in again.stdout and again.stdout.count("Accuracy") == 3
-    # Another template asks again, and so would another checkpoint of this name.
-    assert "Answered before" not in script(checkout, "pope", CONV_MODE="qwen_1_5").stdout
+    summary = json.loads((checkout / "checkpoints" / "llava-teacher" / "eval" / "pope.json").read_text())
+    assert summary["figures"]["accuracy"] == pytest.approx(100 * sum(accuracies) / 3)
+    assert summary["value"] == pytest.approx(summary["printed"]["f1"]) and f"{summary['value']:.1f}" in printed
+    records = (checkout / "checkpoints" / "llava-teacher" / "eval" / "pope.jsonl").read_text().splitlines()
+    assert len(records) == summary["items"] and {json.loads(line)["label"] for line in records} == {"yes", "no"}
+    again = passed(script(checkout, "pope", model="llava-teacher"))
+    assert "Answered before" in again and again.count("Accuracy") == 3
+    assert json.loads((checkout / "checkpoints" / "llava-teacher" / "eval" / "pope.json").read_text()) == summary
 
 
-def test_two_shares_give_the_answers_of_one(checkout):
-    folder = checkout / "playground" / "data" / "eval" / "pope" / "answers"
-    done = script(checkout, "pope")
-    assert done.returncode == 0, done.stderr[-2000:]
-    path = folder / "llava-teacher.jsonl"
+def test_answers_of_another_run_are_kept(checkout):
+    path = checkout / EVAL / "pope" / "answers" / "llava-student.jsonl"
+    passed(script(checkout, "pope"))
+    before = path.read_bytes()
+    done = script(checkout, "pope", CONV_MODE="qwen_1_5")
+    assert done.returncode == 2 and "its template is 'qwen_qa', not 'qwen_1_5'" in done.stderr
+    assert path.read_bytes() == before
+    passed(script(checkout, "pope", CONV_MODE="qwen_1_5", MODEL_NAME="other"))
+    assert path.read_bytes() == before and path.with_name("other.jsonl").is_file()
+    assert "Answered before" not in passed(script(checkout, "pope", OVERWRITE="1"))
+    assert answers(path) == [tuple(json.loads(line)[k] for k in ("question_id", "prompt", "text"))
+                             for line in before.splitlines()]  # fmt: skip
 
-    def answers():
-        entries = [json.loads(line) for line in path.read_text().splitlines()]
-        return [(entry["question_id"], entry["text"]) for entry in entries]
 
-    whole = answers()
+def test_shares_give_the_answers_of_one(checkout):
+    path = checkout / EVAL / "pope" / "answers" / "llava-teacher.jsonl"
+    passed(script(checkout, "pope", model="llava-teacher"))
+    whole = answers(path)
+    printed = passed(script(checkout, "pope", model="llava-teacher", CUDA_VISIBLE_DEVICES="0,1", OVERWRITE="1"))
+    assert f"{len(whole)} questions to ask, in 2 process(es)" in printed
+    assert answers(path) == whole
+
+
+def test_a_killed_run_asks_only_what_is_left_and_has_the_same_summary(checkout):
+    path = checkout / EVAL / "textvqa" / "answers" / "llava-student.jsonl"
+    summary = checkout / "checkpoints" / "llava-student" / "eval" / "textvqa.json"
+    passed(script(checkout, "textvqa"))
+    whole, before = path.read_text().splitlines(), summary.read_text()
     path.unlink()
-    done = script(checkout, "pope", CUDA_VISIBLE_DEVICES="0,1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert answers() == whole and len(list((folder / "llava-teacher").glob("2_*.jsonl"))) == 2
+    folder = path.with_suffix("")
+    folder.mkdir()
+    # As a kill leaves a share of two: its last line cut.
+    (folder / "2_0.jsonl").write_text("\n".join(whole[:6]) + "\n" + whole[6][:20])
+    summary.unlink()
+    printed = passed(script(checkout, "textvqa"))
+    assert f"{len(whole) - 6} questions to ask" in printed
+    assert summary.read_text() == before and not folder.exists()
+    assert path.read_text().splitlines()[:6] == whole[:6]  # with LLaVA's numbers: not asked again
+
+
+def test_a_stopped_script_takes_its_processes_along(checkout):
+    """SIGTERM in the middle; what was answered until then is kept, and the rest is asked by the next start."""
+    folder = checkout / EVAL / "gqa" / "answers" / "llava_gqa_testdev_balanced" / "llava-student" / "merge"
+    process = subprocess.Popen(command("gqa"), cwd=checkout, env=environment(), stdout=-3, stderr=-3)
+    until = time.monotonic() + 120
+    share = folder / "1_0.jsonl"
+    while not (share.is_file() and share.stat().st_size) and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) in (0, 143)  # 0: it was quicker than the signal
+    time.sleep(0.5)
+    size = share.stat().st_size if share.is_file() else 0
+    time.sleep(0.5)
+    assert (share.stat().st_size if share.is_file() else 0) == size  # nobody goes on writing
+    passed(script(checkout, "gqa"))
+    assert len(answers(folder.with_suffix(".jsonl"))) == 61
 
 
 def test_textvqa_is_scored_by_llava(checkout):
-    done = script(checkout, "textvqa")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert re.search(r"Samples: \d+\nAccuracy: [\d.]+%", done.stdout)
+    printed = passed(script(checkout, "textvqa", model="llava-teacher"))
+    (accuracy,) = re.findall(r"Samples: \d+\nAccuracy: ([\d.]+)%", printed)
+    summary = json.loads((checkout / "checkpoints" / "llava-teacher" / "eval" / "textvqa.json").read_text())
+    assert summary["value"] == pytest.approx(float(accuracy), abs=0.01) and summary["value"] > 60
 
 
-def test_what_needs_more_says_so_and_keeps_its_answers(checkout):
-    done = script(checkout, "mme")
-    assert done.returncode == 0 and "No score yet" in done.stdout and "eval_tool" in done.stdout, done.stderr[-2000:]
-    for name in ("gqa", "vizwiz", "vqav2"):
-        done = script(checkout, name)
-        assert done.returncode == 2 and "run this in a git checkout of LLaVA" in done.stderr
-    for name in ("gqa_for_eval", "vizwiz_for_submission", "vqav2_for_submission"):
-        (checkout / "scripts" / f"convert_{name}.py").write_text(CONVERTER)
-    for name in ("gqa", "vizwiz", "vqav2"):
-        done = script(checkout, name)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        assert "No score yet" in done.stdout
-        (written,) = re.findall(r"(?:in|upload) (\./playground\S+\.json)", done.stdout)[:1]
+def test_what_needs_a_server_writes_what_it_takes(checkout):
+    for name in ("vizwiz", "vqav2"):
+        printed = passed(script(checkout, name))
+        assert "No score yet" in printed and "submissions writes the same file" in printed
+        (written,) = re.findall(r"upload (\./playground\S+\.json)", printed)[:1]
         assert len(json.loads((checkout / written).read_text())) > 4
-    # The official scorer is called where the user has put it.
-    (checkout / "playground/data/eval/gqa/data/eval.py").write_text("import sys; print('official', sys.argv[1:])")
-    assert "official ['--tier', 'testdev_balanced']" in script(checkout, "gqa").stdout
 
 
-@pytest.mark.parametrize("name", ["sugarcrepe", "sade", "bivlc", "winoground", "rbench", "reefknot"])
+def test_official_scorers_are_called_where_the_user_has_put_them(checkout):
+    root = checkout / EVAL
+    (root / "gqa" / "data" / "eval.py").write_text("import sys; print('official', sys.argv[1:])")
+    assert "official ['--tier', 'testdev_balanced']" in passed(script(checkout, "gqa"))
+    predictions = json.loads((root / "gqa" / "data" / "testdev_balanced_predictions.json").read_text())
+    assert {"questionId", "prediction"} == set(predictions[0]) and len(predictions) == 61
+    assert "are not in" in passed(script(checkout, "mme"))
+    (root / "MME" / "eval_tool").mkdir()
+    (root / "MME" / "convert_answer_to_mme.py").write_text("import sys; print('convert', sys.argv[1:])")
+    (root / "MME" / "eval_tool" / "calculation.py").write_text("import sys; print('total score: 7.5', sys.argv[1:])")
+    printed = passed(script(checkout, "mme"))
+    assert "convert ['--experiment', 'llava-student']" in printed
+    assert "total score: 7.5 ['--results_dir', 'answers/llava-student']" in printed
+    summary = json.loads((checkout / "checkpoints" / "llava-student" / "eval" / "mme.json").read_text())
+    assert summary["printed"]["perception"] == 7.5 and "The scorer printed percent" in summary["note"]
+    # LLaVA's converters are taken from its repository where they are.
+    converter = checkout / "scripts" / "convert_gqa_for_eval.py"
+    converter.write_text("import sys; print('LLaVA', sys.argv[1::2])")
+    assert "LLaVA ['--src', '--dst']" in passed(script(checkout, "gqa"))
+    converter.unlink()
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_our_own(checkout, name):
     flags = [] if name in ("rbench", "reefknot") else ["--protocol", "likelihood"]
-    done = script(checkout, name, "--output", "out", "--device", "cpu", *flags)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    passed(script(checkout, name, "--output", "out", "--device", "cpu", *flags))
     assert json.loads((checkout / "out" / f"{name}.json").read_text())["value"] is not None
+
+
+def test_all_twelve_from_one_command_with_the_student(checkout, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(checkout)
+    for name, value in environment(PYTHONPATH=os.pathsep.join(path for path in sys.path if path)).items():
+        monkeypatch.setenv(name, value)
+    output = tmp_path / "student"
+    flags = ["eval", "--model-path", "checkpoints/llava-student", "--conv-mode", "qwen_qa", "--device", "cpu"]
+    flags += ["--caption-prompt", "Describe the image.", "--protocol", "likelihood", "--output", str(output)]
+    assert main(flags) == 0
+    printed = capfd.readouterr().out
+    for name, benchmark in EVERY.items():
+        summary = json.loads((output / f"{name}.json").read_text())
+        assert (summary["value"] is None) == (name in ("vqav2", "vizwiz")) and benchmark.title in printed
+        assert len((output / f"{name}.jsonl").read_text().splitlines()) == summary["items"]
+    assert "CR average" in printed
+    before = {path.name: path.read_text() for path in output.glob("*.json")}
+    assert main(flags) == 0
+    printed = capfd.readouterr().out
+    assert printed.count("Answered before") == 6 and printed.count("answered before") == 6
+    assert {path.name: path.read_text() for path in output.glob("*.json")} == before
+    shutil.copytree(output, tmp_path / "twin")
+    picture = tmp_path / "comparison.png"
+    assert main(["compare", str(output), str(tmp_path / "twin"), "--output", str(picture), "--samples", "200"]) == 0
+    printed = capfd.readouterr().out
+    assert all(EVERY[name].title in printed for name in EVERY if name not in ("vqav2", "vizwiz"))
+    assert printed.count("+0.0 [0.0, 0.0]") == 10 and picture.stat().st_size > 10_000
 
 
 def test_bad_input(checkout, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from rich.console import Console
 
 from llava_compodistill.cli import main
 from llava_compodistill.eval import llava_suite, protocols, shares
-from llava_compodistill.eval.cli import table
-from llava_compodistill.eval.engine import Answer, FirstWord, Likelihood
 from llava_compodistill.eval.formats import Item
-from llava_compodistill.eval.suite import BENCHMARKS, PAPER_MODELS
+from llava_compodistill.eval.requests import Answer, FirstWord, Likelihood
+from llava_compodistill.eval.suite import BENCHMARKS, PAPER_MODELS, Run
+from llava_compodistill.eval.summaries import table
 from llava_compodistill.miniature import weights
 from llava_compodistill.miniature.benchmarks import write_benchmarks
 from llava_compodistill.miniature.language import CAPTION_PROMPT
@@ -156,6 +157,80 @@ def test_a_failing_process_stops_the_others_and_is_named(place, capfd):
     flags = [*place["flags"], "--protocol", "likelihood", "--benchmarks", "winoground", "--processes", "2"]
     assert main([*flags, "--output", str(place["root"] / "failing"), "--conv-mode", "no_such_template"]) == 2
     assert "of 2 failed; what was answered is kept" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole way from files to figures, with models that know the answers, or their opposites, or nothing
+# ---------------------------------------------------------------------------------------------------------------------
+class Oracle:
+    """Stands for the engine: answers each request by `decide(truth, options)`, one of two options.
+
+    Args:
+        items: what will be asked, with its labels.
+    """
+
+    def __init__(self, items, decide):
+        self.items, self.decide = items, decide
+        self.true = {(item.images[n], caption) for item in items for n, caption in enumerate(item.captions[:2])
+                     if n < len(item.images)}  # fmt: skip
+        self.labels = {(item.images[0], item.prompt): item.fields.get("label") for item in items if item.prompt}
+
+    def run(self, requests):
+        return [self.answer(request) for request in requests]
+
+    def holds(self, image, caption):
+        return self.decide((image, caption) in self.true, [True, False])
+
+    def answer(self, request):
+        if isinstance(request, Likelihood):
+            return -1.0 if self.holds(request.image, request.answer) else -2.0
+        if isinstance(request, FirstWord) and request.words == ("Yes", "No"):
+            caption = request.prompt.split('"')[1]
+            return [-0.1, -2.0] if self.holds(request.image, caption) else [-2.0, -0.1]
+        if (request.image, request.prompt) in self.labels:
+            label = self.labels[request.image, request.prompt]
+            wrong = {"yes": "No", "no": "Yes", "A": "B", "B": "A"}.get(label, "nonsense")
+            return self.decide(label, [label, wrong])
+        options = [line.strip()[4:] for line in request.prompt.splitlines()[1:3]]
+        true = next(number for number, caption in enumerate(options) if (request.image, caption) in self.true)
+        picked = self.decide(true, [0, 1])
+        return "AB"[picked] if isinstance(request, Answer) else [-float(picked == 1), -float(picked == 0)]
+
+
+def run_oracle(world, tmp_path, name, protocol, decide):
+    write_benchmarks(world["data"], tmp_path / "data")
+    benchmark = BENCHMARKS[name]
+    items = benchmark.load(tmp_path / "data")
+    run = Run(benchmark, items, "oracle", "v1", tmp_path / "out", protocol)
+    run.ask(Oracle(items, decide), run.begin(), run.path)
+    return run.finish()
+
+
+def always_right(truth, options):
+    return truth
+
+
+def always_wrong(truth, options):
+    return next(option for option in options if option != truth)
+
+
+WAYS = [(name, protocol) for name, benchmark in BENCHMARKS.items() for protocol in benchmark.protocols]
+
+
+@pytest.mark.parametrize(("name", "protocol"), WAYS)
+def test_perfect_answers_give_100_and_inverted_ones_0(world, tmp_path, name, protocol):
+    assert run_oracle(world, tmp_path / "right", name, protocol, always_right)["value"] == 100
+    assert run_oracle(world, tmp_path / "wrong", name, protocol, always_wrong)["value"] == 0
+
+
+@pytest.mark.parametrize("protocol", protocols.CHOOSING)
+def test_coin_flips_give_chance(world, tmp_path, protocol):
+    rng = random.Random(0)
+    values = [
+        run_oracle(world, tmp_path / str(n), "sugarcrepe", protocol, lambda truth, options: rng.choice(options))
+        for n in range(40)
+    ]
+    assert np.mean([summary["value"] for summary in values]) == pytest.approx(50, abs=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -141,3 +141,20 @@ def test_the_redirection_ends_with_its_context():
     assert torch.ones(2).half().dtype is torch.float16
     with pytest.raises((AssertionError, RuntimeError)):
         torch.ones(2).to("cuda")
+
+
+def test_what_a_module_wrote_before_a_kill_is_on_the_disk(tmp_path):
+    """LLaVA's eval modules never flush; a kill would take the last lines along."""
+    (tmp_path / "asks.py").write_text(
+        "import os\n"
+        "file = open('answers.jsonl', 'w')\n"
+        "binary = open('weights.bin', 'wb')\n"
+        "for number in range(3):\n"
+        "    file.write(f'answer {number}\\n')\n"
+        "file.write('half')\n"
+        "assert open('answers.jsonl').read() and open('answers.jsonl', encoding='utf-8')\n"
+        "os._exit(9)\n"
+    )
+    command = [sys.executable, "-m", "llava_compodistill.cli", "run", "asks"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 9
+    assert (tmp_path / "answers.jsonl").read_text() == "answer 0\nanswer 1\nanswer 2\n"

@@ -7,21 +7,18 @@ import random
 import pytest
 
 from llava_compodistill.eval import scorers
+from llava_compodistill.eval.reading import letter, letter_is_doubtful, says, yes_or_no
 from llava_compodistill.eval.scorers import (
     REEFKNOT_TASKS,
     SADE,
     SUGARCREPE,
     RecordError,
     bivlc,
-    letter,
-    letter_is_doubtful,
     rbench,
     reefknot,
     sade,
-    says,
     sugarcrepe,
     winoground,
-    yes_or_no,
 )
 
 

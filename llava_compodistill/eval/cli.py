@@ -9,39 +9,36 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from . import protocols, shares
 from .formats import DataError
 from .hub import ON_HUB, fetch
 from .llava_suite import LLAVA_BENCHMARKS, check, run_llava_benchmark
 from .records import read_records
-from .suite import BENCHMARKS, PAPER_MODELS, Run
+from .suite import BENCHMARKS, Run
+from .summaries import EVERY, show
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 console = Console()
-#: `PAPER_MODELS` in a table's head.
-SHORT = ("teacher", "SFT", "CompoD.")
 #: Conversation template of a model type, where --conv-mode is not given.
 TEMPLATES = {"llava_qwen2": "qwen_1_5", "llava_llama": "v1", "llava": "v1", "llava_mistral": "mistral_instruct"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    known = ",".join([*BENCHMARKS, *LLAVA_BENCHMARKS])
+    known = ",".join(EVERY)
     parser = argparse.ArgumentParser(prog="llava-compodistill eval", description=__doc__)
     parser.add_argument("--model-path", required=True, help="checkpoint folder")
     parser.add_argument("--model-base", help="base model of a LoRA checkpoint")
     parser.add_argument("--benchmarks", default="all", help=f"all that have data, or some of {known}")
     parser.add_argument("--data-root", type=Path, default=Path("playground/data/eval"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of records and summaries (default: MODEL/eval)")
+    parser.add_argument("--name", help="of the answers to LLaVA's six, which lie with the data (default: the model's)")
     parser.add_argument(
         "--protocol",
         choices=(*protocols.CHOOSING, *protocols.MATCHING),
@@ -62,11 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[2:] if argv is None else argv)
     args = build_parser().parse_args(argv)
-    every = [*BENCHMARKS, *LLAVA_BENCHMARKS]
-    names = every if args.benchmarks == "all" else args.benchmarks.split(",")
-    unknown = [name for name in names if name not in every]
+    names = list(EVERY) if args.benchmarks == "all" else args.benchmarks.split(",")
+    unknown = [name for name in names if name not in EVERY]
     if unknown:
-        console.print(f"--benchmarks {args.benchmarks}: unknown {', '.join(unknown)}; there are {', '.join(every)}.")
+        console.print(f"--benchmarks {args.benchmarks}: unknown {', '.join(unknown)}; there are {', '.join(EVERY)}.")
         return 2
     # Everything is read and checked before a model is: a missing image shows now, not after hours.
     runs, theirs, left_out = prepare(args, names)
@@ -83,15 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in theirs:
         console.rule(LLAVA_BENCHMARKS[name].title)
         options = {"conv_mode": template(args), "model_base": args.model_base, "overwrite": args.overwrite}
+        options["model_name"] = args.name
         try:
             summaries.append(run_llava_benchmark(name, args.model_path, args.data_root, folder(args), **options))
         except DataError as error:
             failed = True
             console.print(str(error), markup=False)
-    console.print(table(summaries, Path(args.model_path).name))
-    for summary in summaries:
-        if summary.get("note"):
-            console.print(f"{LLAVA_BENCHMARKS[summary['benchmark']].title}: {summary['note']}", markup=False)
+    show(summaries, Path(args.model_path).name, console)
     return int(failed)
 
 
@@ -204,7 +198,7 @@ def load(args: argparse.Namespace) -> Engine:
     device = "cuda:0" if device == "cuda" else device  # LLaVA spreads a model on "cuda" over all cards
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     register(train=True)
-    name = Path(args.model_path).name
+    name = import_llava("llava.mm_utils").get_model_name_from_path(args.model_path)
     loader = import_llava("llava.model.builder").load_pretrained_model
     tokenizer, model, _, _ = loader(args.model_path, args.model_base, name, device=device, torch_dtype=dtype)
     return Engine(model.eval(), tokenizer, version=template(args), batch_size=args.batch_size)
@@ -213,49 +207,3 @@ def load(args: argparse.Namespace) -> Engine:
 def progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-
-
-def table(summaries: Sequence[dict[str, Any]], name: str) -> Table:
-    """The model's figures beside the paper's; its two averages where all that they are made of is there."""
-    plain = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 0, 0, 1), "title_justify": "left"}
-    result = Table(title=f"{name}: scores in %, beside the paper's at full size (arXiv 2510.12184)", **plain)
-    for column in ("benchmark", "figure", "protocol"):
-        result.add_column(column, no_wrap=True)
-    for column in ("here", *(f"paper:\n{model}" for model in SHORT)):
-        result.add_column(column, justify="right", no_wrap=True)
-    for summary in summaries:
-        name = summary["benchmark"]
-        title = (BENCHMARKS.get(name) or LLAVA_BENCHMARKS[name]).title
-        paper = [f"{value:.1f}" for value in summary["paper"].values()]
-        result.add_row(title, summary["headline"], summary["protocol"], percent(summary["value"]), *paper)
-    averages = {
-        "VQA average": [name for name, benchmark in LLAVA_BENCHMARKS.items() if benchmark.paper],
-        "CR average": [name for name, benchmark in BENCHMARKS.items() if benchmark.averaged],
-    }
-    found = {summary["benchmark"]: summary for summary in summaries if summary["value"] is not None}
-    for title, names in averages.items():
-        if not set(names) <= set(found):
-            continue  # an average of fewer would not be the paper's
-        papers = [mean(found[name]["paper"][model] for name in names) for model in PAPER_MODELS]
-        result.add_section()
-        here = percent(mean(found[name]["value"] for name in names))
-        result.add_row(title, "", "", here, *(f"{value:.1f}" for value in papers))
-    return result
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """A summary that `eval` wrote.
-
-    Raises:
-        DataError: for a file that is none.
-    """
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        summary["benchmark"], summary["figures"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: no summary of `llava-compodistill eval` ({error}).") from None
-    return summary

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from .cli import read_summary
 from .formats import DataError
+from .reading import yes_or_no
 from .records import read_records
-from .scorers import REEFKNOT_TASKS, item_value, yes_or_no
-from .suite import BENCHMARKS
+from .scorers import MME_PERCEPTION, REEFKNOT_TASKS, image_values, item_value
+from .summaries import EVERY, read_summary
 
 console = Console()
 _AT_ONCE = 200
@@ -46,7 +47,14 @@ class Parts:
 def parts(benchmark: str, records: Sequence[dict[str, Any]]) -> Parts:
     """What a benchmark's headline is made of."""
     if benchmark == "rbench":
-        return _mean_f1(records)
+        return _mean_f1(
+            records, [(record["label"], "") for record in records], [record["lists"] for record in records]
+        )
+    if benchmark == "pope":
+        strata = [(record["label"], record["category"]) for record in records]
+        return _mean_f1(records, strata, [[record["category"]] for record in records])
+    if benchmark == "mme":
+        return _mme(records)
     field = {"sugarcrepe": "subset", "sade": "category", "reefknot": "task"}.get(benchmark)
     names = [record[field] if field else "" for record in records]
     values = np.array([item_value(benchmark, record) for record in records])
@@ -54,21 +62,37 @@ def parts(benchmark: str, records: Sequence[dict[str, Any]]) -> Parts:
     return Parts(_numbered(names), columns, lambda sums: 100 * (sums[..., 0] / sums[..., 1]).mean(axis=-1))
 
 
-def _mean_f1(records: Sequence[dict[str, Any]]) -> Parts:
-    """Of each list hits, "yes" answers and true "yes": F1 = 2 hits / (said + true)."""
-    lists = sorted({name for record in records for name in record["lists"]}, key=str)
+def _mean_f1(
+    records: Sequence[dict[str, Any]], strata: Sequence[tuple[str, str]], lists_of: Sequence[Sequence[Any]]
+) -> Parts:
+    """Of each list hits, "yes" answers and true "yes": F1 = 2 hits / (said + true). The share of true "yes" is the
+    benchmark's choice, so that items are drawn within a label."""
+    lists = sorted({name for names in lists_of for name in names}, key=str)
     columns = np.zeros((len(records), 3 * len(lists)))
     for row, record in enumerate(records):
         said, true = yes_or_no(record["text"]) is True, record["label"] == "yes"
         for place, name in enumerate(lists):
-            if name in record["lists"]:
+            if name in lists_of[row]:
                 columns[row, 3 * place : 3 * place + 3] = said and true, said, true
 
     def value(sums: np.ndarray) -> np.ndarray:
-        hits, said, true = (sums[..., 0, place::3] for place in range(3))
+        hits, said, true = (sums.sum(axis=-2)[..., place::3] for place in range(3))
         return 100 * (2 * hits / np.maximum(said + true, 1)).mean(axis=-1)
 
-    return Parts(np.zeros(len(records), dtype=int), columns, value)
+    return Parts(_numbered([" ".join(stratum) for stratum in strata]), columns, value)
+
+
+def _mme(records: Sequence[dict[str, Any]]) -> Parts:
+    """Images are drawn, not questions: both of an image's belong together."""
+    images = [image for image in image_values(records) if image[0] in MME_PERCEPTION]
+    columns = np.array([[right, questions, both, 1] for _, right, questions, both in images], dtype=float)
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        right, questions, both, count = (sums[..., place] for place in range(4))
+        return 50 * (right / questions + both / count).mean(axis=-1)
+
+    order = {task: number for number, task in enumerate(MME_PERCEPTION)}
+    return Parts(np.array([order[task] for task, *_ in images]), columns, value)
 
 
 def _numbered(names: Sequence[str]) -> np.ndarray:
@@ -118,7 +142,7 @@ def compare(summaries: Sequence[Path], samples: int = 2000, seed: int = 0) -> li
         if len(records) != summary["items"]:
             raise DataError(f"{path.with_suffix('.jsonl')} has {len(records)} records of {summary['items']}.")
         models.append(parts(summary["benchmark"], sorted(records, key=lambda record: str(record["id"]))))
-        whole = float(models[-1].value(models[-1].sums(np.ones((1, len(records)))))[0])
+        whole = float(models[-1].value(models[-1].sums(np.ones((1, len(models[-1].strata)))))[0])
         if abs(whole - summary["value"]) > 1e-6:
             raise DataError(f"{path}: its records give {whole:.4f}, not {summary['value']:.4f}: it is not theirs.")
     drawn = bootstrap(models, samples, seed)
@@ -165,12 +189,19 @@ def grouped(paths: Sequence[Path]) -> dict[str, list[Path]]:
     """
     by_model: list[dict[str, Path]] = []
     for path in paths:
-        files = [path] if path.is_file() else [path / f"{name}.json" for name in BENCHMARKS]
+        files = [path] if path.is_file() else [path / f"{name}.json" for name in EVERY]
         files = [file for file in files if file.is_file()]
         if not files:
             raise DataError(f"{path}: no summary of `llava-compodistill eval` there.")
-        by_model.append({read_summary(file)["benchmark"]: file for file in files})
-    shared = [name for name in BENCHMARKS if all(name in files for files in by_model)]
+        summaries = {file: read_summary(file) for file in files}
+        # Without labels on this machine there is nothing to draw items of.
+        counted = {
+            s["benchmark"]: file for file, s in summaries.items() if s["figures"].get(s["headline"]) is not None
+        }
+        if not counted:
+            raise DataError(f"{path}: has no score that was counted from records.")
+        by_model.append(counted)
+    shared = [name for name in EVERY if all(name in files for files in by_model)]
     if not shared:
         held = "; ".join(f"{path}: {', '.join(files)}" for path, files in zip(paths, by_model, strict=True))
         raise DataError(f"no benchmark is in all of them ({held}).")
@@ -189,22 +220,19 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 def table(compared: dict[str, list[dict[str, Any]]], names: Sequence[str]) -> Table:
     plain = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 0, 0, 1), "title_justify": "left"}
-    result = Table(title="95 % intervals; differences to the first model, paired", **plain)
-    for column in ("benchmark", "model"):
-        result.add_column(column, overflow="fold")
-    for column in ("%", "interval", "difference", "interval", "p"):
+    result = Table(title="in %, with 95 % intervals; differences to the first model, paired", **plain)
+    result.add_column("benchmark", no_wrap=True)
+    result.add_column("model", overflow="fold")
+    for column in ("%", "difference", "p"):
         result.add_column(column, justify="right", no_wrap=True)
     for benchmark, rows in compared.items():
         for number, (row, name) in enumerate(zip(rows, names, strict=True)):
-            cells = [BENCHMARKS[benchmark].title if not number else "", name, f"{row['value']:.1f}"]
-            cells.append(f"{row['low']:.1f} to {row['high']:.1f}")
+            cells = [EVERY[benchmark].title if not number else "", name]
+            cells.append(f"{row['value']:.1f} [{row['low']:.1f}, {row['high']:.1f}]")
             if number:
-                cells += [
-                    f"{row['difference']:+.1f}",
-                    f"{row['difference_low']:+.1f} to {row['difference_high']:+.1f}",
-                    f"{row['p']:.3f}" if row["p"] >= 0.001 else "<0.001",
-                ]
-            result.add_row(*cells, end_section=number == len(rows) - 1)
+                around = f"[{row['difference_low']:.1f}, {row['difference_high']:.1f}]"
+                cells += [f"{row['difference']:+.1f} {around}", f"{row['p']:.3f}" if row["p"] >= 0.001 else "<0.001"]
+            result.add_row(*(escape(cell) for cell in cells), end_section=number == len(rows) - 1)
     return result
 
 
@@ -225,7 +253,7 @@ def draw(compared: dict[str, list[dict[str, Any]]], names: Sequence[str], path: 
         axis.bar(places, values, width * 0.92, yerr=np.maximum(around, 0), label=name, capsize=3, ecolor="#444444")
         for place, row in zip(places, rows, strict=True):
             axis.text(place, row["high"] + 1, f"{row['value']:.1f}", ha="center", va="bottom", fontsize=8)
-    axis.set_xticks(range(len(compared)), [BENCHMARKS[benchmark].title for benchmark in compared])
+    axis.set_xticks(range(len(compared)), [EVERY[benchmark].title for benchmark in compared])
     axis.set_ylabel("%, with 95 % intervals")
     axis.set_ylim(0, 112)
     axis.set_yticks(range(0, 101, 20))

@@ -20,38 +20,9 @@ from ..answer_head import dense_head
 from ..models import llava_core
 from ..plugin.host import import_llava, import_llava_train
 from ..plugin.templates import prepare_tokenizer, use_template
+from .requests import Answer, FirstWord, Likelihood, Request
 
 IMAGE_TOKEN_INDEX, IGNORE_INDEX = -200, -100
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """How likely is `answer`? Answered by the mean log-probability of its tokens, the end token included, in nats."""
-
-    image: str
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class FirstWord:
-    """Which of `words` would an answer begin with? Answered by the log-probability of the first token of each."""
-
-    image: str
-    prompt: str
-    words: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What does the model answer? Answered by text, decoded greedily."""
-
-    image: str
-    prompt: str
-    max_new_tokens: int = 64
-
-
-Request = Likelihood | FirstWord | Answer
 
 
 @dataclass

@@ -1,13 +1,14 @@
-"""LLaVA's own benchmarks through scripts/eval/*.sh: its modules answer and score, this reads what they print."""
+"""LLaVA's own benchmarks through scripts/eval/*.sh: its modules ask and score; this makes records and summaries."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -15,7 +16,11 @@ from typing import Any
 
 from ..env_report import commit
 from ..resources import folder
+from . import llava_records, scorers
 from .formats import DataError
+from .llava_answers import read_answers
+from .records import write_lines
+from .shares import stopped_together
 from .suite import PAPER_MODELS
 
 
@@ -25,9 +30,10 @@ class LlavaBenchmark:
 
     Attributes:
         questions: its file below the data root; without it the benchmark is left out of `all`.
-        read: printed text -> figures; empty while there is no score.
+        read: what LLaVA's or the official scorer prints -> figures; empty while there is no score.
         headline: the figure in the table.
-        converter: the script of LLaVA's repository that it needs.
+        score: records with labels -> figures; None where the labels are on a server.
+        labels: where the labels have to lie to be counted with.
         paper: the paper's (teacher, SFT, CompoDistill), in %; those that have it make up its VQA average.
     """
 
@@ -36,8 +42,9 @@ class LlavaBenchmark:
     questions: str
     read: Callable[[str], dict[str, float]]
     headline: str
-    converter: str = ""
+    score: Callable[[Iterable[dict[str, Any]]], dict[str, Any]] | None = None
     paper: tuple[float, ...] = ()
+    labels: str = ""
 
 
 def read_pope(text: str) -> dict[str, float]:
@@ -81,34 +88,35 @@ LLAVA_BENCHMARKS = {
     for benchmark in (
         LlavaBenchmark(
             "vqav2", "VQAv2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", _none, "accuracy",
-            "convert_vqav2_for_submission.py", (79.1, 73.6, 78.8),
+            paper=(79.1, 73.6, 78.8),
         ),
         LlavaBenchmark(
-            "gqa", "GQA", "gqa/llava_gqa_testdev_balanced.jsonl", read_accuracy, "accuracy",
-            "convert_gqa_for_eval.py", (62.1, 57.9, 62.2),
+            "gqa", "GQA", "gqa/llava_gqa_testdev_balanced.jsonl", read_accuracy, "accuracy", scorers.gqa,
+            (62.1, 57.9, 62.2), "gqa/data/testdev_balanced_questions.json",
         ),
         LlavaBenchmark(
-            "vizwiz", "VizWiz", "vizwiz/llava_test.jsonl", _none, "accuracy",
-            "convert_vizwiz_for_submission.py", (48.0, 31.2, 42.5),
+            "vizwiz", "VizWiz", "vizwiz/llava_test.jsonl", _none, "accuracy", paper=(48.0, 31.2, 42.5)
         ),
         LlavaBenchmark(
             "textvqa", "TextVQA", "textvqa/llava_textvqa_val_v051_ocr.jsonl", read_accuracy, "accuracy",
-            paper=(56.7, 50.6, 56.4),
+            scorers.textvqa, (56.7, 50.6, 56.4),
         ),
-        LlavaBenchmark("mme", "MME", "MME/llava_mme.jsonl", read_mme, "percent", paper=(67.2, 61.2, 70.1)),
-        LlavaBenchmark("pope", "POPE", "pope/llava_pope_test.jsonl", read_pope, "f1"),
+        LlavaBenchmark(
+            "mme", "MME", "MME/llava_mme.jsonl", read_mme, "percent", scorers.mme, (67.2, 61.2, 70.1),
+            "MME/MME_Benchmark_release_version/TASK/*.txt",
+        ),
+        LlavaBenchmark("pope", "POPE", "pope/llava_pope_test.jsonl", read_pope, "f1", scorers.pope),
     )
 }  # fmt: skip
+#: Scorers print two or three digits.
+_ROUNDING = 0.06
 
 
 def check(name: str, data: Path) -> None:
-    """Raise DataError when a benchmark's questions, or LLaVA's converter for its answers, are not there."""
-    benchmark = LLAVA_BENCHMARKS[name]
-    path = data / benchmark.questions
+    """Raise DataError when a benchmark's questions are not there."""
+    path = data / LLAVA_BENCHMARKS[name].questions
     if not path.is_file():
         raise DataError(f"{path} is missing: see LLaVA's docs/Evaluation.md (its eval.zip goes to {data}).")
-    if benchmark.converter and not (Path("scripts") / benchmark.converter).is_file():
-        raise DataError(f"{benchmark.title} needs scripts/{benchmark.converter}: stand in a git checkout of LLaVA.")
 
 
 def run_llava_benchmark(
@@ -119,46 +127,107 @@ def run_llava_benchmark(
     *,
     conv_mode: str,
     model_base: str | None = None,
+    model_name: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Run scripts/eval/NAME.sh and show what it prints.
-
-    Returns:
-        The summary, also written to OUTPUT/NAME.json; its value is None where the score comes from elsewhere, and
-        `note` says from where.
+    """Run scripts/eval/NAME.sh, which asks LLaVA's module and ends with `summarize`; returns the summary.
 
     Raises:
-        DataError: when the script fails; its last lines are in the message.
+        DataError: when the script fails.
+    """
+    settings = {"EVAL_DATA": str(data), "CONV_MODE": conv_mode, "PYTHON": sys.executable, "OUTPUT": str(output)}
+    settings |= {"OVERWRITE": str(int(overwrite)), "TABLE": "0", "MODEL_BASE": model_base or ""}
+    settings |= {"MODEL_NAME": model_name or ""}
+    command = ["bash", str(folder("scripts") / "eval" / f"{name}.sh"), model_path]
+    path = output / f"{name}.json"
+    path.unlink(missing_ok=True)
+    with stopped_together() as processes:
+        processes.append(subprocess.Popen(command, env={**os.environ, **settings}))
+        status = processes[0].wait()
+    if status:
+        raise DataError(f"scripts/eval/{name}.sh ended with status {status}; see above. What was answered is kept.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def summarize(name: str, answers: Path, data: Path, output: Path, printed: str = "") -> dict[str, Any]:
+    """Records and summary of one of LLaVA's benchmarks, from LLaVA's answers.
+
+    The value is counted from the records where the labels lie on this machine, else it is what a scorer printed, else
+    None. LLaVA's and the official scorers count alike, but that POPE's takes an empty answer for a yes.
+
+    Args:
+        answers: the file that `llava_answers.join` wrote.
+        printed: what LLaVA's or the official scorer said; a `No score yet: …` in it becomes the summary's note.
+
+    Returns:
+        The summary, also written to OUTPUT/NAME.json; the records go to OUTPUT/NAME.jsonl.
+
+    Raises:
+        DataError, RecordsError: for files that do not fit together, named with the place.
     """
     benchmark = LLAVA_BENCHMARKS[name]
-    settings = {"EVAL_DATA": str(data), "CONV_MODE": conv_mode, "PYTHON": sys.executable}
-    settings["OVERWRITE"] = str(int(overwrite))
-    if model_base:
-        settings["MODEL_BASE"] = model_base
-    command = ["bash", str(folder("scripts") / "eval" / f"{name}.sh"), model_path]
-    lines: list[str] = []
-    with subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-    if process.returncode:
-        raise DataError(f"scripts/eval/{name}.sh ended with status {process.returncode}; see above.")
-    text = "".join(lines)
-    figures = benchmark.read(text)
-    note = " ".join(text[text.index("No score yet") :].split()) if "No score yet" in text else ""
+    made_with = json.loads(answers.with_name(answers.name + ".run.json").read_text(encoding="utf-8"))
+    given = read_answers(answers)
+    records = llava_records.READERS[name](data, given)
+    labelled = benchmark.score is not None and bool({"label", "value"} & records[0].keys())
+    figures = benchmark.score(records) if labelled and benchmark.score else {}
+    said = benchmark.read(printed)
+    figures["empty"] = sum(not entry["text"].strip() for entry in given)
+    notes = []
+    if "No score yet" in printed:
+        notes.append(" ".join(printed[printed.index("No score yet") :].split()))
+    elif not labelled and not said:
+        notes.append(f"No score yet: there is neither the official scorer nor {data / benchmark.labels}.")
+    key = benchmark.headline
+    if key in said and key in figures and abs(said[key] - figures[key]) > _ROUNDING:
+        notes.append(
+            f"The scorer printed {key} {said[key]:.2f}; counted from the records it is {figures[key]:.2f}, with "
+            f"{figures['unparsable']} answers that are empty or cannot be read, and wrong."
+        )
     summary = {
         "benchmark": name,
         "protocol": "LLaVA's",
-        "model": model_path,
-        "template": conv_mode,
+        **{key: made_with[key] for key in ("model", "weights", "template", "fingerprint")},
+        "items": len(records),
         "headline": benchmark.headline,
-        "value": figures.get(benchmark.headline),
+        "value": figures.get(benchmark.headline, said.get(benchmark.headline)),
         "figures": figures,
-        "note": note,
+        "printed": said,
+        "note": " ".join(notes),
         "paper": dict(zip(PAPER_MODELS, benchmark.paper, strict=True)) if benchmark.paper else {},
         "commit": commit(),
     }
-    output.mkdir(parents=True, exist_ok=True)
+    write_lines(output / f"{name}.jsonl", records)
     (output / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The end of scripts/eval/NAME.sh: shows what a scorer prints, writes records and summary, prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m llava_compodistill.eval.llava_suite", description=main.__doc__)
+    parser.add_argument("name", choices=LLAVA_BENCHMARKS)
+    parser.add_argument("--answers", type=Path, required=True)
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--table", type=int, choices=(0, 1), default=1)
+    args = parser.parse_args(argv)
+    lines = []
+    for line in sys.stdin:
+        print(line, end="", flush=True)
+        lines.append(line)
+    try:
+        summary = summarize(args.name, args.answers, args.data_root, args.output, "".join(lines))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if args.table:
+        from rich.console import Console
+
+        from .summaries import show
+
+        show([summary], Path(summary["model"]).name, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

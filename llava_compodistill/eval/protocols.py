@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .engine import Answer, FirstWord, Likelihood, Request
 from .formats import Item
-from .scorers import letter
+from .reading import letter
+from .requests import Answer, FirstWord, Likelihood, Request
 
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 MATCH_PROMPT = 'Does this figure show "{caption}"? Please answer yes or no.'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -38,19 +39,13 @@ class RecordFile:
         if repeated:
             raise RecordsError(f"{run.get('benchmark')}: the id {repeated!r} stands for several items.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".run.json")
         if overwrite:
             path.unlink(missing_ok=True)
-            beside.unlink(missing_ok=True)
         if path.exists() and path.stat().st_size:
-            self._check_run(beside, run)
+            check_run(path, run, "Take another --output, or --overwrite.")
             self._read(set(ids))
         else:
-            beside.unlink(missing_ok=True)
-        if not beside.exists():
-            part = beside.with_name(beside.name + ".part")
-            part.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-            part.replace(beside)
+            write_run(path, run)
         self._file = path.open("a", encoding="utf-8")
         self._lock()
 
@@ -65,22 +60,6 @@ class RecordFile:
         except OSError:
             self._file.close()
             raise RecordsError(f"{self.path}: another process is writing to it. Wait for it, or stop it.") from None
-
-    def _check_run(self, beside: Path, run: dict[str, Any]) -> None:
-        try:
-            before = json.loads(beside.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            raise RecordsError(
-                f"{self.path}: {beside.name}, which says what made these records, is missing or broken: --overwrite "
-                "begins anew."
-            ) from None
-        changed = [name for name in run if before.get(name) != run[name]]
-        if changed:
-            name = changed[0]
-            raise RecordsError(
-                f"{self.path} holds records of another run: its {name} is {before.get(name)!r}, not {run[name]!r}. "
-                "Take another --output, or --overwrite."
-            )
 
     def _read(self, known: set[str]) -> None:
         data = self.path.read_bytes()
@@ -121,6 +100,56 @@ class RecordFile:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def check_run(path: Path, run: dict[str, Any], way_out: str) -> None:
+    """Whether the records of a file were made by such a run, as PATH.run.json beside it says.
+
+    Raises:
+        RecordsError: when they were not, or nothing says it.
+    """
+    beside = path.with_name(path.name + ".run.json")
+    try:
+        before = json.loads(beside.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        raise RecordsError(
+            f"{path}: {beside.name}, which says what made these records, is missing or broken. {way_out}"
+        ) from None
+    changed = [name for name in run if before.get(name) != run[name]]
+    if changed:
+        name = changed[0]
+        raise RecordsError(
+            f"{path} holds records of another run: its {name} is {before.get(name)!r}, not {run[name]!r}. {way_out}"
+        )
+
+
+def write_run(path: Path, run: dict[str, Any]) -> None:
+    """Say in PATH.run.json what makes the records of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".run.json")
+    part = beside.with_name(beside.name + ".part")
+    part.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    part.replace(beside)
+
+
+def weights_of(model: str) -> str:
+    """What tells a checkpoint from another one that lay, or will lie, in the same folder: its files' sizes and the
+    second of the last change."""
+    files = [path for path in Path(model).glob("*") if path.suffix in (".safetensors", ".bin")]
+    files += [path for path in Path(model).glob("config.json")]
+    if not files:
+        return ""  # a name on the hub
+    newest = max(int(path.stat().st_mtime) for path in files)
+    changed = datetime.datetime.fromtimestamp(newest, datetime.timezone.utc).isoformat(timespec="seconds")
+    return f"{sum(path.stat().st_size for path in files)} bytes of {changed}"
+
+
+def write_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
+    part.replace(path)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -14,17 +14,23 @@ Figures are in %, with the number of items beside them; `unparsable` answers are
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any
+
+from .reading import letter, letter_is_doubtful, says, short, yes_no_other, yes_or_no
 
 Record = Mapping[str, Any]
 
 SUGARCREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 SADE = ("comprehensive", "relation", "attribute", "atomic", "negate", "content")
 REEFKNOT_TASKS = ("yesno", "multichoice", "vqa")
+#: MME's tasks of perception and cognition (arXiv 2306.13394).
+MME_PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
 class RecordError(ValueError):
@@ -122,6 +128,70 @@ def reefknot(records: Iterable[Record], judge: Callable[[str, str], bool] | None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The benchmarks of question answering, which LLaVA's modules ask
+# ---------------------------------------------------------------------------------------------------------------------
+def pope(records: Iterable[Record]) -> dict[str, Any]:
+    """POPE (arXiv 2305.10355): yes/no figures of each `category` and their means. As LLaVA's eval_pope has them, but
+    that an empty answer is wrong and no "yes"."""
+    records = list(records)
+    categories = {name: yes_no_figures(items) for name, items in sorted(_grouped(records, "category").items())}
+    names = ("f1", "accuracy", "precision", "recall", "yes_ratio")
+    figures = {name: _mean(entry[name] for entry in categories.values()) for name in names}
+    by_category = {
+        f"{name}_{category}": entry[name]
+        for category, entry in categories.items()
+        for name in ("f1", "accuracy", "yes_ratio")
+    }
+    return {**figures, **by_category, "items": len(records), "unparsable": _unparsable(records, yes_or_no)}
+
+
+def gqa(records: Iterable[Record]) -> dict[str, Any]:
+    """GQA (arXiv 1902.09506): the share of answers that are the label, both in the form of `reading.short`."""
+    records = list(records)
+    return {"accuracy": _percent(map(_gqa_right, records)), "items": len(records), "unparsable": _empty(records)}
+
+
+def textvqa(records: Iterable[Record]) -> dict[str, Any]:
+    """TextVQA (arXiv 1904.08920): the mean of the answers' `value`, the soft accuracy over ten people's answers that
+    LLaVA's evaluator gives (`llava_records.textvqa`)."""
+    records = list(records)
+    values = [float(_field(record, "value")) for record in records]
+    return {"accuracy": _percent(values), "items": len(records), "unparsable": _empty(records)}
+
+
+def mme(records: Iterable[Record]) -> dict[str, Any]:
+    """MME (arXiv 2306.13394): of each task the accuracy over questions plus the accuracy over images, both of whose
+    questions have to be right (200 at most); `perception` and `cognition` are sums over tasks, `percent` is what
+    perception has of its most. An image is known by its task and `image`."""
+    records = list(records)
+    tasks = _grouped(records, "category", (*MME_PERCEPTION, *MME_COGNITION))
+    scores: dict[str, float] = {}
+    for task, items in tasks.items():
+        images = image_values(items)
+        right, questions, both = (sum(image[place] for image in images) for place in (1, 2, 3))
+        scores[task] = 100 * right / questions + 100 * both / len(images)
+    perception = [score for task, score in scores.items() if task in MME_PERCEPTION]
+    cognition = [score for task, score in scores.items() if task in MME_COGNITION]
+    return {
+        "percent": sum(perception) / (2 * len(perception)) if perception else None,
+        "perception": sum(perception) if perception else None,
+        "cognition": sum(cognition) if cognition else None,
+        **scores,
+        "items": len(records),
+        "unparsable": _unparsable(records, yes_no_other),
+    }
+
+
+def image_values(records: Iterable[Record]) -> list[tuple[str, int, int, bool]]:
+    """MME's images: (task, questions answered rightly, questions, whether all are)."""
+    images: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for record in records:
+        right = yes_no_other(_field(record, "text")) is _is_yes(record)
+        images[_field(record, "category"), _field(record, "image")].append(right)
+    return [(task, sum(values), len(values), all(values)) for (task, _), values in images.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Single records
 # ---------------------------------------------------------------------------------------------------------------------
 def pair_accuracy(record: Record) -> float:
@@ -144,6 +214,10 @@ def _reefknot_right(record: Record, judge: Callable[[str, str], bool] | None = N
     if record["task"] == "multichoice":
         return _letter_right(record)
     return (judge or says)(_field(record, "text"), _field(record, "label"))
+
+
+def _gqa_right(record: Record) -> float:
+    return float(short(_field(record, "text")) == short(_field(record, "label")))
 
 
 def _picked(choice: Record) -> int | None:
@@ -174,7 +248,7 @@ def _four_way(records: Sequence[Record]) -> dict[str, Any]:
 def item_value(benchmark: str, record: Record) -> float:
     """What an item adds to its benchmark's headline, where that is a mean (of means) over items: in [0, 1].
 
-    Raises ValueError for R-Bench, whose F1 is no mean over items.
+    Raises ValueError for R-Bench and POPE, whose F1 is no mean over items, and MME, which counts images too.
     """
     if benchmark == "sugarcrepe":
         return pair_accuracy(record)
@@ -184,47 +258,16 @@ def item_value(benchmark: str, record: Record) -> float:
         return mean(map(float, _two_by_two(record)[:2])) if "scores" in record else pair_accuracy(record)
     if benchmark == "reefknot":
         return float(_reefknot_right(record))
+    if benchmark == "gqa":
+        return _gqa_right(record)
+    if benchmark == "textvqa":
+        return float(_field(record, "value"))
     raise ValueError(f"benchmark {benchmark!r} has no value of single items")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading answers
+# Answers in words
 # ---------------------------------------------------------------------------------------------------------------------
-def letter(text: str, count: int) -> int | None:
-    """The first of the letters A, B, … that stands by itself, as its number; None where there is none.
-
-    "A man on a horse" reads as A, as in the authors' protocols: the raw text is kept in every record, and
-    `letter_is_doubtful` tells how many there were.
-    """
-    found = re.search(rf"(?<![A-Za-z])([A-{chr(64 + count)}])(?![A-Za-z'])", text)
-    return None if found is None else ord(found.group(1)) - 65
-
-
-def letter_is_doubtful(text: str) -> bool:
-    """Whether the letter that `letter` reads could be the article of a sentence."""
-    return re.match(r"\s*A\s+[a-z]", text) is not None
-
-
-def yes_or_no(text: str) -> bool | None:
-    """POPE's rule: in the first sentence, without commas, a word No, not or no means no, and all else yes. None where
-    nothing was answered."""
-    sentence = text.split(".")[0].replace(",", "")
-    if not text.strip():
-        return None
-    return not {"No", "not", "no"} & set(sentence.split(" "))
-
-
-def says(text: str, label: str) -> bool:
-    """Whether an open answer holds the label's words in a row; case, articles and punctuation do not count."""
-    answer, wanted = (_words(part) for part in (text, label))
-    spans = (answer[start : start + len(wanted)] for start in range(len(answer) - len(wanted) + 1))
-    return bool(wanted) and any(span == wanted for span in spans)
-
-
-def _words(text: str) -> list[str]:
-    return [word for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in ("a", "an", "the")]
-
-
 def _letter_right(record: Record) -> bool:
     label = str(_field(record, "label")).strip()
     options = len(record["options"]) if "options" in record else 4
@@ -302,6 +345,10 @@ def _mean(values: Iterable[float]) -> float | None:
 
 def _unparsable(records: Iterable[Record], reader: Callable[[str], Any]) -> int:
     return sum(reader(_field(record, "text")) is None for record in records)
+
+
+def _empty(records: Sequence[Record]) -> int:
+    return _unparsable(records, lambda text: text.strip() or None)
 
 
 def _counts(records: Iterable[Record]) -> dict[str, int]:

@@ -6,13 +6,14 @@ the work is divided again, over as many processes as there are then.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .records import RecordFile, RecordsError
@@ -52,22 +53,17 @@ def run_processes(
     count_done: Callable[[], int],
     progress: Callable[[int], None],
 ) -> None:
-    """Run the commands at once, each with its device in CUDA_VISIBLE_DEVICES, until all have ended.
+    """Run Python commands at once, each with its device in CUDA_VISIBLE_DEVICES, until all have ended.
 
     Raises:
         RecordsError: when one fails; the others are stopped, and what they answered stays.
     """
-    # A terminated parent takes its children along.
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main else None
-    processes = []
-    for command, device in zip(commands, devices, strict=True):
-        environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
-        processes.append(
-            subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL, stderr=None)
-        )
     shown = 0
-    try:
+    with stopped_together() as processes:
+        for command, device in zip(commands, devices, strict=True):
+            environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
+            line = [sys.executable, *command]
+            processes.append(subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL))
         while True:
             states = [process.poll() for process in processes]
             done = count_done()
@@ -79,6 +75,16 @@ def run_processes(
             if all(state == 0 for state in states):
                 return
             time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def stopped_together() -> Iterator[list[subprocess.Popen]]:
+    """A list for processes; those that still run when this is left are stopped. A SIGTERM leaves it too."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main else None
+    processes: list[subprocess.Popen] = []
+    try:
+        yield processes
     finally:
         for process in processes:
             if process.poll() is None:

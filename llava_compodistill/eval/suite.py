@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..env_report import commit
 from . import formats, protocols, scorers, shares
-from .engine import Engine
 from .formats import Item
-from .records import RecordFile, RecordsError, fingerprint
+from .records import RecordFile, RecordsError, fingerprint, weights_of
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 
 @dataclass(frozen=True)
@@ -76,18 +77,6 @@ def protocol_for(benchmark: Benchmark, wanted: str | None) -> str:
     if wanted not in benchmark.protocols:
         raise ValueError(f"--protocol {wanted}: {benchmark.title} has {', '.join(benchmark.protocols)}.")
     return wanted
-
-
-def weights_of(model: str) -> str:
-    """What tells a checkpoint from another one that lay, or will lie, in the same folder: its files' sizes and the
-    second of the last change."""
-    files = [path for path in Path(model).glob("*") if path.suffix in (".safetensors", ".bin")]
-    files += [path for path in Path(model).glob("config.json")]
-    if not files:
-        return ""  # a name on the hub
-    newest = max(int(path.stat().st_mtime) for path in files)
-    changed = datetime.datetime.fromtimestamp(newest, datetime.timezone.utc).isoformat(timespec="seconds")
-    return f"{sum(path.stat().st_size for path in files)} bytes of {changed}"
 
 
 class Run:

@@ -5,8 +5,10 @@
 #   EVAL_DATA      the benchmarks' files, laid out as LLaVA's docs/Evaluation.md says: ./playground/data/eval
 #   CONV_MODE      conversation template: qwen_1_5 (v1 for Vicuna, qwen_qa for the miniature)
 #   MODEL_BASE     base model of a LoRA checkpoint
+#   MODEL_NAME     what its answers are called; another where two checkpoints' folders have one name: the folder's name
 #   MAX_NEW_TOKENS longest answer: 128
 #   OVERWRITE      1 asks again what this checkpoint has answered: 0
+#   OUTPUT         folder of records and summaries: CKPT/eval
 #   PYTHON         the interpreter: python
 # Every GPU in CUDA_VISIBLE_DEVICES answers a share of the questions, as in LLaVA's scripts.
 
@@ -21,7 +23,8 @@ fail() {
 CKPT=$1
 shift
 NAME=$(basename "$CKPT")
-export NAME
+[[ $NAME != checkpoint-* ]] || NAME=$(basename "$(dirname "$(realpath -m "$CKPT")")")_$NAME # as LLaVA names them
+NAME=${MODEL_NAME:-$NAME}
 EVAL_DATA=${EVAL_DATA:-./playground/data/eval}
 CONV_MODE=${CONV_MODE:-qwen_1_5}
 PYTHON=${PYTHON:-$(command -v python || command -v python3 || echo python3)}
@@ -35,59 +38,69 @@ need() { # FILE WHERE_FROM
 
 EVALUATION_MD="see LLaVA's docs/Evaluation.md (its eval.zip goes to $EVAL_DATA)"
 
-# ask QUESTIONS IMAGES ANSWERS: LLaVA's model_vqa_loader over all GPUs; the shares are joined in ANSWERS, a .jsonl.
+PIDS=()
+trap 'kill ${PIDS[@]+"${PIDS[@]}"} 2>/dev/null || true' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# ask QUESTIONS IMAGES ANSWERS: LLaVA's model_vqa_loader over all GPUs, for the questions that are not answered yet; the
+# shares are joined in ANSWERS, a .jsonl.
 ask() {
-    local questions=$1 images=$2 answers=$3 index gpus chunks
-    local pids=()
+    local questions=$1 images=$2 answers=$3 index gpus plan left shares
     need "$questions" "$EVALUATION_MD"
     need "$images" "$EVALUATION_MD"
-    local stamp count
-    count=$(grep -c '' "$questions")
-    # What the answers depend on; another checkpoint may have the same name.
-    stamp=$(
-        printf '%s\n' "$(realpath -m "$CKPT")" "$CONV_MODE" "${MODEL_BASE:-}" "${MAX_NEW_TOKENS:-128}"
-        cksum <"$questions"
-        if [[ -d $CKPT ]]; then
-            find "$CKPT" -maxdepth 1 \( -name '*.safetensors' -o -name '*.bin' -o -name config.json \) \
-                -printf '%f %s %T@\n' | sort
-        fi
-    )
-    if [[ ${OVERWRITE:-0} != 1 && -f $answers && -f $answers.of && $(<"$answers.of") == "$stamp" ]]; then
+    IFS=',' read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-0}"
+    plan=$("$PYTHON" -m llava_compodistill.eval.llava_answers begin \
+        --questions "$questions" --answers "$answers" --gpus "${#gpus[@]}" --overwrite "${OVERWRITE:-0}" \
+        --model "$CKPT" --model-base "${MODEL_BASE:-}" --template "$CONV_MODE" \
+        --max-new-tokens "${MAX_NEW_TOKENS:-128}") || exit 2
+    read -r left shares <<<"$plan"
+    if [[ $left == 0 && -f $answers ]]; then
         echo "Answered before: $answers (OVERWRITE=1 asks again)"
         return
     fi
-    IFS=',' read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-0}"
-    chunks=${#gpus[@]}
-    mkdir -p "${answers%.jsonl}"
-    for index in $(seq 0 $((chunks - 1))); do
+    echo "$left questions to ask, in $shares process(es)"
+    for ((index = 0; index < shares; index++)); do
         CUDA_VISIBLE_DEVICES=${gpus[$index]} "$PYTHON" -m llava_compodistill.cli run llava.eval.model_vqa_loader \
             --model-path "$CKPT" \
             ${MODEL_BASE:+--model-base "$MODEL_BASE"} \
-            --question-file "$questions" \
+            --question-file "${answers%.jsonl}/left.jsonl" \
             --image-folder "$images" \
-            --answers-file "${answers%.jsonl}/${chunks}_$index.jsonl" \
-            --num-chunks "$chunks" \
+            --answers-file "${answers%.jsonl}/${shares}_$index.jsonl" \
+            --num-chunks "$shares" \
             --chunk-idx "$index" \
             --temperature 0 \
             --max_new_tokens "${MAX_NEW_TOKENS:-128}" \
             --conv-mode "$CONV_MODE" &
-        pids+=($!)
+        PIDS+=($!)
     done
-    for index in "${!pids[@]}"; do
-        wait "${pids[$index]}" || fail "share $index of $chunks failed"
+    for index in "${!PIDS[@]}"; do
+        wait "${PIDS[$index]}" || fail "share $index of $shares failed; what was answered is kept"
     done
-    for index in $(seq 0 $((chunks - 1))); do
-        cat "${answers%.jsonl}/${chunks}_$index.jsonl"
-    done >"$answers.part"
-    [[ $(grep -c '' "$answers.part") == "$count" ]] ||
-        fail "$answers.part has $(grep -c '' "$answers.part") answers to the $count questions of $questions"
-    mv "$answers.part" "$answers"
-    echo "$stamp" >"$answers.of"
+    PIDS=()
+    "$PYTHON" -m llava_compodistill.eval.llava_answers join --questions "$questions" --answers "$answers" >/dev/null ||
+        exit 2
 }
 
-# converter FILE: a script of LLaVA's repository, which its package on the registry leaves out.
-converter() {
-    need "scripts/$1" "run this in a git checkout of LLaVA, which has it"
+# convert NAME FLAGS...: LLaVA's scripts/convert_NAME.py; its package on the registry leaves those out, then ours does
+# the same.
+convert() {
+    local name=$1
+    shift
+    if [[ -f scripts/convert_$name.py ]]; then
+        PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "scripts/convert_$name.py" "$@"
+    else
+        echo "No scripts/convert_$name.py here: llava_compodistill.eval.submissions writes the same file."
+        "$PYTHON" -m llava_compodistill.eval.submissions "$name" "$@"
+    fi
+}
+
+# finish BENCHMARK ANSWERS: records, summary and table; what the scorer prints comes in, and is shown.
+finish() {
+    local output=${OUTPUT:-eval/$NAME}
+    [[ -n ${OUTPUT:-} || ! -d $CKPT ]] || output=$CKPT/eval
+    "$PYTHON" -m llava_compodistill.eval.llava_suite "$1" --answers "$2" --data-root "$EVAL_DATA" \
+        --output "$output" --table "${TABLE:-1}"
 }
 
 # own BENCHMARK FLAGS...: a benchmark of this package.
@@ -95,5 +108,5 @@ own() {
     local benchmark=$1
     shift
     exec "$PYTHON" -m llava_compodistill.cli eval --model-path "$CKPT" ${MODEL_BASE:+--model-base "$MODEL_BASE"} \
-        --benchmarks "$benchmark" --data-root "$EVAL_DATA" --conv-mode "$CONV_MODE" "$@"
+        --benchmarks "$benchmark" --data-root "$EVAL_DATA" --conv-mode "$CONV_MODE" ${OUTPUT:+--output "$OUTPUT"} "$@"
 }

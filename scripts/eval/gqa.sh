@@ -6,16 +6,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 SPLIT=llava_gqa_testdev_balanced
 GQA=$EVAL_DATA/gqa
 ANSWERS=$GQA/answers/$SPLIT/$NAME/merge.jsonl
-PREDICTIONS=$GQA/data/testdev_balanced_predictions.json
-converter convert_gqa_for_eval.py
-mkdir -p "$(dirname "$ANSWERS")"
 ask "$GQA/$SPLIT.jsonl" "$GQA/data/images" "$ANSWERS"
-"$PYTHON" scripts/convert_gqa_for_eval.py --src "$ANSWERS" --dst "$PREDICTIONS"
-if [[ -f $GQA/data/eval/eval.py || -f $GQA/data/eval.py ]]; then
-    SCORER=eval.py
-    [[ -f $GQA/data/eval.py ]] || SCORER=eval/eval.py
-    cd "$GQA/data" && "$PYTHON" "$SCORER" --tier testdev_balanced
-else
-    echo "No score yet: predictions are in $PREDICTIONS. Put GQA's official eval.py (cs.stanford.edu/people/dorarad/gqa)"
-    echo "and its questions into $GQA/data and run this again; the answers are kept."
-fi
+convert gqa_for_eval --src "$ANSWERS" --dst "$GQA/data/testdev_balanced_predictions.json"
+score() {
+    if [[ -f $GQA/data/eval/eval.py ]]; then
+        (cd "$GQA/data" && "$PYTHON" eval/eval.py --tier testdev_balanced)
+    elif [[ -f $GQA/data/eval.py ]]; then
+        (cd "$GQA/data" && "$PYTHON" eval.py --tier testdev_balanced)
+    else
+        echo "GQA's official eval.py (cs.stanford.edu/people/dorarad/gqa) is not in $GQA/data."
+    fi
+}
+score | finish gqa "$ANSWERS"

@@ -4,8 +4,9 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 TEXTVQA=$EVAL_DATA/textvqa
+ANSWERS=$TEXTVQA/answers/$NAME.jsonl
 need "$TEXTVQA/TextVQA_0.5.1_val.json" "$EVALUATION_MD"
-ask "$TEXTVQA/llava_textvqa_val_v051_ocr.jsonl" "$TEXTVQA/train_images" "$TEXTVQA/answers/$NAME.jsonl"
+ask "$TEXTVQA/llava_textvqa_val_v051_ocr.jsonl" "$TEXTVQA/train_images" "$ANSWERS"
 "$PYTHON" -m llava.eval.eval_textvqa \
     --annotation-file "$TEXTVQA/TextVQA_0.5.1_val.json" \
-    --result-file "$TEXTVQA/answers/$NAME.jsonl"
+    --result-file "$ANSWERS" | finish textvqa "$ANSWERS"

@@ -4,11 +4,11 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 VIZWIZ=$EVAL_DATA/vizwiz
+ANSWERS=$VIZWIZ/answers/$NAME.jsonl
 UPLOAD=$VIZWIZ/answers_upload/$NAME.json
-converter convert_vizwiz_for_submission.py
-ask "$VIZWIZ/llava_test.jsonl" "$VIZWIZ/test" "$VIZWIZ/answers/$NAME.jsonl"
-"$PYTHON" scripts/convert_vizwiz_for_submission.py \
+ask "$VIZWIZ/llava_test.jsonl" "$VIZWIZ/test" "$ANSWERS"
+convert vizwiz_for_submission \
     --annotation-file "$VIZWIZ/llava_test.jsonl" \
-    --result-file "$VIZWIZ/answers/$NAME.jsonl" \
+    --result-file "$ANSWERS" \
     --result-upload-file "$UPLOAD"
-echo "No score yet: upload $UPLOAD to the VizWiz challenge on eval.ai."
+echo "No score yet: upload $UPLOAD to the VizWiz challenge on eval.ai." | finish vizwiz "$ANSWERS"

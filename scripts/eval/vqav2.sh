@@ -5,8 +5,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SPLIT=llava_vqav2_mscoco_test-dev2015
 VQAV2=$EVAL_DATA/vqav2
-converter convert_vqav2_for_submission.py
-mkdir -p "$VQAV2/answers/$SPLIT/$NAME"
-ask "$VQAV2/$SPLIT.jsonl" "$VQAV2/test2015" "$VQAV2/answers/$SPLIT/$NAME/merge.jsonl"
-"$PYTHON" scripts/convert_vqav2_for_submission.py --dir "$VQAV2" --split "$SPLIT" --ckpt "$NAME"
-echo "No score yet: upload $VQAV2/answers_upload/$SPLIT/$NAME.json to the VQA challenge on eval.ai."
+ANSWERS=$VQAV2/answers/$SPLIT/$NAME/merge.jsonl
+UPLOAD=$VQAV2/answers_upload/$SPLIT/$NAME.json
+need "$VQAV2/llava_vqav2_mscoco_test2015.jsonl" "$EVALUATION_MD"
+ask "$VQAV2/$SPLIT.jsonl" "$VQAV2/test2015" "$ANSWERS"
+convert vqav2_for_submission --dir "$VQAV2" --split "$SPLIT" --ckpt "$NAME"
+echo "No score yet: upload $UPLOAD to the VQA challenge on eval.ai." | finish vqav2 "$ANSWERS"

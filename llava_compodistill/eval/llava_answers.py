@@ -1,0 +1,212 @@
+"""What scripts/eval/*.sh do around LLaVA's `model_vqa_loader`: ask what is left, and join the answers.
+
+LLaVA's module begins its file anew at every start, so a killed run would lose what it had. Here it is only ever given
+the questions that have no answer yet. An answer is known by its question's id and text: ids alone repeat (MME has two
+questions an image, TextVQA several).
+
+    ANSWERS.jsonl           the whole, in the order of the questions, when all are answered
+    ANSWERS.jsonl.run.json  what made them: checkpoint, template, questions
+    ANSWERS/N_I.jsonl       LLaVA's shares, of this start
+    ANSWERS/kept.jsonl      what earlier starts answered
+    ANSWERS/left.jsonl      the questions of this start
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .records import RecordsError, check_run, fingerprint, weights_of, write_lines, write_run
+
+AGAIN = "MODEL_NAME=… (`eval --name …`) keeps others under another name; OVERWRITE=1 (`eval --overwrite`) asks again."
+Key = tuple[str, str]
+
+
+def begin(questions: Path, answers: Path, about: dict[str, Any], overwrite: bool = False) -> int:
+    """Gather what is answered and write ANSWERS/left.jsonl; returns how many questions that is.
+
+    Args:
+        questions: LLaVA's question file, a JSON object a line with question_id, image and text.
+        answers: the file that `join` will write.
+        about: what the answers are made with; going on with another's is an error.
+
+    Raises:
+        RecordsError: for answers of another run or to other questions, naming file and line; nothing is touched then.
+    """
+    asked = read_questions(questions)
+    about = {**about, "questions": len(asked), "fingerprint": fingerprint(asked)}
+    folder = answers.with_suffix("")
+    if overwrite:
+        for path in (answers, *_parts(folder)):
+            path.unlink(missing_ok=True)
+    found = _found(asked, questions, [answers, *_parts(folder)])
+    if found or answers.is_file():
+        check_run(answers, about, AGAIN)
+    write_run(answers, about)
+    left = _unanswered(asked, found)
+    if not left and answers.is_file():
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lines(folder / "kept.jsonl", (entry for entries in found.values() for entry in entries))
+    for path in _parts(folder):
+        if path.name != "kept.jsonl":
+            path.unlink()
+    write_lines(folder / "left.jsonl", left)
+    return len(left)
+
+
+def join(questions: Path, answers: Path) -> int:
+    """Write ANSWERS.jsonl from the shares and what was kept, in the order of the questions; returns their number.
+
+    Raises:
+        RecordsError: when questions are left without an answer; what there is stays.
+    """
+    asked = read_questions(questions)
+    folder = answers.with_suffix("")
+    found = _found(asked, questions, _parts(folder))
+    left = _unanswered(asked, found)
+    if left:
+        raise RecordsError(
+            f"{folder}: {len(left)} of {len(asked)} questions have no answer; run this again, it asks those."
+        )
+    write_lines(answers, (found[_key(question)].pop(0) for question in asked))
+    for path in (*_parts(folder), folder / "left.jsonl"):
+        path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+    return len(asked)
+
+
+def shares(left: int, gpus: int) -> int:
+    """Into how many parts LLaVA's `get_chunk` can cut `left` questions: `gpus`, or fewer where its last parts would
+    not exist."""
+    return math.ceil(left / math.ceil(left / gpus)) if left else 0
+
+
+def read_questions(path: Path) -> list[dict[str, Any]]:
+    """LLaVA's questions.
+
+    Raises:
+        RecordsError: for a line that is none, with its number.
+    """
+    questions = []
+    for number, line in enumerate(_lines(path), start=1):
+        entry = _entry(path, number, line, ("question_id", "image", "text"))
+        questions.append(entry)
+    if not questions:
+        raise RecordsError(f"{path}: holds no questions.")
+    return questions
+
+
+def read_answers(path: Path) -> list[dict[str, Any]]:
+    """LLaVA's answers; a line that a kill left unfinished does not count.
+
+    Raises:
+        RecordsError: for a line that is none, with its number.
+    """
+    return [
+        _entry(path, number, line, ("question_id", "prompt", "text")) for number, line in enumerate(_lines(path), 1)
+    ]
+
+
+def _found(asked: Sequence[dict], questions: Path, files: Iterable[Path]) -> dict[Key, list[dict]]:
+    """The answers that lie in files, by question."""
+    wanted = Counter(map(_key, asked))
+    found: dict[Key, list[dict]] = defaultdict(list)
+    for path in files:
+        if not path.is_file():
+            continue
+        for number, entry in enumerate(read_answers(path), start=1):
+            key = (str(entry["question_id"]), entry["prompt"])
+            if key not in wanted:
+                raise RecordsError(
+                    f"{path}, line {number}: question {key[0]!r} with this text is not in {questions}: these answer "
+                    f"another file. {AGAIN}"
+                )
+            if entry in found[key]:
+                continue  # LLaVA numbers its answers: a kill came while this one was moved
+            found[key].append(entry)
+            if len(found[key]) > wanted[key]:
+                raise RecordsError(f"{path}, line {number}: question {key[0]!r} is answered once more. {AGAIN}")
+    return found
+
+
+def _unanswered(asked: Sequence[dict], found: dict[Key, list[dict]]) -> list[dict]:
+    there = Counter({key: len(entries) for key, entries in found.items()})
+    left = []
+    for question in asked:
+        if there[_key(question)]:
+            there[_key(question)] -= 1
+        else:
+            left.append(question)
+    return left
+
+
+def _key(question: dict) -> Key:
+    return str(question["question_id"]), question["text"]
+
+
+def _parts(folder: Path) -> list[Path]:
+    return [path for path in [folder / "kept.jsonl", *sorted(folder.glob("*_*.jsonl"))] if path.is_file()]
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines."""
+    try:
+        return path.read_bytes().decode("utf-8", "replace").split("\n")[:-1]
+    except OSError as error:
+        raise RecordsError(f"{path}: {error.strerror}.") from None
+
+
+def _entry(path: Path, number: int, line: str, fields: Sequence[str]) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+        missing = [name for name in fields if name not in entry]
+    except (ValueError, TypeError) as error:
+        raise RecordsError(f"{path}, line {number}: no JSON object ({error}).") from None
+    if missing:
+        raise RecordsError(f"{path}, line {number}: has no {missing[0]!r}, only {', '.join(entry)}.")
+    return entry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`begin` prints how many questions are left and into how many shares they go; `join` how many are answered."""
+    parser = argparse.ArgumentParser(prog="python -m llava_compodistill.eval.llava_answers", description=main.__doc__)
+    parser.add_argument("do", choices=("begin", "join"))
+    parser.add_argument("--questions", type=Path, required=True)
+    parser.add_argument("--answers", type=Path, required=True)
+    parser.add_argument("--model", default="", help="checkpoint folder")
+    parser.add_argument("--model-base", default="")
+    parser.add_argument("--template", default="")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--overwrite", type=int, choices=(0, 1), default=0)
+    args = parser.parse_args(argv)
+    about = {
+        "model": os.path.realpath(args.model) if os.path.isdir(args.model) else args.model,
+        "weights": weights_of(args.model),
+        "model_base": args.model_base,
+        "template": args.template,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    try:
+        if args.do == "join":
+            print(join(args.questions, args.answers))
+        else:
+            left = begin(args.questions, args.answers, about, bool(args.overwrite))
+            print(left, shares(left, args.gpus))
+    except RecordsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""What can be asked of a model about an image; `engine.Engine` answers it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely is `answer`? Answered by the mean log-probability of its tokens, the end token included, in nats."""
+
+    image: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class FirstWord:
+    """Which of `words` would an answer begin with? Answered by the log-probability of the first token of each."""
+
+    image: str
+    prompt: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What does the model answer? Answered by text, decoded greedily."""
+
+    image: str
+    prompt: str
+    max_new_tokens: int = 64
+
+
+Request = Likelihood | FirstWord | Answer

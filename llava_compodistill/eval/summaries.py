@@ -1,0 +1,75 @@
+"""Summaries of an evaluation: read back, and as a table beside the paper's figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .formats import DataError
+from .llava_suite import LLAVA_BENCHMARKS
+from .suite import BENCHMARKS, PAPER_MODELS
+
+EVERY = {**BENCHMARKS, **LLAVA_BENCHMARKS}
+#: `PAPER_MODELS` in a table's head.
+SHORT = ("teacher", "SFT", "CompoD.")
+
+
+def show(summaries: Sequence[dict[str, Any]], name: str, console: Console) -> None:
+    """The table, and below it what the summaries have to note."""
+    console.print(table(summaries, name))
+    for summary in summaries:
+        if summary.get("note"):
+            console.print(f"{EVERY[summary['benchmark']].title}: {summary['note']}", markup=False)
+
+
+def table(summaries: Sequence[dict[str, Any]], name: str) -> Table:
+    """The model's figures beside the paper's; its two averages where all that they are made of is there."""
+    plain = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 0, 0, 1), "title_justify": "left"}
+    result = Table(title=f"{name}: scores in %, beside the paper's at full size (arXiv 2510.12184)", **plain)
+    for column in ("benchmark", "figure", "protocol"):
+        result.add_column(column, no_wrap=True)
+    for column in ("here", *(f"paper:\n{model}" for model in SHORT)):
+        result.add_column(column, justify="right", no_wrap=True)
+    for summary in summaries:
+        name = summary["benchmark"]
+        title = EVERY[name].title
+        paper = [f"{value:.1f}" for value in summary["paper"].values()]
+        result.add_row(title, summary["headline"], summary["protocol"], percent(summary["value"]), *paper)
+    averages = {
+        "VQA average": [name for name, benchmark in LLAVA_BENCHMARKS.items() if benchmark.paper],
+        "CR average": [name for name, benchmark in BENCHMARKS.items() if benchmark.averaged],
+    }
+    found = {summary["benchmark"]: summary for summary in summaries if summary["value"] is not None}
+    for title, names in averages.items():
+        if not set(names) <= set(found):
+            continue  # an average of fewer would not be the paper's
+        papers = [mean(found[name]["paper"][model] for name in names) for model in PAPER_MODELS]
+        result.add_section()
+        here = percent(mean(found[name]["value"] for name in names))
+        result.add_row(title, "", "", here, *(f"{value:.1f}" for value in papers))
+    return result
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A summary that `eval` wrote.
+
+    Raises:
+        DataError: for a file that is none.
+    """
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary["benchmark"], summary["figures"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: no summary of `llava-compodistill eval` ({error}).") from None
+    return summary

@@ -88,12 +88,12 @@ def test_first_words_are_the_first_tokens_of_answers(engine, images):
         assert values == pytest.approx(expected.tolist(), abs=2e-5)
 
 
-def generate_alone(engine, image, prompt, limit):
+def generate_alone(engine, image, prompt, limit, **given):
     """LLaVA's way: one question a call, image included."""
     model, tokenizer = engine.model, engine.tokenizer
     tokens = model.generate(
-        prompt_ids(engine, prompt), images=pixels_of(engine, image), do_sample=False, max_new_tokens=limit,
-        use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        prompt_ids(engine, prompt), **({"images": pixels_of(engine, image)} | given), do_sample=False,
+        max_new_tokens=limit, use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
 
@@ -131,10 +131,72 @@ def test_each_image_is_encoded_once(engine, images, monkeypatch):
     assert seen == [3]
 
 
-def test_several_crops_are_left_to_llava(engine, monkeypatch):
-    monkeypatch.setattr(engine.model.config, "image_aspect_ratio", "anyres", raising=False)
-    with pytest.raises(ValueError, match="anyres.*LLaVA's own"):
-        Engine(engine.model, engine.tokenizer, version=VERSION)
+def test_images_cut_into_crops(engine, images, tmp_path):
+    """anyres: as many visual tokens as an image's shape asks for, and still one pass an image. (With a CLIP tower:
+    LLaVA's process_anyres_image cannot take SigLIP's image processor.)"""
+    import factory
+
+    model = factory.make_model(
+        factory.save_tower(tmp_path / "clip", "clip"), vocab=len(engine.tokenizer), dtype=torch.float32, seed=3
+    )
+    config, size = model.config, model.get_vision_tower().config.image_size
+    config.image_aspect_ratio, config.mm_patch_merge_type = "anyres", "spatial_unpad"
+    config.image_grid_pinpoints = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size]]
+    model.get_model().image_newline = torch.nn.Parameter(torch.randn(config.hidden_size))
+    wide = str(tmp_path / "wide.png")
+    Image.open(images[0]).resize((3 * size, size)).save(wide)
+    paths = [images[0], wide, images[1]]
+    crops = Engine(model, engine.tokenizer, version=VERSION, batch_size=4)
+    lengths, read = [], crops._read
+
+    def measured(before, some):
+        caches = read(before, some)
+        lengths.append(caches.length)
+        return caches
+
+    crops._read = measured
+    requests = [FirstWord(path, prompt, ("Yes", "No")) for path in paths for prompt in PROMPTS]
+    requests += [Answer(path, PROMPTS[0], 6) for path in paths]
+    found = crops.run(requests)
+    assert len(lengths) == 3 and len(set(lengths)) == 2
+    tokens = [engine.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("Yes", "No")]
+    for request, values in zip(requests, found, strict=True):
+        given = {"images": pixels_of(crops, request.image), "image_sizes": [Image.open(request.image).size]}
+        if isinstance(request, Answer):
+            assert values == generate_alone(crops, request.image, request.prompt, 6, **given)
+            continue
+        with torch.no_grad():
+            logits = model(prompt_ids(crops, request.prompt), **given).logits
+        assert values == pytest.approx(torch.log_softmax(logits[0, -1].double(), dim=-1)[tokens].tolist(), abs=2e-5)
+
+
+def test_batches_are_halved_when_the_memory_does_not_hold_them(engine, images, monkeypatch, caplog):
+    small = Engine(engine.model, engine.tokenizer, version=VERSION, batch_size=8)
+    requests = [Likelihood(image, prompt, answer) for answer in ANSWERS for prompt in PROMPTS for image in images]
+    expected = small.run(requests)
+    forward, read, sizes = small._forward, small._read, []
+
+    def limited(rows, caches):
+        sizes.append(len(rows))
+        if len(rows) > 3:
+            raise torch.cuda.OutOfMemoryError("no more")
+        return forward(rows, caches)
+
+    def limited_read(before, some):
+        if len(some) > 2:
+            raise torch.cuda.OutOfMemoryError("no more")
+        return read(before, some)
+
+    monkeypatch.setattr(small, "_forward", limited)
+    assert small.run(requests) == pytest.approx(expected, abs=2e-5)
+    assert small.batch_size == 2 and set(sizes) == {8, 4, 2, 1}
+    assert "Out of GPU memory with 8 at once: going on with 4" in caplog.text
+    small.batch_size = 8
+    monkeypatch.setattr(small, "_read", limited_read)
+    assert small.run(requests) == pytest.approx(expected, abs=2e-5) and small.batch_size == 1
+    monkeypatch.setattr(small, "_forward", lambda rows, caches: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        small.run(requests)
 
 
 def test_bfloat16_models_answer_as_in_float32_up_to_rounding(engine, images):

@@ -7,10 +7,11 @@ behind it. LLaVA's own evaluation runs every question by itself, image included.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from ..plugin.host import import_llava, import_llava_train
 from ..plugin.templates import prepare_tokenizer, use_template
 from .requests import Answer, FirstWord, Likelihood, Request
 
+logger = logging.getLogger(__name__)
+T, R = TypeVar("T"), TypeVar("R")
 IMAGE_TOKEN_INDEX, IGNORE_INDEX = -200, -100
 
 
@@ -43,17 +46,15 @@ class Engine:
         model: a LLaVA model in eval mode with its vision tower loaded.
         tokenizer: its tokenizer.
         version: conversation template.
-        batch_size: sequences at a time, behind the images' prefixes as well as the images themselves.
-
-    Raises:
-        ValueError: for a model that cuts images into several (anyres), which have no common prefix length.
+        batch_size: sequences at a time, behind the images' prefixes as well as the images themselves; halved when the
+            GPU's memory does not hold as many. Models that cut an image into crops (anyres) read one image at a time,
+            since their prefixes are of unequal length.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, version: str, batch_size: int = 32):
         self.model, self.tokenizer, self.version, self.batch_size = llava_core(model), tokenizer, version, batch_size
         config = self.model.config
-        if "anyres" in (getattr(config, "image_aspect_ratio", None) or ""):
-            raise ValueError("image_aspect_ratio 'anyres': such models are evaluated by LLaVA's own modules.")
+        self._crops = "anyres" in (getattr(config, "image_aspect_ratio", None) or "")
         prepare_tokenizer(tokenizer, use_template(version))
         self._preprocess = import_llava_train().preprocess
         self._process_images = import_llava("llava.mm_utils").process_images
@@ -76,14 +77,36 @@ class Engine:
         for rows, caches in self._prefixes(requests):
             for kind in (Likelihood, FirstWord, Answer):
                 chosen = sorted((r for r in rows if isinstance(r.request, kind)), key=lambda row: len(row.ids))
-                for start in range(0, len(chosen), self.batch_size):
-                    batch = chosen[start : start + self.batch_size]
-                    answer = self._generate if kind is Answer else self._log_probabilities
-                    for row, response in zip(batch, answer(batch, caches), strict=True):
+                answer = self._generate if kind is Answer else self._log_probabilities
+                for batch, answers in self._in_batches(chosen, lambda batch, do=answer, kept=caches: do(batch, kept)):
+                    for row, response in zip(batch, answers, strict=True):
                         responses[row.index] = response
                         if done is not None:
                             done(row.index, response)
         return responses
+
+    def _in_batches(
+        self, things: list[T], work: Callable[[list[T]], R], most: int | None = None
+    ) -> Iterator[tuple[list[T], R]]:
+        """(batch, work(batch)) over all things, in smaller batches from where the GPU's memory did not suffice."""
+        start = 0
+        while start < len(things):
+            batch = things[start : start + (most or self.batch_size)]
+            try:
+                result = work(batch)
+            except torch.cuda.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                result = None
+            if result is None:  # outside the handler, which holds on to the tensors of the failed call
+                self.batch_size = len(batch) // 2
+                torch.cuda.empty_cache()
+                logger.warning(
+                    "Out of GPU memory with %d at once: going on with %d (--batch-size).", len(batch), self.batch_size
+                )
+                continue
+            yield batch, result
+            start += len(batch)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Prefixes
@@ -99,10 +122,9 @@ class Engine:
         for before, image in groups:
             by_text[before].append(image)
         for before, images in by_text.items():
-            for start in range(0, len(images), self.batch_size):
-                some = images[start : start + self.batch_size]
-                rows = [row for image in some for row in groups[before, image]]
-                yield rows, self._read(before, some)
+            most = 1 if self._crops else None
+            for some, caches in self._in_batches(images, lambda some, text=before: self._read(text, some), most):
+                yield [row for image in some for row in groups[before, image]], caches
 
     def _tokens(self, index: int, request: Request) -> _Row:
         answer = request.answer if isinstance(request, Likelihood) else "?"
@@ -122,18 +144,16 @@ class Engine:
 
     def _read(self, before: tuple[int, ...], images: list[str]) -> _Caches:
         model = self.model
-        tower = model.get_vision_tower()
-        pixels = []
-        for path in images:
-            pixels.append(self._process_images([_open(path)], tower.image_processor, model.config)[0])
-        features = model.encode_images(torch.stack(pixels).to(model.device, model.dtype))
-        text = self._embed(torch.tensor([before] * len(images), dtype=torch.long, device=model.device))
-        outputs = model.get_model()(inputs_embeds=torch.cat([text, features.to(text.dtype)], dim=1), use_cache=True)
-        return _Caches(
-            compat.read_cache(outputs.past_key_values),
-            {image: number for number, image in enumerate(images)},
-            len(before) + features.shape[1],
-        )
+        processor = model.get_vision_tower().image_processor
+        pictures = [_open(path) for path in images]
+        pixels = torch.stack([self._process_images([picture], processor, model.config)[0] for picture in pictures])
+        ids = torch.tensor([[*before, IMAGE_TOKEN_INDEX]] * len(images), device=model.device)
+        sizes = [picture.size for picture in pictures]
+        merge = model.prepare_inputs_labels_for_multimodal
+        embeds = merge(ids, None, None, None, None, pixels.to(model.device, model.dtype), sizes)[4]
+        outputs = model.get_model()(inputs_embeds=embeds, use_cache=True)
+        numbers = {image: number for number, image in enumerate(images)}
+        return _Caches(compat.read_cache(outputs.past_key_values), numbers, embeds.shape[1])
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_model().embed_tokens(ids)

@@ -39,6 +39,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
     "eval": ["datasets"],
+    "lmms": ["lmms_eval>=0.7.2"],
     "dev": ["build", "pytest>=7.4", "pytest-xdist", "ruff", "setuptools>=64", "wheel"],
 }
 
@@ -96,7 +97,11 @@ setup(
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["llava-compodistill = llava_compodistill.cli:main"]},
+    entry_points={
+        "console_scripts": ["llava-compodistill = llava_compodistill.cli:main"],
+        # Read by lmms-eval alone, where it is installed.
+        "lmms_eval.models": ["llava_compodistill = llava_compodistill.eval.lmms_bridge:MANIFEST"],
+    },
     cmdclass={"build_py": BuildWithCommit},
     zip_safe=False,
     classifiers=[

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from llava_compodistill.eval.engine import Engine
-from llava_compodistill.eval.requests import Answer, FirstWord, Likelihood
+from llava_compodistill.eval.requests import Answer, Continuation, FirstWord, Likelihood
 from llava_compodistill.eval.scoring import Question, score
 
 VERSION = "qwen_1_5"
@@ -58,13 +58,13 @@ def test_likelihoods_are_those_of_whole_sequences(engine, images):
     assert len({round(value, 3) for value in found}) > len(found) / 2
 
 
-def prompt_ids(engine, prompt):
+def prompt_ids(engine, prompt, answer=None):
     from llava.conversation import conv_templates
     from llava.mm_utils import tokenizer_image_token
 
     conversation = conv_templates[VERSION].copy()
     conversation.append_message(conversation.roles[0], f"<image>\n{prompt}")
-    conversation.append_message(conversation.roles[1], None)
+    conversation.append_message(conversation.roles[1], answer)
     return tokenizer_image_token(conversation.get_prompt(), engine.tokenizer, -200, return_tensors="pt")[None]
 
 
@@ -86,6 +86,23 @@ def test_first_words_are_the_first_tokens_of_answers(engine, images):
             logits = engine.model(prompt_ids(engine, request.prompt), images=pixels_of(engine, request.image)).logits
         expected = torch.log_softmax(logits[0, -1].double(), dim=-1)[tokens]
         assert values == pytest.approx(expected.tolist(), abs=2e-5)
+
+
+def test_continuations_are_sums_and_know_what_is_greedy(engine, images):
+    greedy = engine.run([Answer(images[0], PROMPTS[0], 3)])[0]
+    found = engine.run([Continuation(images[0], PROMPTS[0], text) for text in (greedy, "a blue star")])
+    for text, (value, is_greedy) in zip((greedy, "a blue star"), found, strict=True):
+        mean = engine.run([Likelihood(images[0], PROMPTS[0], text)])[0]
+        count = round(value / mean)  # tokens, the end included
+        assert value == pytest.approx(count * mean, abs=1e-4)
+        before = prompt_ids(engine, PROMPTS[0])
+        ids = prompt_ids(engine, PROMPTS[0], text)[:, : before.shape[1] + count]
+        with torch.no_grad():
+            logits = engine.model(ids, images=pixels_of(engine, images[0])).logits[0, -count - 1 : -1].double()
+        targets = ids[0, -count:]
+        expected = torch.log_softmax(logits, dim=1).gather(1, targets[:, None]).sum()
+        assert value == pytest.approx(float(expected), abs=1e-4)
+        assert is_greedy is bool((logits.argmax(dim=1) == targets).all())
 
 
 def generate_alone(engine, image, prompt, limit, **given):

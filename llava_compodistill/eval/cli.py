@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -19,15 +18,13 @@ from .formats import DataError
 from .hub import ON_HUB, fetch
 from .llava_suite import LLAVA_BENCHMARKS, check, run_llava_benchmark
 from .records import read_records
-from .suite import BENCHMARKS, Run
+from .suite import BENCHMARKS, Run, template_of
 from .summaries import EVERY, show
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 console = Console()
-#: Conversation template of a model type, where --conv-mode is not given.
-TEMPLATES = {"llava_qwen2": "qwen_1_5", "llava_llama": "v1", "llava": "v1", "llava_mistral": "mistral_instruct"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[2:] if argv is None else argv)
     args = build_parser().parse_args(argv)
+    args.conv_mode = args.conv_mode or template_of(args.model_path)
     names = list(EVERY) if args.benchmarks == "all" else args.benchmarks.split(",")
     unknown = [name for name in names if name not in EVERY]
     if unknown:
@@ -78,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summaries, failed = own_benchmarks(args, argv, runs), False
     for name in theirs:
         console.rule(LLAVA_BENCHMARKS[name].title)
-        options = {"conv_mode": template(args), "model_base": args.model_base, "overwrite": args.overwrite}
+        options = {"conv_mode": args.conv_mode, "model_base": args.model_base, "overwrite": args.overwrite}
         options["model_name"] = args.name
         try:
             summaries.append(run_llava_benchmark(name, args.model_path, args.data_root, folder(args), **options))
@@ -111,7 +109,7 @@ def prepare(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Run], 
             if args.hub and name in ON_HUB and not args.share:
                 fetch(name, args.data_root, console.print)
             items = benchmark.load(args.data_root)
-            about = (args.model_path, template(args), folder(args), protocol, args.caption_prompt)
+            about = (args.model_path, args.conv_mode, folder(args), protocol, args.caption_prompt)
             runs.append(Run(benchmark, items, *about))
         except ValueError as error:  # DataError, or a protocol that the benchmark lacks
             left_out.append(str(error))
@@ -172,36 +170,17 @@ def ask_share(args: argparse.Namespace, runs: Sequence[Run]) -> int:
     return 0
 
 
-def template(args: argparse.Namespace) -> str:
-    """--conv-mode, or what the checkpoint's type asks for."""
-    if args.conv_mode:
-        return args.conv_mode
-    path = Path(args.model_path) / "config.json"
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError):
-        raise DataError(f"{path} does not tell the model's type: name the template with --conv-mode.") from None
-    return TEMPLATES.get(kind, "v1")
-
-
 def load(args: argparse.Namespace) -> Engine:
-    """An engine for the checkpoint, through the plugin's loader."""
-    import torch
-    from transformers.utils import logging as transformers_logging
+    from .loading import load_engine
 
-    from ..plugin import import_llava, register
-    from .engine import Engine
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = "cuda:0" if device == "cuda" else device  # LLaVA spreads a model on "cuda" over all cards
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-    register(train=True)
-    name = import_llava("llava.mm_utils").get_model_name_from_path(args.model_path)
-    loader = import_llava("llava.model.builder").load_pretrained_model
-    tokenizer, model, _, _ = loader(args.model_path, args.model_base, name, device=device, torch_dtype=dtype)
-    return Engine(model.eval(), tokenizer, version=template(args), batch_size=args.batch_size)
+    return load_engine(
+        args.model_path,
+        args.conv_mode,
+        model_base=args.model_base,
+        device=args.device,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+    )
 
 
 def progress() -> Progress:

@@ -21,7 +21,7 @@ from ..answer_head import dense_head
 from ..models import llava_core
 from ..plugin.host import import_llava, import_llava_train
 from ..plugin.templates import prepare_tokenizer, use_template
-from .requests import Answer, FirstWord, Likelihood, Request
+from .requests import Answer, Continuation, FirstWord, Likelihood, Request
 
 logger = logging.getLogger(__name__)
 T, R = TypeVar("T"), TypeVar("R")
@@ -49,9 +49,19 @@ class Engine:
         batch_size: sequences at a time, behind the images' prefixes as well as the images themselves; halved when the
             GPU's memory does not hold as many. Models that cut an image into crops (anyres) read one image at a time,
             since their prefixes are of unequal length.
+        open_image: a request's `image` -> picture in RGB; by default it is a file.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, version: str, batch_size: int = 32):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        version: str,
+        batch_size: int = 32,
+        open_image: Callable[[str], Any] | None = None,
+    ):
+        self.open_image = open_image or _open
         self.model, self.tokenizer, self.version, self.batch_size = llava_core(model), tokenizer, version, batch_size
         config = self.model.config
         self._crops = "anyres" in (getattr(config, "image_aspect_ratio", None) or "")
@@ -64,10 +74,8 @@ class Engine:
             self._marker = "<im_start><image><im_end>"
 
     @torch.inference_mode()
-    def run(
-        self, requests: Sequence[Request], done: Callable[[int, Any], None] | None = None
-    ) -> list[float | list[float] | str]:
-        """Answer requests, in order: a float, a list of floats (one a word) or a text each.
+    def run(self, requests: Sequence[Request], done: Callable[[int, Any], None] | None = None) -> list[Any]:
+        """Answer requests, in order: each with what its class says.
 
         Args:
             requests: of any kinds; those on one image are computed together, wherever they stand.
@@ -75,7 +83,7 @@ class Engine:
         """
         responses: list[Any] = [None] * len(requests)
         for rows, caches in self._prefixes(requests):
-            for kind in (Likelihood, FirstWord, Answer):
+            for kind in (Likelihood, Continuation, FirstWord, Answer):
                 chosen = sorted((r for r in rows if isinstance(r.request, kind)), key=lambda row: len(row.ids))
                 answer = self._generate if kind is Answer else self._log_probabilities
                 for batch, answers in self._in_batches(chosen, lambda batch, do=answer, kept=caches: do(batch, kept)):
@@ -127,7 +135,7 @@ class Engine:
                 yield [row for image in some for row in groups[before, image]], caches
 
     def _tokens(self, index: int, request: Request) -> _Row:
-        answer = request.answer if isinstance(request, Likelihood) else "?"
+        answer = request.answer if isinstance(request, (Likelihood, Continuation)) else "?"
         turns = [
             {"from": "human", "value": f"{self._marker}\n{request.prompt}"},
             {"from": "gpt", "value": answer},
@@ -137,7 +145,7 @@ class Engine:
         image = ids.index(IMAGE_TOKEN_INDEX)
         if ids.count(IMAGE_TOKEN_INDEX) != 1:
             raise ValueError(f"The prompt {request.prompt!r} holds an image token of its own.")
-        if not isinstance(request, Likelihood):
+        if not isinstance(request, (Likelihood, Continuation)):
             ids = ids[: next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)]
             labels = labels[: len(ids)]
         return _Row(index, request, tuple(ids[:image]), ids[image + 1 :], labels[image + 1 :])
@@ -145,12 +153,13 @@ class Engine:
     def _read(self, before: tuple[int, ...], images: list[str]) -> _Caches:
         model = self.model
         processor = model.get_vision_tower().image_processor
-        pictures = [_open(path) for path in images]
+        pictures = [self.open_image(name) for name in images]
         pixels = torch.stack([self._process_images([picture], processor, model.config)[0] for picture in pictures])
-        ids = torch.tensor([[*before, IMAGE_TOKEN_INDEX]] * len(images), device=model.device)
+        # One token more, which is taken off again: a sequence of one is a decoding step for LLaVA, and left as it is.
+        ids = torch.tensor([[*before, IMAGE_TOKEN_INDEX, 0]] * len(images), device=model.device)
         sizes = [picture.size for picture in pictures]
         merge = model.prepare_inputs_labels_for_multimodal
-        embeds = merge(ids, None, None, None, None, pixels.to(model.device, model.dtype), sizes)[4]
+        embeds = merge(ids, None, None, None, None, pixels.to(model.device, model.dtype), sizes)[4][:, :-1]
         outputs = model.get_model()(inputs_embeds=embeds, use_cache=True)
         numbers = {image: number for number, image in enumerate(images)}
         return _Caches(compat.read_cache(outputs.past_key_values), numbers, embeds.shape[1])
@@ -178,9 +187,9 @@ class Engine:
         )
         return outputs.last_hidden_state, outputs.past_key_values, lengths
 
-    def _log_probabilities(self, rows: list[_Row], caches: _Caches) -> list[float | list[float]]:
+    def _log_probabilities(self, rows: list[_Row], caches: _Caches) -> list[Any]:
         hidden, _, lengths = self._forward(rows, caches)
-        responses: list[float | list[float]] = []
+        responses: list[Any] = []
         if isinstance(rows[0].request, FirstWord):
             last = hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
             log_probs = self._head(last)
@@ -191,7 +200,11 @@ class Engine:
             places = [place for place, label in enumerate(row.labels) if label != IGNORE_INDEX]
             log_probs = self._head(states[[place - 1 for place in places]])
             targets = torch.tensor([row.labels[place] for place in places], device=hidden.device)
-            responses.append(float(log_probs.gather(1, targets[:, None]).mean()))
+            chosen = log_probs.gather(1, targets[:, None])
+            if isinstance(row.request, Continuation):
+                responses.append((float(chosen.sum()), bool((log_probs.argmax(dim=1) == targets).all())))
+            else:
+                responses.append(float(chosen.mean()))
         return responses
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,16 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """Answered by (the log-probability of `answer`, its end token included, in nats; whether it is what would be
+    decoded greedily)."""
+
+    image: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class FirstWord:
     """Which of `words` would an answer begin with? Answered by the log-probability of the first token of each."""
 
@@ -32,4 +42,4 @@ class Answer:
     max_new_tokens: int = 64
 
 
-Request = Likelihood | FirstWord | Answer
+Request = Likelihood | Continuation | FirstWord | Answer

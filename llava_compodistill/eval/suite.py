@@ -66,6 +66,26 @@ BENCHMARKS = {
 PAPER_MODELS = ("teacher LLaVA-4B", "SFT 2B", "CompoDistill-2B")
 
 
+#: Conversation template of a model type, where none is given.
+TEMPLATES = {"llava_qwen2": "qwen_1_5", "llava_llama": "v1", "llava": "v1", "llava_mistral": "mistral_instruct"}
+
+
+def template_of(model_path: str) -> str:
+    """What a checkpoint's type asks for.
+
+    Raises:
+        DataError: when its type is not known.
+    """
+    path = Path(model_path) / "config.json"
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError):
+        raise formats.DataError(
+            f"{path} does not tell the model's type: name the conversation template with --conv-mode."
+        ) from None
+    return TEMPLATES.get(kind, "v1")
+
+
 def protocol_for(benchmark: Benchmark, wanted: str | None) -> str:
     """The protocol to use: the one wanted where the benchmark has it.
 

@@ -27,6 +27,11 @@ PINS_LLAVA=(transformers==4.37.2 accelerate==0.30.1 peft==0.9.0 deepspeed==0.19.
 # What CUDA builds of TORCH_PIN ask for. Only the tests need it elsewhere.
 # shellcheck disable=SC2034
 TRITON_PIN="triton==3.7.1"
+# lmms-eval asks for torchvision and much else that its core does without; these are what it imports.
+# shellcheck disable=SC2034
+LMMS_PIN="lmms_eval==0.7.3"
+# shellcheck disable=SC2034
+LMMS_NEEDS=(datasets==5.2.0 evaluate sacrebleu loguru tenacity pytz)
 
 say() { echo "== $*" >&2; }
 

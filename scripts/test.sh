@@ -30,6 +30,10 @@ setup_env "$ROOT/.venv" "${PINS_CURRENT[@]}"
 # Triton's kernels are tested in its interpreter and compiled, both without a GPU. CUDA builds of torch bring Triton
 # along; for others it is a wheel of 200 MB for Linux, and those tests are skipped where it cannot be had.
 "$ROOT/.venv/bin/python" -m pip install -qq --no-deps "$TRITON_PIN" || say "no $TRITON_PIN here: its tests are skipped"
+{
+    "$ROOT/.venv/bin/python" -m pip install -qq "${LMMS_NEEDS[@]}" &&
+        "$ROOT/.venv/bin/python" -m pip install -qq --no-deps "$LMMS_PIN"
+} || say "no $LMMS_PIN here: its tests are skipped"
 [[ " ${TEST_ENVS[*]} " != *" .venv-llava "* ]] || setup_env "$ROOT/.venv-llava" "${PINS_LLAVA[@]}"
 say "environments ready after $((SECONDS - STARTED)) s"
 

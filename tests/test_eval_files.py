@@ -259,3 +259,43 @@ def test_what_the_hub_refuses_is_explained_and_leaves_nothing_half_written(hub, 
     fetch("sugarcrepe", tmp_path)  # is there already
     with pytest.raises(DataError, match=r"pip install 'llava-compodistill\[eval\]'"):
         fetch("bivlc", tmp_path)
+
+
+def test_the_datasets_package_itself(tmp_path, monkeypatch):
+    """Repositories that lie in this folder under the hub's names: what `datasets` makes of real files."""
+    datasets = pytest.importorskip("datasets", reason="the datasets package is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def repository(name, rows, images):
+        kinds = {
+            key: datasets.Image() if key in images else datasets.Sequence(datasets.Value("string"))
+            if isinstance(value, list) else datasets.Value("int64" if isinstance(value, int) else "string")
+            for key, value in rows[0].items()
+        }  # fmt: skip
+        columns = {key: [row[key] for row in rows] for key in rows[0]}
+        (tmp_path / name / "data").mkdir(parents=True)
+        made = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+        made.to_parquet(tmp_path / name / "data" / "test-00000-of-00001.parquet")
+
+    pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    both = {"caption": "a", "negative_caption": "b", "type": "swap", "subtype": "obj"}
+    repository(
+        "imirandam/BiVLC", [{**both, "image": pictures[0], "negative_image": pictures[1]}], ("image", "negative_image")
+    )
+    four = {"caption_0": "a b", "caption_1": "b a", "tag": "Object", "image_0": pictures[0], "image_1": pictures[1]}
+    repository("facebook/winoground", [{"id": n, **four} for n in range(2)], ("image_0", "image_1"))
+    for subset in formats.SUGARCREPE:
+        repository(
+            f"HuggingFaceM4/SugarCrepe_{subset}",
+            [{"image": pictures[0], "tested_labels": ["true", "false"]}],
+            ("image",),
+        )
+    for name, count in (("bivlc", 1), ("winoground", 2), ("sugarcrepe", 7)):
+        fetch(name, tmp_path / "eval")
+        items = LOADERS[name](tmp_path / "eval")
+        assert len(items) == count
+    first = formats.bivlc(tmp_path / "eval")[0]
+    assert [Image.open(image).getpixel((0, 0)) for image in first.images] == [(255, 0, 0), (0, 0, 255)]
+    assert formats.sugarcrepe(tmp_path / "eval")[0].captions == ("true", "false")

@@ -152,6 +152,20 @@ def test_two_processes_give_the_records_of_one(place):
         assert np.allclose(record["scores"], found[key]["scores"], atol=1e-4)
 
 
+def test_every_gpu_gets_a_process(monkeypatch):
+    import torch
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert shares.devices(None, None) == [None] and shares.devices("cpu", 3) == [None] * 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert shares.devices(None, None) == shares.devices("cuda", None) == ["0", "1"]
+    assert shares.devices("cuda:1", None) == ["1"] and shares.devices("cpu", None) == [None]
+    assert shares.devices(None, 3) == ["0", "1", "0"] and shares.devices(None, 1) == ["0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
+    assert shares.devices(None, None) == ["6", "7"] and shares.devices("cuda:1", None) == ["7"]
+
+
 def test_a_failing_process_stops_the_others_and_is_named(place, capfd):
     flags = [*place["flags"], "--protocol", "likelihood", "--benchmarks", "winoground", "--processes", "2"]
     assert main([*flags, "--output", str(place["root"] / "failing"), "--conv-mode", "no_such_template"]) == 2

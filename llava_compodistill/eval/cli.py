@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in theirs:
         console.rule(LLAVA_BENCHMARKS[name].title)
         options = {"conv_mode": args.conv_mode, "model_base": args.model_base, "overwrite": args.overwrite}
-        options["model_name"] = args.name
+        options |= {"model_name": args.name, "devices": shares.devices(args.device, args.processes)}
         try:
             summaries.append(run_llava_benchmark(name, args.model_path, args.data_root, folder(args), **options))
         except DataError as error:
@@ -117,10 +116,7 @@ def prepare(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Run], 
 
 
 def own_benchmarks(args: argparse.Namespace, argv: list[str], runs: Sequence[Run]) -> list[dict[str, Any]]:
-    import torch
-
-    cards = torch.cuda.device_count() if args.device in (None, "cuda") else 0
-    processes = args.processes or cards or 1
+    devices = shares.devices(args.device, args.processes)
     engine, summaries = None, []
     for run in runs:
         left = run.begin(args.overwrite)
@@ -131,8 +127,8 @@ def own_benchmarks(args: argparse.Namespace, argv: list[str], runs: Sequence[Run
             def advance(count: int, bar=bar, bars=bars) -> None:
                 bars.advance(bar, count)
 
-            if left and processes > 1:
-                ask_in_processes(run, argv, processes, cards, advance)
+            if left and len(devices) > 1:
+                ask_in_processes(run, argv, devices, advance)
                 run.begin()  # joins the shares
             elif left:
                 engine = engine or load(args)
@@ -144,19 +140,19 @@ def own_benchmarks(args: argparse.Namespace, argv: list[str], runs: Sequence[Run
     return summaries
 
 
-def ask_in_processes(run: Run, argv: list[str], processes: int, cards: int, progress: Callable[[int], None]) -> None:
-    """This command again, once a process, for one benchmark and a share of its items."""
+def ask_in_processes(
+    run: Run, argv: list[str], devices: Sequence[str | None], progress: Callable[[int], None]
+) -> None:
+    """This command again, once a device, for one benchmark and a share of its items."""
     flags = ["-m", "llava_compodistill.cli", "eval", *argv, "--benchmarks", run.benchmark.name]
     flags = [flag for flag in flags if flag != "--overwrite"]
     if run.protocol in run.benchmark.protocols and run.protocol != "answer":
         flags += ["--protocol", run.protocol]
-    commands = [[*flags, "--processes", "1", "--share", f"{number}/{processes}"] for number in range(processes)]
-    paths = [shares.share_path(run.path, number, processes) for number in range(processes)]
-    devices: list[str | None] = [None] * processes
-    if cards:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(number) for number in range(cards)]
-        devices = [names[number % len(names)] for number in range(processes)]
+    if devices[0] is not None:
+        flags += ["--device", "cuda"]  # the one that it sees
+    count = len(devices)
+    commands = [[*flags, "--processes", "1", "--share", f"{number}/{count}"] for number in range(count)]
+    paths = [shares.share_path(run.path, number, count) for number in range(count)]
     shares.run_processes(commands, devices, lambda: shares.lines_in(paths), progress)
 
 

@@ -128,9 +128,13 @@ def run_llava_benchmark(
     conv_mode: str,
     model_base: str | None = None,
     model_name: str | None = None,
+    devices: Sequence[str | None] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Run scripts/eval/NAME.sh, which asks LLaVA's module and ends with `summarize`; returns the summary.
+
+    Args:
+        devices: CUDA_VISIBLE_DEVICES of each process, None for the CPU; none leave it to the script.
 
     Raises:
         DataError: when the script fails.
@@ -138,6 +142,8 @@ def run_llava_benchmark(
     settings = {"EVAL_DATA": str(data), "CONV_MODE": conv_mode, "PYTHON": sys.executable, "OUTPUT": str(output)}
     settings |= {"OVERWRITE": str(int(overwrite)), "TABLE": "0", "MODEL_BASE": model_base or ""}
     settings |= {"MODEL_NAME": model_name or ""}
+    if devices:
+        settings["CUDA_VISIBLE_DEVICES"] = ",".join("-1" if name is None else name for name in devices)
     command = ["bash", str(folder("scripts") / "eval" / f"{name}.sh"), model_path]
     path = output / f"{name}.json"
     path.unlink(missing_ok=True)

@@ -19,6 +19,26 @@ from pathlib import Path
 from .records import RecordFile, RecordsError
 
 
+def devices(device: str | None, processes: int | None) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each process: one a GPU, or as many as are asked for; None where there is no GPU.
+
+    Args:
+        device: --device; None and "cuda" take every GPU, "cuda:1" that one, "cpu" none.
+        processes: --processes.
+    """
+    import torch
+
+    cards: list[str | None] = []
+    if device != "cpu":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        cards = list(visible.split(",")) if visible else [str(n) for n in range(torch.cuda.device_count())]
+        cards = cards[: torch.cuda.device_count()]
+        if device and ":" in device:
+            cards = cards[int(device.split(":")[1]) :][:1]
+    cards = cards or [None]
+    return [cards[number % len(cards)] for number in range(processes or len(cards))]
+
+
 def share_path(path: Path, number: int, count: int) -> Path:
     """Where share `number` of `count` keeps its records: NAME.share-0-of-2.jsonl beside NAME.jsonl."""
     return path.with_name(f"{path.stem}.share-{number}-of-{count}{path.suffix}")

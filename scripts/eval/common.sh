@@ -10,7 +10,7 @@
 #   OVERWRITE      1 asks again what this checkpoint has answered: 0
 #   OUTPUT         folder of records and summaries: CKPT/eval
 #   PYTHON         the interpreter: python
-# Every GPU in CUDA_VISIBLE_DEVICES answers a share of the questions, as in LLaVA's scripts.
+# Every GPU in CUDA_VISIBLE_DEVICES (every GPU there is, where that is not set) answers a share of the questions.
 
 set -euo pipefail
 
@@ -43,13 +43,19 @@ trap 'kill ${PIDS[@]+"${PIDS[@]}"} 2>/dev/null || true' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+every_gpu() { # 0,1,…; 0 where there is none
+    local found
+    found=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -) || true
+    echo "${found:-0}"
+}
+
 # ask QUESTIONS IMAGES ANSWERS: LLaVA's model_vqa_loader over all GPUs, for the questions that are not answered yet; the
 # shares are joined in ANSWERS, a .jsonl.
 ask() {
     local questions=$1 images=$2 answers=$3 index gpus plan left shares
     need "$questions" "$EVALUATION_MD"
     need "$images" "$EVALUATION_MD"
-    IFS=',' read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-0}"
+    IFS=',' read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$(every_gpu)}"
     plan=$("$PYTHON" -m llava_compodistill.eval.llava_answers begin \
         --questions "$questions" --answers "$answers" --gpus "${#gpus[@]}" --overwrite "${OVERWRITE:-0}" \
         --model "$CKPT" --model-base "${MODEL_BASE:-}" --template "$CONV_MODE" \

@@ -63,7 +63,9 @@ def test_missing_images_are_counted_and_named(data, world):
         data / "winoground" / "examples.jsonl",
         lambda entries: [{**entries[0], "image_0": hidden[0].name}, *entries[1:]],
     )
-    with pytest.raises(DataError, match=rf"winoground: 1 of {2 * len(items)} images are missing \(.*hidden.png\)"):
+    with pytest.raises(
+        DataError, match=rf"winoground: 1 of {2 * len(items)} images are missing \(.*hidden.png of .*line 1\)"
+    ):
         formats.winoground(data)
 
 
@@ -87,6 +89,12 @@ def test_wrong_fields_are_named_with_their_line(data, name, file, change, messag
     rewrite(data / name / file, second)
     with pytest.raises(DataError, match=message):
         LOADERS[name](data)
+
+
+def test_ids_that_stand_twice_are_named(data):
+    rewrite(data / "sade" / "sade.jsonl", lambda entries: [*entries[:3], {**entries[3], "id": entries[1]["id"]}])
+    with pytest.raises(DataError, match=r"sade.jsonl, line 4: the id '1' is that of .*sade.jsonl, line 2 already"):
+        formats.sade(data)
 
 
 def test_broken_files_are_named(data):
@@ -170,12 +178,17 @@ def test_records_of_another_run_are_not_mixed(tmp_path):
         RecordFile(path, RUN, IDS)
 
 
-def test_one_process_writes_at_a_time(tmp_path):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_one_process_writes_at_a_time(tmp_path, overwrite):
     path = tmp_path / "r.jsonl"
-    with RecordFile(path, RUN, IDS):
+    with RecordFile(path, RUN, IDS) as records:
+        records._file.write('{"id": "one", "te')  # in the middle of a line
+        records._file.flush()
         with pytest.raises(RecordsError, match="another process is writing"):
-            RecordFile(path, RUN, IDS)
-    RecordFile(path, RUN, IDS).close()
+            RecordFile(path, RUN, IDS, overwrite=overwrite)
+        records._file.write('xt": "y"}\n')
+    with RecordFile(path, RUN, IDS) as records:
+        assert records.done["one"]["text"] == "y" and not records.cut
 
 
 def test_other_line_separators_are_part_of_a_text(tmp_path):
@@ -185,11 +198,6 @@ def test_other_line_separators_are_part_of_a_text(tmp_path):
     with RecordFile(path, RUN, IDS) as records:
         assert records.done["one"]["text"] == "a\u2028b\u0085c" and not records.cut
     assert read_records(path)[0]["text"] == "a\u2028b\u0085c"
-
-
-def test_repeated_ids_of_items(tmp_path):
-    with pytest.raises(RecordsError, match="the id 'one' stands for several"):
-        RecordFile(tmp_path / "r.jsonl", RUN, ["one", "two", "one"])
 
 
 def test_the_fingerprint_knows_what_is_asked_and_not_where_it_lies(data, world, tmp_path):

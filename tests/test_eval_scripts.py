@@ -83,7 +83,10 @@ def test_answers_of_another_run_are_kept(checkout):
     path = checkout / EVAL / "pope" / "answers" / "llava-student.jsonl"
     passed(script(checkout, "pope"))
     before = path.read_bytes()
+    summary = checkout / "checkpoints" / "llava-student" / "eval" / "pope.json"
+    assert summary.is_file()
     done = script(checkout, "pope", CONV_MODE="qwen_1_5")
+    assert summary.is_file()
     assert done.returncode == 2 and "its template is 'qwen_qa', not 'qwen_1_5'" in done.stderr
     assert path.read_bytes() == before
     passed(script(checkout, "pope", CONV_MODE="qwen_1_5", MODEL_NAME="other"))
@@ -98,7 +101,7 @@ def test_shares_give_the_answers_of_one(checkout):
     passed(script(checkout, "pope", model="llava-teacher"))
     whole = answers(path)
     printed = passed(script(checkout, "pope", model="llava-teacher", CUDA_VISIBLE_DEVICES="0,1", OVERWRITE="1"))
-    assert f"{len(whole)} questions to ask, in 2 process(es)" in printed
+    assert f"{len(whole)} questions to ask under the template qwen_qa, in 2 process(es)" in printed
     assert answers(path) == whole
 
 
@@ -157,6 +160,11 @@ def test_official_scorers_are_called_where_the_user_has_put_them(checkout):
     root = checkout / EVAL
     (root / "gqa" / "data" / "eval.py").write_text("import sys; print('official', sys.argv[1:])")
     assert "official ['--tier', 'testdev_balanced']" in passed(script(checkout, "gqa"))
+    # One that fails does not take what is counted from the records along.
+    (root / "gqa" / "data" / "eval.py").write_text("import sys; sys.exit('no scene graphs')")
+    assert "The scorer failed (status 1)" in passed(script(checkout, "gqa"))
+    summary = json.loads((checkout / "checkpoints" / "llava-student" / "eval" / "gqa.json").read_text())
+    assert summary["value"] is not None and "The scorer failed" in summary["note"]
     predictions = json.loads((root / "gqa" / "data" / "testdev_balanced_predictions.json").read_text())
     assert {"questionId", "prediction"} == set(predictions[0]) and len(predictions) == 61
     assert "are not in" in passed(script(checkout, "mme"))
@@ -173,6 +181,16 @@ def test_official_scorers_are_called_where_the_user_has_put_them(checkout):
     converter.write_text("import sys; print('LLaVA', sys.argv[1::2])")
     assert "LLaVA ['--src', '--dst']" in passed(script(checkout, "gqa"))
     converter.unlink()
+
+
+def test_an_own_one_is_asked_again_and_under_the_template_of_the_model_s_type(checkout):
+    printed = passed(script(checkout, "winoground", "--output", "again", "--device", "cpu", CONV_MODE=""))
+    assert "a second)" in printed
+    assert json.loads((checkout / "again" / "winoground.json").read_text())["template"] == "qwen_1_5"
+    printed = passed(
+        script(checkout, "winoground", "--output", "again", "--device", "cpu", CONV_MODE="", OVERWRITE="1")
+    )
+    assert "a second)" in printed and "answered before" not in printed
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -219,5 +237,22 @@ def test_bad_input(checkout, tmp_path):
     assert "usage: bash scripts/eval/pope.sh CKPT" in run("scripts/eval/pope.sh").stderr
     done = run("scripts/eval/pope.sh", "checkpoints/nothing")
     assert done.returncode == 2 and "checkpoint not found: checkpoints/nothing" in done.stderr
+    done = run("scripts/eval/pope.sh", "checkpoints/llava-teacher", "--overwrite")
+    assert done.returncode == 2 and "unknown: --overwrite. Settings" in done.stderr
+    lock = checkout / EVAL / "pope" / "answers" / "llava-teacher.jsonl.lock"
+    with subprocess.Popen(["flock", str(lock), "sleep", "30"]) as holder:
+        until = time.monotonic() + 20
+        while subprocess.run(["flock", "-n", str(lock), "true"]).returncode == 0 and time.monotonic() < until:
+            time.sleep(0.05)
+        done = run("scripts/eval/pope.sh", "checkpoints/llava-teacher", CONV_MODE="qwen_qa")
+        holder.terminate()
+    assert done.returncode == 2 and "another process is answering" in done.stderr
+    link = checkout / "python"  # as PYTHON=.venv/bin/python
+    link.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    link.chmod(0o755)
+    done = run(
+        "scripts/eval/mme.sh", "checkpoints/llava-student", CONV_MODE="qwen_qa", PYTHON="./python", MAX_NEW_TOKENS="4"
+    )
+    assert done.returncode == 0, done.stderr
     done = run("scripts/eval/textvqa.sh", "checkpoints/llava-teacher", EVAL_DATA=str(tmp_path))
     assert done.returncode == 2 and "TextVQA_0.5.1_val.json is missing: see LLaVA's docs/Evaluation.md" in done.stderr

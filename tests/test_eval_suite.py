@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from llava_compodistill.eval import llava_suite, protocols, shares
 from llava_compodistill.eval.formats import Item
 from llava_compodistill.eval.requests import Answer, FirstWord, Likelihood
 from llava_compodistill.eval.suite import BENCHMARKS, PAPER_MODELS, Run
-from llava_compodistill.eval.summaries import table
+from llava_compodistill.eval.summaries import show, table
 from llava_compodistill.miniature import weights
 from llava_compodistill.miniature.benchmarks import write_benchmarks
 from llava_compodistill.miniature.language import CAPTION_PROMPT
@@ -96,7 +97,7 @@ def test_another_protocol_does_not_go_on_with_these_records(place, capsys):
     flags = [*place["flags"], "--output", str(output), "--benchmarks", "winoground"]
     assert main([*flags, "--protocol", "likelihood"]) == 0
     assert main([*flags, "--protocol", "yes"]) == 2
-    assert "its protocol is 'likelihood', not 'yes'" in capsys.readouterr().err
+    assert "its protocol is 'likelihood', not 'yes'" in " ".join(capsys.readouterr().out.split())
     assert main([*flags, "--protocol", "yes", "--overwrite"]) == 0
 
 
@@ -106,8 +107,43 @@ def test_a_checkpoint_that_was_trained_again_is_asked_again(place, capsys):
     assert main(flags) == 0
     os.utime(config, (config.stat().st_mtime + 60,) * 2)
     assert main(flags) == 2
-    assert "its weights is" in capsys.readouterr().err
+    assert "its weights is" in " ".join(capsys.readouterr().out.split())
     assert main([*flags, "--overwrite"]) == 0
+
+
+def test_a_path_is_the_same_however_it_is_written_and_another_base_is_not(place, capsys, monkeypatch):
+    output = place["root"] / "written"
+    flags = [*place["flags"], "--output", str(output), "--benchmarks", "winoground", "--protocol", "likelihood"]
+    assert main(flags) == 0
+    monkeypatch.chdir(place["root"])
+    number = flags.index("--model-path") + 1
+    assert main([*flags[:number], "models/llava-teacher/", *flags[number + 1 :]]) == 0
+    assert "answered before" in capsys.readouterr().out
+    assert main([*flags, "--model-base", "other"]) == 2
+    assert "its model_base is None, not 'other'" in " ".join(capsys.readouterr().out.split())
+    assert main([*flags, "--dtype", "bfloat16"]) == 2
+    assert "its dtype is 'float32', not 'bfloat16'" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_benchmark_that_is_wrong_is_said_and_the_others_run(place, world, tmp_path, capsys):
+    """Not like one that nobody has got, which is left out of `all`."""
+    write_benchmarks(world["data"], tmp_path)
+    for name in ("bivlc", "sugarcrepe", "reefknot", "gqa", "vqav2", "vizwiz", "textvqa", "MME"):
+        shutil.rmtree(tmp_path / name)
+    lines = (tmp_path / "winoground" / "examples.jsonl").read_text().splitlines()
+    (tmp_path / "winoground" / "examples.jsonl").write_text("\n".join([lines[0], *lines]) + "\n")
+    (tmp_path / "pope" / "llava_pope_test.jsonl").write_text('{"question_id": 1, "image": "no.png", "text": "?"}')
+    kept = [line for line in (tmp_path / "sade" / "sade.jsonl").read_text().splitlines() if '"negate"' in line]
+    (tmp_path / "sade" / "sade.jsonl").write_text("\n".join(kept) + "\n")
+    flags = [*place["flags"], "--data-root", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main([*flags, "--protocol", "likelihood"]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("left out:") == 8 and printed.count("error:") == 4  # before, and again at the end
+    assert "examples.jsonl, line 2: the id '0' is that of" in printed
+    assert "llava_pope_test.jsonl, line 1: its image" in printed and "no.png is missing" in printed
+    assert set(summaries(tmp_path / "out")) == {"sade", "rbench"}
+    # SADE with one category of six is not SADE.
+    assert "macro of a part" in printed and "nothing of comprehensive, relation, attribute, atomic, content" in printed
 
 
 def test_missing_data_is_said_before_the_model_is_loaded(place, capsys, tmp_path):
@@ -168,8 +204,8 @@ def test_every_gpu_gets_a_process(monkeypatch):
 
 def test_a_failing_process_stops_the_others_and_is_named(place, capfd):
     flags = [*place["flags"], "--protocol", "likelihood", "--benchmarks", "winoground", "--processes", "2"]
-    assert main([*flags, "--output", str(place["root"] / "failing"), "--conv-mode", "no_such_template"]) == 2
-    assert "of 2 failed; what was answered is kept" in capfd.readouterr().err
+    assert main([*flags, "--output", str(place["root"] / "failing"), "--conv-mode", "no_such_template"]) == 1
+    assert "of 2 failed; what was answered is kept" in " ".join(capfd.readouterr().out.split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,7 +250,7 @@ def run_oracle(world, tmp_path, name, protocol, decide):
     write_benchmarks(world["data"], tmp_path / "data")
     benchmark = BENCHMARKS[name]
     items = benchmark.load(tmp_path / "data")
-    run = Run(benchmark, items, "oracle", "v1", tmp_path / "out", protocol)
+    run = Run(benchmark, items, {"model": "oracle"}, tmp_path / "out", protocol)
     run.ask(Oracle(items, decide), run.begin(), run.path)
     return run.finish()
 
@@ -310,7 +346,7 @@ def test_averages_are_the_papers_or_not_there():
     def summary(name, value):
         benchmark = BENCHMARKS.get(name) or llava_suite.LLAVA_BENCHMARKS[name]
         paper = dict(zip(PAPER_MODELS, benchmark.paper, strict=True)) if benchmark.paper else {}
-        return {"benchmark": name, "headline": "x", "protocol": "y", "value": value, "paper": paper}
+        return {"benchmark": name, "headline": "x", "protocol": "y", "value": value, "paper": paper, "figures": {}}
 
     def printed(names, value=50.0):
         console = Console(width=100, record=True, file=io.StringIO())
@@ -323,4 +359,9 @@ def test_averages_are_the_papers_or_not_there():
     # As the paper prints them: 62.6, 54.9, 61.9 (62.0 of its rounded figures) and 70.3, 60.7, 66.7
     assert rows["VQA average"][-4:] == ["50.0", "62.6", "54.9", "62.0"]
     assert rows["CR average"][-4:] == ["50.0", "70.3", "60.7", "66.7"]
+    part = [summary(name, 50.0) | {"figures": {"missing": ["x"]}, "note": "said below"} for name in reasoning]
+    console = Console(width=100, record=True, file=io.StringIO())
+    show(part, "model", console)
+    text = console.export_text()
+    assert "CR average" not in text and "x of a part" in text and "SADE: said below" in text
     assert "CR average" not in printed(reasoning[:3]) and "VQA average" not in printed(answering, None)

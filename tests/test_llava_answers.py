@@ -108,6 +108,14 @@ def test_wrong_questions_are_named(tmp_path):
     path = lines(tmp_path / "q.jsonl", [{"question_id": 1, "image": "x.png", "question": "Why?"}])
     with pytest.raises(RecordsError, match="q.jsonl, line 1: has no 'text', only question_id, image, question"):
         begin(path, tmp_path / "a.jsonl", ABOUT)
+    path.write_text('{"question_id": 1, "image": "x.png", "text": "a"}\n{"question_id": 2, "image"')
+    with pytest.raises(RecordsError, match="q.jsonl, line 2: no JSON object"):
+        begin(path, tmp_path / "a.jsonl", ABOUT)
+    path.write_text('{"question_id": 1, "image": "x.png", "text": "a"}\n{"question_id": 2, "image": "y", "text": "b"}')
+    assert begin(path, tmp_path / "a.jsonl", ABOUT) == 2  # without a line break at the end
+    (tmp_path / "x.png").touch()
+    with pytest.raises(RecordsError, match=r"q.jsonl, line 2: its image .*y is missing"):
+        begin(path, tmp_path / "b.jsonl", ABOUT, images=tmp_path)
     path.write_text("")
     with pytest.raises(RecordsError, match="holds no questions"):
         begin(path, tmp_path / "a.jsonl", ABOUT)
@@ -127,8 +135,14 @@ def test_there_are_as_many_shares_as_llava_can_cut():
 
 def test_the_command_prints_what_the_script_reads(questions, tmp_path, capsys):
     flags = ["--questions", str(questions), "--answers", str(tmp_path / "a.jsonl"), "--gpus", "4"]
-    assert main(["begin", *flags]) == 0
-    assert capsys.readouterr().out == "5 3\n"
+    assert main(["begin", *flags, "--template", "v1"]) == 0
+    assert capsys.readouterr().out == "5 3 v1\n"
+    (tmp_path / "model").mkdir()
+    assert main(["begin", *flags, "--model", str(tmp_path / "model")]) == 2
+    assert "does not tell the model's type" in capsys.readouterr().err
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llava_mistral"}')
+    assert main(["begin", *flags, "--model", str(tmp_path / "model"), "--overwrite", "1"]) == 0
+    assert capsys.readouterr().out == "5 3 mistral_instruct\n"
     assert main(["join", *flags]) == 2
     assert "5 of 5 questions have no answer" in capsys.readouterr().err
 

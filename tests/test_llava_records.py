@@ -169,6 +169,30 @@ def test_an_empty_answer_that_pope_takes_for_a_yes_is_wrong_here_and_said(data, 
     assert "printed f1 66.70; counted from the records it is 0.00" in summary["note"]
 
 
+def test_an_empty_answer_is_never_right(tmp_path):
+    """LLaVA's processor takes articles away: nothing would be what ten people answered."""
+    folder = tmp_path / "textvqa"
+    folder.mkdir()
+    labels = {"data": [{"image_id": "i", "question": "Which letter?", "answers": ["a"] * 10}]}
+    (folder / "TextVQA_0.5.1_val.json").write_text(json.dumps(labels))
+    for text in ("", "A", "the"):
+        (record,) = llava_records.textvqa(
+            tmp_path, [{"question_id": "i", "prompt": "Which letter?\nShort.", "text": text}]
+        )
+        assert record["value"] == 0.0
+
+
+def test_a_scorer_that_fails_is_no_end_where_records_count(data, world, tmp_path, monkeypatch, capsys):
+    answers = answered(data, "gqa", sheet(data, "gqa", lambda text: text), tmp_path)
+    flags = ["gqa", "--answers", str(answers), "--output", str(tmp_path / "out")]
+    said = "The scorer failed (status 1), see above; what is counted from the records stands.\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    assert main([*flags, "--data-root", str(data)]) == 0
+    assert "GQA: The scorer failed" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    assert main([*flags, "--data-root", str(tmp_path)]) == 1  # no labels there
+
+
 def test_without_labels_there_are_records_and_a_note(data, tmp_path):
     answers = answered(data, "vizwiz", sheet(data, "vizwiz", lambda text: "red"), tmp_path)
     summary = summarize("vizwiz", answers, data, tmp_path, "No score yet: upload\nx.json.\n")

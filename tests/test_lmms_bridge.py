@@ -116,10 +116,12 @@ def test_likelihoods_and_what_it_does_not_do(place, model):
     asked = [Instance(q["text"], answer, visual, n, "t", "test")
              for n, q in enumerate(questions[:8]) for answer in ("Yes", "No")]  # fmt: skip
     found = model.loglikelihood(asked)
-    picked = [("Yes", "No")[found[2 * n + 1][0] > found[2 * n][0]] for n in range(8)]
+    # Losses: lmms-eval takes the smallest.
+    picked = [("Yes", "No")[found[2 * n + 1][0] < found[2 * n][0]] for n in range(8)]
     assert sum(p == q["answer"] for p, q in zip(picked, questions, strict=False)) >= 7
+    assert all(value > 0 for value, _ in found)
     # What is decoded greedily is what is likelier.
-    assert all(greedy == (value == max(found[n - n % 2][0], found[n - n % 2 + 1][0]))
+    assert all(greedy == (value == min(found[n - n % 2][0], found[n - n % 2 + 1][0]))
                for n, (value, greedy) in enumerate(found))  # fmt: skip
     two = Instance("<image>\nx", {"max_new_tokens": 2}, lambda doc: visual(doc) * 2, 0, "t", "test")
     with pytest.raises(ValueError, match="t/test/0: llava_compodistill reads one image a question, this has 2"):

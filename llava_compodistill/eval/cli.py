@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import protocols, shares
-from .formats import DataError
+from .formats import DataError, MissingData
 from .hub import ON_HUB, fetch
 from .llava_suite import LLAVA_BENCHMARKS, check, run_llava_benchmark
-from .records import read_records
+from .records import RecordsError, made_with, read_records
 from .suite import BENCHMARKS, Run, template_of
 from .summaries import EVERY, show
 
@@ -61,29 +62,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         console.print(f"--benchmarks {args.benchmarks}: unknown {', '.join(unknown)}; there are {', '.join(EVERY)}.")
         return 2
+    args.devices = shares.devices(args.device, args.processes)
+    args.dtype = shares.number_format(args.devices, args.dtype)
     # Everything is read and checked before a model is: a missing image shows now, not after hours.
-    runs, theirs, left_out = prepare(args, names)
-    if left_out and args.benchmarks != "all":
-        console.print(left_out[0], markup=False)
-        return 2
-    for text in left_out:
-        console.print(f"left out: {text}", markup=False)
+    plan = prepare(args, names)
     if args.share:
-        return ask_share(args, runs)
-    if not runs and not theirs:
+        return ask_share(args, plan)
+    for text in plan.absent:
+        console.print(f"left out: {text}", markup=False, soft_wrap=True)
+    for text in plan.wrong:
+        console.print(f"error: {text}", markup=False, soft_wrap=True)
+    if args.benchmarks != "all" and (plan.absent or plan.wrong) or not (plan.runs or plan.theirs):
         return 2
-    summaries, failed = own_benchmarks(args, argv, runs), False
-    for name in theirs:
-        console.rule(LLAVA_BENCHMARKS[name].title)
-        options = {"conv_mode": args.conv_mode, "model_base": args.model_base, "overwrite": args.overwrite}
-        options |= {"model_name": args.name, "devices": shares.devices(args.device, args.processes)}
+    summaries = own_benchmarks(args, argv, plan)
+    for name in plan.theirs:
+        console.rule(EVERY[name].title)
+        options = {"conv_mode": args.conv_mode, "model_base": args.model_base, "model_name": args.name}
+        options |= {"devices": args.devices, "overwrite": args.overwrite}
         try:
             summaries.append(run_llava_benchmark(name, args.model_path, args.data_root, folder(args), **options))
         except DataError as error:
-            failed = True
-            console.print(str(error), markup=False)
-    show(summaries, Path(args.model_path).name, console)
-    return int(failed)
+            plan.failed(name, error)
+    if summaries:
+        show(summaries, Path(args.model_path).name, console)
+    for text in plan.wrong:
+        console.print(f"error: {text}", markup=False, soft_wrap=True)
+    return int(bool(plan.wrong))
 
 
 def folder(args: argparse.Namespace) -> Path:
@@ -93,14 +97,36 @@ def folder(args: argparse.Namespace) -> Path:
     return Path("eval") / path.name  # a name on the hub: a folder of that name would be taken for the model
 
 
-def prepare(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Run], list[str], list[str]]:
-    """(our benchmarks, LLaVA's, why others are left out)."""
-    runs, theirs, left_out = [], [], []
+@dataclass
+class Plan:
+    """What is to be done.
+
+    Attributes:
+        runs: our benchmarks.
+        theirs: names of LLaVA's.
+        absent: why others are left out: nobody has got their files.
+        wrong: what is wrong with some, so that they are not, or not wholly, evaluated.
+    """
+
+    runs: list[Run] = field(default_factory=list)
+    theirs: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def failed(self, name: str, error: Exception) -> None:
+        console.print(str(error), markup=False, soft_wrap=True)
+        self.wrong.append(f"{EVERY[name].title}: {error}")
+
+
+def prepare(args: argparse.Namespace, names: Sequence[str]) -> Plan:
+    """Read the benchmarks' files, and whether records that are there can be gone on with."""
+    plan = Plan()
+    about = made_with(args.model_path, args.conv_mode, model_base=args.model_base, dtype=args.dtype)
     for name in names:
         try:
             if name in LLAVA_BENCHMARKS:
                 check(name, args.data_root)
-                theirs.append(name)
+                plan.theirs.append(name)
                 continue
             benchmark, protocol = BENCHMARKS[name], args.protocol
             if args.benchmarks == "all" and protocol not in benchmark.protocols:
@@ -108,35 +134,45 @@ def prepare(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Run], 
             if args.hub and name in ON_HUB and not args.share:
                 fetch(name, args.data_root, console.print)
             items = benchmark.load(args.data_root)
-            about = (args.model_path, args.conv_mode, folder(args), protocol, args.caption_prompt)
-            runs.append(Run(benchmark, items, *about))
-        except ValueError as error:  # DataError, or a protocol that the benchmark lacks
-            left_out.append(str(error))
-    return runs, theirs, left_out
+            run = Run(benchmark, items, about, folder(args), protocol, args.caption_prompt)
+            if not args.share:
+                run.begin(args.overwrite)
+            plan.runs.append(run)
+        except MissingData as error:
+            plan.absent.append(str(error))
+        except ValueError as error:  # DataError, RecordsError, or a protocol that the benchmark lacks
+            plan.wrong.append(str(error))
+    return plan
 
 
-def own_benchmarks(args: argparse.Namespace, argv: list[str], runs: Sequence[Run]) -> list[dict[str, Any]]:
-    devices = shares.devices(args.device, args.processes)
+def own_benchmarks(args: argparse.Namespace, argv: list[str], plan: Plan) -> list[dict[str, Any]]:
     engine, summaries = None, []
-    for run in runs:
-        left = run.begin(args.overwrite)
+    for run in plan.runs:
         started = time.monotonic()
-        with progress() as bars:
-            bar = bars.add_task(run.benchmark.title, total=len(run.items), completed=len(run.items) - len(left))
+        try:
+            left = run.begin()
+            with progress() as bars:
+                bar = bars.add_task(run.benchmark.title, total=len(run.items), completed=len(run.items) - len(left))
 
-            def advance(count: int, bar=bar, bars=bars) -> None:
-                bars.advance(bar, count)
+                def advance(count: int, bar=bar, bars=bars) -> None:
+                    bars.advance(bar, count)
 
-            if left and len(devices) > 1:
-                ask_in_processes(run, argv, devices, advance)
-                run.begin()  # joins the shares
-            elif left:
-                engine = engine or load(args)
-                run.ask(engine, left, run.path, progress=advance)
-        summaries.append(run.finish())
+                if left and len(args.devices) > 1:
+                    ask_in_processes(run, argv, args.devices, advance)
+                    run.begin()  # joins the shares
+                elif left:
+                    engine = engine or load(args)
+                    run.ask(engine, left, run.path, advance)
+            summaries.append(run.finish())
+        except RecordsError as error:
+            plan.failed(run.benchmark.name, error)
+            continue
         seconds = time.monotonic() - started
         rate = f" in {seconds:.0f} s ({len(left) / seconds:.1f} a second)" if left else ", answered before"
         console.print(f"{len(run.items)} items{rate}: {run.output / (run.benchmark.name + '.json')}")
+    if engine is not None:
+        del engine
+        free_memory()  # LLaVA's modules run in processes of their own, on the same GPU
     return summaries
 
 
@@ -156,14 +192,25 @@ def ask_in_processes(
     shares.run_processes(commands, devices, lambda: shares.lines_in(paths), progress)
 
 
-def ask_share(args: argparse.Namespace, runs: Sequence[Run]) -> int:
+def ask_share(args: argparse.Namespace, plan: Plan) -> int:
     """What a process of `ask_in_processes` does: answer its items into a file of its own."""
     number, count = map(int, args.share.split("/"))
-    (run,) = runs
+    (run,) = plan.runs
     done = {record["id"] for record in read_records(run.path)}
-    left = [item for item in run.items if item.id not in done][number::count]
-    run.ask(load(args), left, shares.share_path(run.path, number, count))
+    left = run.share([item for item in run.items if item.id not in done], number, count)
+    if left:
+        run.ask(load(args), left, shares.share_path(run.path, number, count))
     return 0
+
+
+def free_memory() -> None:
+    """Give the GPU back what PyTorch keeps for later."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def load(args: argparse.Namespace) -> Engine:

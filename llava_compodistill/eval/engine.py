@@ -202,7 +202,8 @@ class Engine:
             targets = torch.tensor([row.labels[place] for place in places], device=hidden.device)
             chosen = log_probs.gather(1, targets[:, None])
             if isinstance(row.request, Continuation):
-                responses.append((float(chosen.sum()), bool((log_probs.argmax(dim=1) == targets).all())))
+                likeliest = log_probs[:, : len(self.tokenizer)].argmax(dim=1)
+                responses.append((float(chosen.mean()), bool((likeliest == targets).all())))
             else:
                 responses.append(float(chosen.mean()))
         return responses
@@ -222,12 +223,16 @@ class Engine:
         labels = self._preprocess([turns], self.tokenizer, has_image=True)["labels"][0]
         return int(labels[labels != IGNORE_INDEX][0])
 
+    def _likeliest(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of the tokens that the tokenizer has: rows that pad the vocabulary cannot be decoded."""
+        return self.model.get_output_embeddings()(hidden)[:, : len(self.tokenizer)].argmax(dim=-1)
+
     def _generate(self, rows: list[_Row], caches: _Caches) -> list[str]:
         model, device = self.model, self.model.device
         hidden, cache, lengths = self._forward(rows, caches)
         width, count = hidden.shape[1], len(rows)
         every = torch.arange(count, device=device)
-        token = model.get_output_embeddings()(hidden[every, lengths - 1]).argmax(dim=-1)
+        token = self._likeliest(hidden[every, lengths - 1])
         # The rows' padding lies between their prompts and their answers now, and must not be seen.
         prompt = torch.arange(width, device=device)[None] < lengths[:, None]
         mask = torch.cat([torch.ones(count, caches.length, device=device, dtype=torch.bool), prompt], dim=1).long()
@@ -248,7 +253,7 @@ class Engine:
                 use_cache=True,
             )
             cache = outputs.past_key_values
-            token = model.get_output_embeddings()(outputs.last_hidden_state[:, -1]).argmax(dim=-1)
+            token = self._likeliest(outputs.last_hidden_state[:, -1])
         if not answers:
             return [""] * count
         texts = []

@@ -21,6 +21,10 @@ class DataError(ValueError):
     """A benchmark's files are missing or wrong; the message names file, place and field, and the way out."""
 
 
+class MissingData(DataError):
+    """A benchmark's files are not there at all: nobody has got them yet."""
+
+
 @dataclass(frozen=True)
 class Item:
     """One thing that a benchmark asks.
@@ -31,6 +35,7 @@ class Item:
         captions: to be matched with the images; the first belongs to the first image.
         prompt: a question to answer in words, where there are no captions.
         fields: goes into the record as it is: subset, category, label, …
+        place: file and line that it comes from, for messages.
     """
 
     id: str
@@ -38,6 +43,7 @@ class Item:
     captions: tuple[str, ...] = ()
     prompt: str = ""
     fields: dict[str, Any] = field(default_factory=dict)
+    place: str = ""
 
     def asked(self) -> list[Any]:
         """What `records.fingerprint` takes: the images by name, since folders move."""
@@ -59,6 +65,7 @@ def sugarcrepe(data: Path) -> list[Item]:
                     (str(images / _text(entry, "filename", place)),),
                     (_text(entry, "caption", place), _text(entry, "negative_caption", place)),
                     fields={"subset": subset},
+                    place=place,
                 )
             )
     return _with_images(items, "sugarcrepe")
@@ -90,6 +97,7 @@ def sade(data: Path) -> list[Item]:
                 tuple(str(images / name) for name in names),
                 tuple(captions),
                 fields={"category": category, "source": entry.get("source", "")},
+                place=place,
             )
         )
     return _with_images(items, "sade")
@@ -108,6 +116,7 @@ def bivlc(data: Path) -> list[Item]:
                 tuple(str(images / _text(entry, name, place)) for name in ("image", "negative_image")),
                 tuple(_text(entry, name, place) for name in ("caption", "negative_caption")),
                 fields={"type": _text(entry, "type", place), "subtype": str(entry.get("subtype", ""))},
+                place=place,
             )
         )
     return _with_images(items, "bivlc")
@@ -130,6 +139,7 @@ def winoground(data: Path) -> list[Item]:
                 tuple(file(_text(entry, name, place)) for name in ("image_0", "image_1")),
                 tuple(_text(entry, name, place) for name in ("caption_0", "caption_1")),
                 fields={"tag": str(entry.get("collapsed_tag", entry.get("tag", "")))},
+                place=place,
             )
         )
     return _with_images(items, "winoground")
@@ -166,6 +176,7 @@ def rbench(data: Path) -> list[Item]:
                 (str(images / _text(entry, "image", place)),),
                 prompt=_text(entry, "text", place),
                 fields={"label": _label(entry, place), "qtype": str(entry.get("qtype", "")), "lists": lists[key]},
+                place=place,
             )
         )
     return _with_images(items, "rbench")
@@ -181,7 +192,7 @@ def reefknot(data: Path) -> list[Item]:
     roots = [root / name for root in (folder, data / "vg") for name in ("VG_100K", "VG_100K_2")]
     roots = [root for root in roots if root.is_dir()]
     if not roots:
-        raise DataError(f"{folder / 'VG_100K'} is missing: {HOW_TO_GET['reefknot']}")
+        raise MissingData(f"{folder / 'VG_100K'} is missing: {HOW_TO_GET['reefknot']}")
     items = []
     for task, name in REEFKNOT_FILES.items():
         path = folder / name
@@ -199,6 +210,7 @@ def reefknot(data: Path) -> list[Item]:
                         "label": _label(entry, place) if task == "yesno" else str(_value(entry, "label", place)),
                         "relation_type": str(_value(entry, "relation_type", place)),
                     },
+                    place=place,
                 )
             )
     return _with_images(items, "reefknot")
@@ -232,7 +244,7 @@ def _json(path: Path, benchmark: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path} is missing: {HOW_TO_GET[benchmark]}") from None
+        raise MissingData(f"{path} is missing: {HOW_TO_GET[benchmark]}") from None
     except ValueError as error:
         raise DataError(f"{path}: no JSON ({error}).") from None
 
@@ -251,7 +263,7 @@ def _lines(path: Path, benchmark: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
-        raise DataError(f"{path} is missing: {HOW_TO_GET[benchmark]}") from None
+        raise MissingData(f"{path} is missing: {HOW_TO_GET[benchmark]}") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -298,17 +310,23 @@ def _images(benchmark: str, *folders: Path) -> Path:
         if folder.is_dir():
             return folder
     looked = ", ".join(map(str, folders))
-    raise DataError(f"the images of {benchmark} are in none of {looked}: {HOW_TO_GET[benchmark]}")
+    raise MissingData(f"the images of {benchmark} are in none of {looked}: {HOW_TO_GET[benchmark]}")
 
 
 def _with_images(items: Sequence[Item], benchmark: str) -> list[Item]:
-    """The items, if every image is there."""
-    files = dict.fromkeys(image for item in items for image in item.images)
-    missing = [file for file in files if not Path(file).is_file()]
+    """The items, if every image is there and no id stands for two."""
+    seen: dict[str, str] = {}
+    for item in items:
+        if item.id in seen:
+            raise DataError(f"{item.place}: the id {item.id!r} is that of {seen[item.id]} already.")
+        seen[item.id] = item.place
+    files = {image: item.place for item in reversed(items) for image in item.images}
+    missing = {file: place for file, place in reversed(files.items()) if not Path(file).is_file()}
     if missing:
-        named = ", ".join(missing[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
+        named = "; ".join(f"{file} of {place}" for file, place in list(missing.items())[:_NAMED])
+        more = "; …" if len(missing) > _NAMED else ""
         raise DataError(
-            f"{benchmark}: {len(missing)} of {len(files)} images are missing ({named}): {HOW_TO_GET[benchmark]}"
+            f"{benchmark}: {len(missing)} of {len(files)} images are missing ({named}{more}): {HOW_TO_GET[benchmark]}"
         )
     if not items:
         raise DataError(f"{benchmark}: there are no items.")

@@ -16,31 +16,35 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .records import RecordsError, check_run, fingerprint, weights_of, write_lines, write_run
+from .records import RecordsError, check_run, fingerprint, made_with, write_lines, write_run
+from .suite import template_of
 
 AGAIN = "MODEL_NAME=… (`eval --name …`) keeps others under another name; OVERWRITE=1 (`eval --overwrite`) asks again."
 Key = tuple[str, str]
 
 
-def begin(questions: Path, answers: Path, about: dict[str, Any], overwrite: bool = False) -> int:
+def begin(
+    questions: Path, answers: Path, about: dict[str, Any], overwrite: bool = False, images: Path | None = None
+) -> int:
     """Gather what is answered and write ANSWERS/left.jsonl; returns how many questions that is.
 
     Args:
         questions: LLaVA's question file, a JSON object a line with question_id, image and text.
         answers: the file that `join` will write.
         about: what the answers are made with; going on with another's is an error.
+        images: where the questions' images have to be.
 
     Raises:
-        RecordsError: for answers of another run or to other questions, naming file and line; nothing is touched then.
+        RecordsError: for answers of another run or to other questions, and for missing images, naming file and line;
+            nothing is touched then.
     """
-    asked = read_questions(questions)
+    asked = read_questions(questions, images)
     about = {**about, "questions": len(asked), "fingerprint": fingerprint(asked)}
     folder = answers.with_suffix("")
     if overwrite:
@@ -90,15 +94,18 @@ def shares(left: int, gpus: int) -> int:
     return math.ceil(left / math.ceil(left / gpus)) if left else 0
 
 
-def read_questions(path: Path) -> list[dict[str, Any]]:
-    """LLaVA's questions.
+def read_questions(path: Path, images: Path | None = None) -> list[dict[str, Any]]:
+    """LLaVA's questions; with a folder of images, whether each one's image is there.
 
     Raises:
-        RecordsError: for a line that is none, with its number.
+        RecordsError: for a line that is none, or whose image is missing, with its number.
     """
+    lines = _text(path).split("\n")
     questions = []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines if lines[-1] else lines[:-1], start=1):
         entry = _entry(path, number, line, ("question_id", "image", "text"))
+        if images is not None and not (images / str(entry["image"])).is_file():
+            raise RecordsError(f"{path}, line {number}: its image {images / str(entry['image'])} is missing.")
         questions.append(entry)
     if not questions:
         raise RecordsError(f"{path}: holds no questions.")
@@ -111,9 +118,8 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     Raises:
         RecordsError: for a line that is none, with its number.
     """
-    return [
-        _entry(path, number, line, ("question_id", "prompt", "text")) for number, line in enumerate(_lines(path), 1)
-    ]
+    lines = _text(path).split("\n")[:-1]
+    return [_entry(path, number, line, ("question_id", "prompt", "text")) for number, line in enumerate(lines, 1)]
 
 
 def _found(asked: Sequence[dict], questions: Path, files: Iterable[Path]) -> dict[Key, list[dict]]:
@@ -157,10 +163,9 @@ def _parts(folder: Path) -> list[Path]:
     return [path for path in [folder / "kept.jsonl", *sorted(folder.glob("*_*.jsonl"))] if path.is_file()]
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines."""
+def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8", "replace").split("\n")[:-1]
+        return path.read_bytes().decode("utf-8", "replace")
     except OSError as error:
         raise RecordsError(f"{path}: {error.strerror}.") from None
 
@@ -177,32 +182,30 @@ def _entry(path: Path, number: int, line: str, fields: Sequence[str]) -> dict[st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`begin` prints how many questions are left and into how many shares they go; `join` how many are answered."""
+    """`begin` prints how many questions are left, into how many shares they go, and the template they are asked under;
+    `join` how many are answered."""
     parser = argparse.ArgumentParser(prog="python -m llava_compodistill.eval.llava_answers", description=main.__doc__)
     parser.add_argument("do", choices=("begin", "join"))
     parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--answers", type=Path, required=True)
+    parser.add_argument("--images", type=Path)
     parser.add_argument("--model", default="", help="checkpoint folder")
     parser.add_argument("--model-base", default="")
-    parser.add_argument("--template", default="")
+    parser.add_argument("--template", default="", help="default: by the model's type")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--overwrite", type=int, choices=(0, 1), default=0)
     args = parser.parse_args(argv)
-    about = {
-        "model": os.path.realpath(args.model) if os.path.isdir(args.model) else args.model,
-        "weights": weights_of(args.model),
-        "model_base": args.model_base,
-        "template": args.template,
-        "max_new_tokens": args.max_new_tokens,
-    }
     try:
         if args.do == "join":
             print(join(args.questions, args.answers))
         else:
-            left = begin(args.questions, args.answers, about, bool(args.overwrite))
-            print(left, shares(left, args.gpus))
-    except RecordsError as error:
+            template = args.template or template_of(args.model)
+            more = {"model_base": args.model_base, "max_new_tokens": args.max_new_tokens}
+            about = made_with(args.model, template, **more)
+            left = begin(args.questions, args.answers, about, bool(args.overwrite), args.images)
+            print(left, shares(left, args.gpus), template)
+    except ValueError as error:  # RecordsError, DataError
         print(error, file=sys.stderr)
         return 2
     return 0

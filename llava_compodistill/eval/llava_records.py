@@ -78,7 +78,9 @@ def textvqa(data: Path, answers: Answers) -> Records:
             raise DataError(f"{path}: has no answers to {key[1]!r} on image {key[0]}.")
         # What its eval_pred_list does for each, which shows a progress bar for every call.
         worth = evaluator._compute_answer_scores(wanted[key])
-        value = worth.get(evaluator.answer_processor(record["text"]), 0.0)
+        clean = evaluator.answer_processor(record["text"])
+        # It takes articles away: where people answered "a", nothing would be as right as they.
+        value = worth.get(clean, 0.0) if clean else 0.0
         record |= {"answers": wanted[key], "value": value}
     return records
 

@@ -17,11 +17,15 @@ from typing import Any
 from ..env_report import commit
 from ..resources import folder
 from . import llava_records, scorers
-from .formats import DataError
-from .llava_answers import read_answers
+from .formats import DataError, MissingData
+from .llava_answers import read_answers, read_questions
 from .records import write_lines
 from .shares import stopped_together
-from .suite import PAPER_MODELS
+from .suite import PAPER_MODELS, missing_note
+
+
+def _none(text: str) -> dict[str, float]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,9 @@ class LlavaBenchmark:
 
     Attributes:
         questions: its file below the data root; without it the benchmark is left out of `all`.
-        read: what LLaVA's or the official scorer prints -> figures; empty while there is no score.
+        images: the folder of its images.
         headline: the figure in the table.
+        read: what LLaVA's or the official scorer prints -> figures; empty while there is no score.
         score: records with labels -> figures; None where the labels are on a server.
         labels: where the labels have to lie to be counted with.
         paper: the paper's (teacher, SFT, CompoDistill), in %; those that have it make up its VQA average.
@@ -40,8 +45,9 @@ class LlavaBenchmark:
     name: str
     title: str
     questions: str
-    read: Callable[[str], dict[str, float]]
+    images: str
     headline: str
+    read: Callable[[str], dict[str, float]] = _none
     score: Callable[[Iterable[dict[str, Any]]], dict[str, Any]] | None = None
     paper: tuple[float, ...] = ()
     labels: str = ""
@@ -79,44 +85,53 @@ def read_mme(text: str) -> dict[str, float]:
     return figures
 
 
-def _none(text: str) -> dict[str, float]:
-    return {}
-
-
 LLAVA_BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
         LlavaBenchmark(
-            "vqav2", "VQAv2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", _none, "accuracy",
-            paper=(79.1, 73.6, 78.8),
+            "vqav2", "VQAv2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", "vqav2/test2015",
+            "accuracy", paper=(79.1, 73.6, 78.8),
         ),
         LlavaBenchmark(
-            "gqa", "GQA", "gqa/llava_gqa_testdev_balanced.jsonl", read_accuracy, "accuracy", scorers.gqa,
-            (62.1, 57.9, 62.2), "gqa/data/testdev_balanced_questions.json",
+            "gqa", "GQA", "gqa/llava_gqa_testdev_balanced.jsonl", "gqa/data/images",
+            "accuracy", read_accuracy, scorers.gqa, (62.1, 57.9, 62.2), "gqa/data/testdev_balanced_questions.json",
         ),
         LlavaBenchmark(
-            "vizwiz", "VizWiz", "vizwiz/llava_test.jsonl", _none, "accuracy", paper=(48.0, 31.2, 42.5)
+            "vizwiz", "VizWiz", "vizwiz/llava_test.jsonl", "vizwiz/test",
+            "accuracy", paper=(48.0, 31.2, 42.5),
         ),
         LlavaBenchmark(
-            "textvqa", "TextVQA", "textvqa/llava_textvqa_val_v051_ocr.jsonl", read_accuracy, "accuracy",
-            scorers.textvqa, (56.7, 50.6, 56.4),
+            "textvqa", "TextVQA", "textvqa/llava_textvqa_val_v051_ocr.jsonl", "textvqa/train_images",
+            "accuracy", read_accuracy, scorers.textvqa, (56.7, 50.6, 56.4),
         ),
         LlavaBenchmark(
-            "mme", "MME", "MME/llava_mme.jsonl", read_mme, "percent", scorers.mme, (67.2, 61.2, 70.1),
-            "MME/MME_Benchmark_release_version/TASK/*.txt",
+            "mme", "MME", "MME/llava_mme.jsonl", "MME/MME_Benchmark_release_version",
+            "percent", read_mme, scorers.mme, (67.2, 61.2, 70.1), "MME/MME_Benchmark_release_version/TASK/*.txt",
         ),
-        LlavaBenchmark("pope", "POPE", "pope/llava_pope_test.jsonl", read_pope, "f1", scorers.pope),
+        LlavaBenchmark(
+            "pope", "POPE", "pope/llava_pope_test.jsonl", "pope/val2014",
+            "f1", read_pope, scorers.pope,
+        ),
     )
 }  # fmt: skip
+#: What scripts/eval/common.sh says of a scorer that ended with an error.
+SCORER_FAILED = "The scorer failed"
 #: Scorers print two or three digits.
 _ROUNDING = 0.06
 
 
 def check(name: str, data: Path) -> None:
-    """Raise DataError when a benchmark's questions are not there."""
-    path = data / LLAVA_BENCHMARKS[name].questions
-    if not path.is_file():
-        raise DataError(f"{path} is missing: see LLaVA's docs/Evaluation.md (its eval.zip goes to {data}).")
+    """Read a benchmark's questions and look for its images.
+
+    Raises:
+        MissingData: when its files are not there at all.
+        RecordsError: for a wrong question or a missing image, with file and line.
+    """
+    benchmark = LLAVA_BENCHMARKS[name]
+    for path in (data / benchmark.questions, data / benchmark.images):
+        if not path.exists():
+            raise MissingData(f"{path} is missing: see LLaVA's docs/Evaluation.md (its eval.zip goes to {data}).")
+    read_questions(data / benchmark.questions, data / benchmark.images)
 
 
 def run_llava_benchmark(
@@ -145,14 +160,12 @@ def run_llava_benchmark(
     if devices:
         settings["CUDA_VISIBLE_DEVICES"] = ",".join("-1" if name is None else name for name in devices)
     command = ["bash", str(folder("scripts") / "eval" / f"{name}.sh"), model_path]
-    path = output / f"{name}.json"
-    path.unlink(missing_ok=True)
     with stopped_together() as processes:
         processes.append(subprocess.Popen(command, env={**os.environ, **settings}))
         status = processes[0].wait()
     if status:
         raise DataError(f"scripts/eval/{name}.sh ended with status {status}; see above. What was answered is kept.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads((output / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def summarize(name: str, answers: Path, data: Path, output: Path, printed: str = "") -> dict[str, Any]:
@@ -180,15 +193,18 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
     said = benchmark.read(printed)
     figures["empty"] = sum(not entry["text"].strip() for entry in given)
     notes = []
-    if "No score yet" in printed:
-        notes.append(" ".join(printed[printed.index("No score yet") :].split()))
-    elif not labelled and not said:
+    for word in ("No score yet", SCORER_FAILED):
+        if word in printed:
+            notes.append(" ".join(printed[printed.index(word) :].split()))
+    if not labelled and not said and not notes:
         notes.append(f"No score yet: there is neither the official scorer nor {data / benchmark.labels}.")
+    notes += filter(None, [missing_note(figures)])
     key = benchmark.headline
     if key in said and key in figures and abs(said[key] - figures[key]) > _ROUNDING:
+        unread = f", with {figures['unparsable']} answers that are empty or cannot be read, and wrong"
         notes.append(
-            f"The scorer printed {key} {said[key]:.2f}; counted from the records it is {figures[key]:.2f}, with "
-            f"{figures['unparsable']} answers that are empty or cannot be read, and wrong."
+            f"The scorer printed {key} {said[key]:.2f}; counted from the records it is {figures[key]:.2f}"
+            f"{unread if figures['unparsable'] else ''}."
         )
     summary = {
         "benchmark": name,
@@ -232,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .summaries import show
 
         show([summary], Path(summary["model"]).name, Console())
-    return 0
+    return int(summary["value"] is None and SCORER_FAILED in summary["note"])
 
 
 if __name__ == "__main__":

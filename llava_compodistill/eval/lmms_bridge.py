@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
@@ -49,7 +50,8 @@ class LlavaCompoDistill(lmms):
         dtype: str | None = None,
     ):
         super().__init__()
-        self.accelerator = Accelerator()
+        # Ranks wait for the slowest one, which may take longer than the ten minutes that are usual.
+        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=52))])
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size > 1:
             device = str(self.accelerator.device)
@@ -81,12 +83,15 @@ class LlavaCompoDistill(lmms):
         return texts
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(log-probability with the end token, whether it is the greedy answer) of each target."""
+        """(loss, whether it is the greedy answer) of each target: the mean negative log-probability of its tokens, the
+        end token included. lmms-eval's tasks take the option with the smallest, as its own LLaVA model gives it,
+        whatever the name says. (Release 0.7.3 turns these pairs into text before it scores them, so that its
+        `multiple_choice` tasks fail there with every model.)"""
         asked = []
         for context, target, *place in (request.args for request in requests):
             answer = target if isinstance(target, str) else target(self._doc(*place[1:]))
             asked.append(Continuation(*self._question(context, *place), answer.strip()))
-        return self._run(asked)
+        return [(-value, greedy) for value, greedy in self._run(asked)]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise NotImplementedError("llava_compodistill answers single questions; this task asks several in a row.")

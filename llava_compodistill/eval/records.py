@@ -30,24 +30,26 @@ class RecordFile:
         cut: whether a line that a kill had left unfinished was taken away.
 
     Raises:
-        RecordsError: for records of another run, of unknown or repeated items, or that are no JSON.
+        RecordsError: for records of another run, of unknown or repeated items, that are no JSON, or that another
+            process is writing.
     """
 
     def __init__(self, path: Path, run: dict[str, Any], ids: Sequence[str], overwrite: bool = False):
         self.path, self.done, self.cut = path, {}, False
-        repeated = _repeated(ids)
-        if repeated:
-            raise RecordsError(f"{run.get('benchmark')}: the id {repeated!r} stands for several items.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            path.unlink(missing_ok=True)
-        if path.exists() and path.stat().st_size:
-            check_run(path, run, "Take another --output, or --overwrite.")
-            self._read(set(ids))
-        else:
-            write_run(path, run)
         self._file = path.open("a", encoding="utf-8")
-        self._lock()
+        try:
+            self._lock()  # before anything is read or taken away
+            if overwrite:
+                self._file.truncate(0)
+            if path.stat().st_size:
+                check_run(path, run, "Take another --output, or --overwrite.")
+                self._read(set(ids))
+            else:
+                write_run(path, run)
+        except BaseException:
+            self._file.close()
+            raise
 
     def _lock(self) -> None:
         """One writer at a time: an earlier process that a kill has missed would write the same records again."""
@@ -58,15 +60,13 @@ class RecordFile:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._file.close()
             raise RecordsError(f"{self.path}: another process is writing to it. Wait for it, or stop it.") from None
 
     def _read(self, known: set[str]) -> None:
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
         if whole < len(data):  # a kill came in the middle of a line
-            with self.path.open("r+b") as file:
-                file.truncate(whole)
+            self._file.truncate(whole)
             self.cut = True
         for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
             try:
@@ -100,6 +100,12 @@ class RecordFile:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def made_with(model: str, template: str, **more: Any) -> dict[str, Any]:
+    """What answers depend on beside the questions: the checkpoint (folder and weights), its template, and `more`."""
+    where = os.path.realpath(model) if os.path.isdir(model) else model
+    return {"model": where, "weights": weights_of(model), "template": template, **more}
 
 
 def check_run(path: Path, run: dict[str, Any], way_out: str) -> None:
@@ -180,12 +186,3 @@ def fingerprint(items: Iterable[Any]) -> str:
     for item in items:
         digest.update(json.dumps(item, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
-
-
-def _repeated(ids: Sequence[str]) -> str | None:
-    seen: set[str] = set()
-    for key in ids:
-        if key in seen:
-            return key
-        seen.add(key)
-    return None

@@ -16,8 +16,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Continuation:
-    """Answered by (the log-probability of `answer`, its end token included, in nats; whether it is what would be
-    decoded greedily)."""
+    """As `Likelihood`; answered by (mean log-probability, whether the answer is what would be decoded greedily)."""
 
     image: str
     prompt: str

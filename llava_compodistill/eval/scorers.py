@@ -51,7 +51,8 @@ def sugarcrepe(records: Iterable[Record]) -> dict[str, Any]:
 
 def sade(records: Iterable[Record]) -> dict[str, Any]:
     """SADE (arXiv 2308.10509): recall@1 of the true caption among its negatives, by category; `comprehensive` is
-    Winoground's group score. `macro` averages the categories, `micro` the items."""
+    Winoground's group score. `macro` averages the categories, `micro` the items; `missing` names categories of which
+    there is nothing."""
     categories = _grouped(records, "category", SADE)
     figures = {name: _percent(map(_sade_hit, items)) for name, items in categories.items()}
     return {
@@ -59,6 +60,7 @@ def sade(records: Iterable[Record]) -> dict[str, Any]:
         "macro_without_comprehensive": _mean(value for name, value in figures.items() if name != "comprehensive"),
         "micro": _percent(_sade_hit(item) for items in categories.values() for item in items),
         **figures,
+        **_missing(categories, SADE),
         **_counts(record for items in categories.values() for record in items),
     }
 
@@ -162,7 +164,8 @@ def textvqa(records: Iterable[Record]) -> dict[str, Any]:
 def mme(records: Iterable[Record]) -> dict[str, Any]:
     """MME (arXiv 2306.13394): of each task the accuracy over questions plus the accuracy over images, both of whose
     questions have to be right (200 at most); `perception` and `cognition` are sums over tasks, `percent` is what
-    perception has of its most. An image is known by its task and `image`."""
+    perception has of its most; `missing` names tasks of which there is nothing. An image is known by its task and
+    `image`."""
     records = list(records)
     tasks = _grouped(records, "category", (*MME_PERCEPTION, *MME_COGNITION))
     scores: dict[str, float] = {}
@@ -177,6 +180,7 @@ def mme(records: Iterable[Record]) -> dict[str, Any]:
         "perception": sum(perception) if perception else None,
         "cognition": sum(cognition) if cognition else None,
         **scores,
+        **_missing(scores, MME_PERCEPTION),
         "items": len(records),
         "unparsable": _unparsable(records, yes_no_other),
     }
@@ -326,6 +330,12 @@ def _grouped(records: Iterable[Record], field: str, known: Sequence[str] | None 
             raise RecordError(f"record {record.get('id')}: {field} {value!r} must be one of {', '.join(known)}")
         groups.setdefault(value, []).append(record)
     return {name: items for name, items in groups.items() if items}
+
+
+def _missing(found: Iterable[str], known: Sequence[str]) -> dict[str, list[str]]:
+    """Nothing when all is there, or when nothing is."""
+    names = [name for name in known if name not in set(found)]
+    return {"missing": names} if 0 < len(names) < len(known) else {}
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -39,6 +39,11 @@ def devices(device: str | None, processes: int | None) -> list[str | None]:
     return [cards[number % len(cards)] for number in range(processes or len(cards))]
 
 
+def number_format(devices: Sequence[str | None], asked_for: str | None) -> str:
+    """--dtype, or bfloat16 on GPUs and float32 elsewhere."""
+    return asked_for or ("float32" if devices[0] is None else "bfloat16")
+
+
 def share_path(path: Path, number: int, count: int) -> Path:
     """Where share `number` of `count` keeps its records: NAME.share-0-of-2.jsonl beside NAME.jsonl."""
     return path.with_name(f"{path.stem}.share-{number}-of-{count}{path.suffix}")

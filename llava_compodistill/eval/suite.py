@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..env_report import commit
 from . import formats, protocols, scorers, shares
 from .formats import Item
-from .records import RecordFile, RecordsError, fingerprint, weights_of
+from .records import RecordFile, RecordsError, fingerprint
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -81,7 +82,8 @@ def template_of(model_path: str) -> str:
         kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError):
         raise formats.DataError(
-            f"{path} does not tell the model's type: name the conversation template with --conv-mode."
+            f"{path} does not tell the model's type: name the conversation template with --conv-mode "
+            "(CONV_MODE=… for scripts/eval)."
         ) from None
     return TEMPLATES.get(kind, "v1")
 
@@ -99,22 +101,30 @@ def protocol_for(benchmark: Benchmark, wanted: str | None) -> str:
     return wanted
 
 
+def missing_note(figures: dict[str, Any]) -> str:
+    """What is to be said of a benchmark that is there in part."""
+    names = figures.get("missing")
+    return f"not the whole benchmark, there is nothing of {', '.join(names)}." if names else ""
+
+
 class Run:
     """One benchmark put to one model under one protocol, with its records in OUTPUT/NAME.jsonl.
 
     Args:
         items: what `benchmark.load` gave.
-        model: kept with the records; going on with another model's records is an error.
-        template: conversation template, kept likewise.
+        made_with: `records.made_with` of the model; going on with the records of another is an error.
         protocol: one of the benchmark's; its first by default.
+
+    Attributes:
+        at_once: items are asked in groups of so many, by their place in the benchmark: what is computed together does
+            not depend on kills or on the number of processes, and so neither does the rounding.
     """
 
     def __init__(
         self,
         benchmark: Benchmark,
         items: Sequence[Item],
-        model: str,
-        template: str,
+        made_with: dict[str, Any],
         output: Path,
         protocol: str | None = None,
         caption_prompt: str = protocols.CAPTION_PROMPT,
@@ -123,12 +133,12 @@ class Run:
         self.protocol, self.caption_prompt = protocol_for(benchmark, protocol), caption_prompt
         self.path = output / f"{benchmark.name}.jsonl"
         self.ids = [item.id for item in items]
+        self.at_once = max(8, min(64, len(items) // 8))
+        self._group = {key: number // self.at_once for number, key in enumerate(self.ids)}
         self.about = {
             "benchmark": benchmark.name,
             "protocol": self.protocol,
-            "model": model,
-            "weights": weights_of(model),
-            "template": template,
+            **made_with,
             "items": len(items),
             "fingerprint": fingerprint(item.asked() for item in items),
         }
@@ -144,19 +154,17 @@ class Run:
         done = shares.join(self.path, self.about, self.ids, overwrite)
         return [item for item in self.items if item.id not in done]
 
+    def share(self, left: Sequence[Item], number: int, count: int) -> list[Item]:
+        """Every `count`-th group of what is left: what lies together, and often on one image, stays together."""
+        return [item for item in left if self._group[item.id] % count == number]
+
     def ask(
-        self,
-        engine: Engine,
-        left: Sequence[Item],
-        path: Path,
-        *,
-        at_once: int = 64,
-        progress: Callable[[int], None] = lambda items: None,
+        self, engine: Engine, left: Sequence[Item], path: Path, progress: Callable[[int], None] = lambda items: None
     ) -> None:
-        """Ask the items that are left and append their records, `at_once` between two writes to the disk."""
+        """Ask the items that are left and append their records, group by group."""
         with RecordFile(path, self.about, self.ids) as records:
-            for start in range(0, len(left), at_once):
-                some = left[start : start + at_once]
+            for _, group in itertools.groupby(left, lambda item: self._group[item.id]):
+                some = list(group)
                 put = [protocols.requests(item, self.protocol, self.caption_prompt) for item in some]
                 responses = iter(engine.run([request for requests in put for request in requests]))
                 records.append(
@@ -180,6 +188,7 @@ class Run:
             "headline": self.benchmark.headline,
             "value": figures.get(self.benchmark.headline),
             "figures": figures,
+            "note": missing_note(figures),
             "paper": dict(zip(PAPER_MODELS, self.benchmark.paper, strict=True)),
             "commit": commit(),
         }

@@ -26,7 +26,7 @@ def show(summaries: Sequence[dict[str, Any]], name: str, console: Console) -> No
     console.print(table(summaries, name))
     for summary in summaries:
         if summary.get("note"):
-            console.print(f"{EVERY[summary['benchmark']].title}: {summary['note']}", markup=False)
+            console.print(f"{EVERY[summary['benchmark']].title}: {summary['note']}", markup=False, soft_wrap=True)
 
 
 def table(summaries: Sequence[dict[str, Any]], name: str) -> Table:
@@ -41,12 +41,14 @@ def table(summaries: Sequence[dict[str, Any]], name: str) -> Table:
         name = summary["benchmark"]
         title = EVERY[name].title
         paper = [f"{value:.1f}" for value in summary["paper"].values()]
-        result.add_row(title, summary["headline"], summary["protocol"], percent(summary["value"]), *paper)
+        figure = summary["headline"] + (" of a part" if "missing" in summary["figures"] else "")
+        result.add_row(title, figure, summary["protocol"], percent(summary["value"]), *paper)
     averages = {
         "VQA average": [name for name, benchmark in LLAVA_BENCHMARKS.items() if benchmark.paper],
         "CR average": [name for name, benchmark in BENCHMARKS.items() if benchmark.averaged],
     }
-    found = {summary["benchmark"]: summary for summary in summaries if summary["value"] is not None}
+    whole = [summary for summary in summaries if summary["value"] is not None and "missing" not in summary["figures"]]
+    found = {summary["benchmark"]: summary for summary in whole}
     for title, names in averages.items():
         if not set(names) <= set(found):
             continue  # an average of fewer would not be the paper's

@@ -3,7 +3,7 @@
 #
 # Settings (environment variables; the value after the colon is the default):
 #   EVAL_DATA      the benchmarks' files, laid out as LLaVA's docs/Evaluation.md says: ./playground/data/eval
-#   CONV_MODE      conversation template: qwen_1_5 (v1 for Vicuna, qwen_qa for the miniature)
+#   CONV_MODE      conversation template: what the model's type asks for (the miniature's is qwen_qa)
 #   MODEL_BASE     base model of a LoRA checkpoint
 #   MODEL_NAME     what its answers are called; another where two checkpoints' folders have one name: the folder's name
 #   MAX_NEW_TOKENS longest answer: 128
@@ -26,8 +26,8 @@ NAME=$(basename "$CKPT")
 [[ $NAME != checkpoint-* ]] || NAME=$(basename "$(dirname "$(realpath -m "$CKPT")")")_$NAME # as LLaVA names them
 NAME=${MODEL_NAME:-$NAME}
 EVAL_DATA=${EVAL_DATA:-./playground/data/eval}
-CONV_MODE=${CONV_MODE:-qwen_1_5}
 PYTHON=${PYTHON:-$(command -v python || command -v python3 || echo python3)}
+[[ $PYTHON != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON # some steps run in other folders
 # A name on the hub has the form owner/name, and no folder is called like the owner.
 [[ -d $CKPT || ($CKPT =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$ && ! -d $(dirname "$CKPT")) ]] ||
     fail "checkpoint not found: $CKPT"
@@ -39,7 +39,7 @@ need() { # FILE WHERE_FROM
 EVALUATION_MD="see LLaVA's docs/Evaluation.md (its eval.zip goes to $EVAL_DATA)"
 
 PIDS=()
-trap 'kill ${PIDS[@]+"${PIDS[@]}"} 2>/dev/null || true' EXIT
+trap '[[ -z ${PIDS[*]:-} ]] || { kill "${PIDS[@]}"; wait; } 2>/dev/null || true' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
@@ -52,20 +52,26 @@ every_gpu() { # 0,1,…; 0 where there is none
 # ask QUESTIONS IMAGES ANSWERS: LLaVA's model_vqa_loader over all GPUs, for the questions that are not answered yet; the
 # shares are joined in ANSWERS, a .jsonl.
 ask() {
-    local questions=$1 images=$2 answers=$3 index gpus plan left shares
+    local questions=$1 images=$2 answers=$3 index gpus plan left shares template pid running
     need "$questions" "$EVALUATION_MD"
     need "$images" "$EVALUATION_MD"
-    IFS=',' read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$(every_gpu)}"
+    mkdir -p "$(dirname "$answers")"
+    # One script at a time: processes that a kill has missed hold the lock too, and would write the same files. (The
+    # workers of a stopped one take some seconds to notice.)
+    exec 9>"$answers.lock"
+    ! command -v flock >/dev/null || flock -w 10 9 || fail "$answers: another process is answering. Wait for it, or stop it."
+    gpus=${CUDA_VISIBLE_DEVICES-$(every_gpu)}
+    IFS=',' read -ra gpus <<<"${gpus:--1}"
     plan=$("$PYTHON" -m llava_compodistill.eval.llava_answers begin \
-        --questions "$questions" --answers "$answers" --gpus "${#gpus[@]}" --overwrite "${OVERWRITE:-0}" \
-        --model "$CKPT" --model-base "${MODEL_BASE:-}" --template "$CONV_MODE" \
+        --questions "$questions" --images "$images" --answers "$answers" --gpus "${#gpus[@]}" \
+        --overwrite "${OVERWRITE:-0}" --model "$CKPT" --model-base "${MODEL_BASE:-}" --template "${CONV_MODE:-}" \
         --max-new-tokens "${MAX_NEW_TOKENS:-128}") || exit 2
-    read -r left shares <<<"$plan"
+    read -r left shares template <<<"$plan"
     if [[ $left == 0 && -f $answers ]]; then
         echo "Answered before: $answers (OVERWRITE=1 asks again)"
         return
     fi
-    echo "$left questions to ask, in $shares process(es)"
+    echo "$left questions to ask under the template $template, in $shares process(es)"
     for ((index = 0; index < shares; index++)); do
         CUDA_VISIBLE_DEVICES=${gpus[$index]} "$PYTHON" -m llava_compodistill.cli run llava.eval.model_vqa_loader \
             --model-path "$CKPT" \
@@ -77,15 +83,29 @@ ask() {
             --chunk-idx "$index" \
             --temperature 0 \
             --max_new_tokens "${MAX_NEW_TOKENS:-128}" \
-            --conv-mode "$CONV_MODE" &
+            --conv-mode "$template" &
         PIDS+=($!)
     done
-    for index in "${!PIDS[@]}"; do
-        wait "${PIDS[$index]}" || fail "share $index of $shares failed; what was answered is kept"
+    running=1
+    while ((running)); do # the first that fails ends all
+        running=0
+        for pid in ${PIDS[@]+"${PIDS[@]}"}; do
+            if kill -0 "$pid" 2>/dev/null; then
+                running=1
+            else
+                wait "$pid" || fail "a process of $shares failed; what was answered is kept"
+            fi
+        done
+        ((!running)) || sleep 0.5
     done
     PIDS=()
     "$PYTHON" -m llava_compodistill.eval.llava_answers join --questions "$questions" --answers "$answers" >/dev/null ||
         exit 2
+}
+
+# scored COMMAND...: LLaVA's or an official scorer. The records are counted here too, so that its failure is no end.
+scored() {
+    "$@" || echo "The scorer failed (status $?), see above; what is counted from the records stands."
 }
 
 # convert NAME FLAGS...: LLaVA's scripts/convert_NAME.py; its package on the registry leaves those out, then ours does
@@ -109,10 +129,17 @@ finish() {
         --output "$output" --table "${TABLE:-1}"
 }
 
+# no_flags "$@": what LLaVA's modules cannot take is refused, not dropped.
+no_flags() {
+    [[ $# == 0 ]] || fail "unknown: $*. Settings of LLaVA's benchmarks are environment variables, see common.sh."
+}
+
 # own BENCHMARK FLAGS...: a benchmark of this package.
 own() {
     local benchmark=$1
     shift
+    [[ ${OVERWRITE:-0} != 1 ]] || set -- --overwrite "$@"
     exec "$PYTHON" -m llava_compodistill.cli eval --model-path "$CKPT" ${MODEL_BASE:+--model-base "$MODEL_BASE"} \
-        --benchmarks "$benchmark" --data-root "$EVAL_DATA" --conv-mode "$CONV_MODE" ${OUTPUT:+--output "$OUTPUT"} "$@"
+        --benchmarks "$benchmark" --data-root "$EVAL_DATA" ${CONV_MODE:+--conv-mode "$CONV_MODE"} \
+        ${OUTPUT:+--output "$OUTPUT"} "$@"
 }

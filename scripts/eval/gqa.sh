@@ -3,6 +3,7 @@
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+no_flags "$@"
 SPLIT=llava_gqa_testdev_balanced
 GQA=$EVAL_DATA/gqa
 ANSWERS=$GQA/answers/$SPLIT/$NAME/merge.jsonl
@@ -10,9 +11,9 @@ ask "$GQA/$SPLIT.jsonl" "$GQA/data/images" "$ANSWERS"
 convert gqa_for_eval --src "$ANSWERS" --dst "$GQA/data/testdev_balanced_predictions.json"
 score() {
     if [[ -f $GQA/data/eval/eval.py ]]; then
-        (cd "$GQA/data" && "$PYTHON" eval/eval.py --tier testdev_balanced)
+        (cd "$GQA/data" && scored "$PYTHON" eval/eval.py --tier testdev_balanced)
     elif [[ -f $GQA/data/eval.py ]]; then
-        (cd "$GQA/data" && "$PYTHON" eval.py --tier testdev_balanced)
+        (cd "$GQA/data" && scored "$PYTHON" eval.py --tier testdev_balanced)
     else
         echo "GQA's official eval.py (cs.stanford.edu/people/dorarad/gqa) is not in $GQA/data."
     fi

@@ -3,6 +3,7 @@
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+no_flags "$@"
 VIZWIZ=$EVAL_DATA/vizwiz
 ANSWERS=$VIZWIZ/answers/$NAME.jsonl
 UPLOAD=$VIZWIZ/answers_upload/$NAME.json

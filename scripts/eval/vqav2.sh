@@ -3,6 +3,7 @@
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+no_flags "$@"
 SPLIT=llava_vqav2_mscoco_test-dev2015
 VQAV2=$EVAL_DATA/vqav2
 ANSWERS=$VQAV2/answers/$SPLIT/$NAME/merge.jsonl

@@ -178,4 +178,6 @@ def test_command(tmp_path, capsys):
 
 def test_names_are_as_long_as_they_must_be(tmp_path):
     paths = [tmp_path / "kd" / "eval" / "a.json", tmp_path / "vat" / "eval" / "a.json"]
-    assert short_names(paths) == ["kd/eval", "vat/eval"]
+    assert short_names(paths) == ["kd", "vat"]
+    assert short_names([*paths, tmp_path / "x" / "kd" / "eval" / "a.json"])[0] != "kd"
+    assert short_names(paths[:1]) == ["eval"] and len(set(short_names([paths[0], tmp_path / "kd" / "a.json"]))) == 2

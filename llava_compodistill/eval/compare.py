@@ -209,10 +209,12 @@ def grouped(paths: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The part of each path that tells them apart."""
-    parts_ = [path.resolve().parent.parts for path in paths]
-    for depth in range(1, max(map(len, parts_)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts_]
+    """The part of each path that tells them apart, without the folders that all end with."""
+    folders = [path.resolve().parent.parts for path in paths]
+    while len(set(folders)) > 1 and len({folder[-1] for folder in folders}) == 1:
+        folders = [folder[:-1] for folder in folders]
+    for depth in range(1, max(map(len, folders)) + 1):
+        names = ["/".join(folder[-depth:]) for folder in folders]
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in paths]

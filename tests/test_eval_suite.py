@@ -125,6 +125,23 @@ def test_a_path_is_the_same_however_it_is_written_and_another_base_is_not(place,
     assert "its dtype is 'float32', not 'bfloat16'" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_lora_is_asked_on_its_base(place, world, teacher_path, tmp_path):
+    """As `train --lora_enable` saves it: the base is found by itself, and LLaVA's own modules find it too."""
+    import tiny
+
+    lora = tmp_path / "llava-lora"
+    adapter = {"mm_projector_type": "mlp2x_gelu", "learning_rate": 1e-2}
+    tiny.run(world, "sft", lora, model_name_or_path=teacher_path, lora_enable=True, **adapter)
+    scores = {}
+    for model in (teacher_path, lora):
+        flags = ["eval", "--model-path", str(model), *place["flags"][3:], "--output", str(tmp_path / model.name)]
+        assert main([*flags, "--benchmarks", "winoground", "--protocol", "likelihood"]) == 0
+        lines = (tmp_path / model.name / "winoground.jsonl").read_text().splitlines()
+        scores[model] = np.array([json.loads(line)["scores"] for line in lines])
+    apart = np.abs(scores[lora] - scores[teacher_path]).max()
+    assert 1e-3 < apart < 10  # trained on, not begun anew
+
+
 def test_a_benchmark_that_is_wrong_is_said_and_the_others_run(place, world, tmp_path, capsys):
     """Not like one that nobody has got, which is left out of `all`."""
     write_benchmarks(world["data"], tmp_path)

@@ -48,6 +48,8 @@ EXPLAINED = {
     "RecordError",
     "RecordsError",
     "RunnerError",
+    "SampleError",
+    "TemplateError",
 }
 
 
@@ -95,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv[:1])
     try:
         return call(options.command, argv[1:])
+    except KeyboardInterrupt:
+        print(f"llava-compodistill {options.command}: stopped.", file=sys.stderr)
+        return 130
     except Exception as error:
         if type(error).__name__ not in EXPLAINED:
             raise

@@ -168,7 +168,7 @@ def test_records_of_another_run_are_not_mixed(tmp_path):
     path = tmp_path / "r.jsonl"
     with RecordFile(path, RUN, IDS) as records:
         records.append([{"id": "one"}])
-    with pytest.raises(RecordsError, match="its model is 'a', not 'b'.*--overwrite"):
+    with pytest.raises(RecordsError, match="another run: model 'a', not 'b'.*--overwrite"):
         RecordFile(path, {**RUN, "model": "b"}, IDS)
     with RecordFile(path, {**RUN, "model": "b"}, IDS, overwrite=True) as records:
         assert not records.done

@@ -87,7 +87,7 @@ def test_answers_of_another_run_are_kept(checkout):
     assert summary.is_file()
     done = script(checkout, "pope", CONV_MODE="qwen_1_5")
     assert summary.is_file()
-    assert done.returncode == 2 and "its template is 'qwen_qa', not 'qwen_1_5'" in done.stderr
+    assert done.returncode == 2 and "template 'qwen_qa', not 'qwen_1_5'" in done.stderr
     assert path.read_bytes() == before
     passed(script(checkout, "pope", CONV_MODE="qwen_1_5", MODEL_NAME="other"))
     assert path.read_bytes() == before and path.with_name("other.jsonl").is_file()
@@ -235,6 +235,9 @@ def test_bad_input(checkout, tmp_path):
         )  # fmt: skip
 
     assert "usage: bash scripts/eval/pope.sh CKPT" in run("scripts/eval/pope.sh").stderr
+    assert "EVAL_DATA" in run("scripts/eval/pope.sh", "--help").stdout
+    done = run("scripts/eval/pope.sh", "checkpoints/llava-teacher", PYTHON="/bin/false")
+    assert done.returncode == 2 and "/bin/false cannot import llava_compodistill: activate" in done.stderr
     done = run("scripts/eval/pope.sh", "checkpoints/nothing")
     assert done.returncode == 2 and "checkpoint not found: checkpoints/nothing" in done.stderr
     done = run("scripts/eval/pope.sh", "checkpoints/llava-teacher", "--overwrite")

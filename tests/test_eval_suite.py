@@ -97,18 +97,81 @@ def test_another_protocol_does_not_go_on_with_these_records(place, capsys):
     flags = [*place["flags"], "--output", str(output), "--benchmarks", "winoground"]
     assert main([*flags, "--protocol", "likelihood"]) == 0
     assert main([*flags, "--protocol", "yes"]) == 2
-    assert "its protocol is 'likelihood', not 'yes'" in " ".join(capsys.readouterr().out.split())
+    assert "protocol 'likelihood', not 'yes'" in " ".join(capsys.readouterr().out.split())
     assert main([*flags, "--protocol", "yes", "--overwrite"]) == 0
 
 
-def test_a_checkpoint_that_was_trained_again_is_asked_again(place, capsys):
-    output, config = place["root"] / "again", place["root"] / "models" / "llava-teacher" / "config.json"
-    flags = [*place["flags"], "--output", str(output), "--benchmarks", "winoground", "--protocol", "likelihood"]
+def test_a_checkpoint_is_known_by_its_weights_wherever_it_lies(place, capsys, tmp_path):
+    model, output = tmp_path / "llava-copy", tmp_path / "out"
+    shutil.copytree(place["root"] / "models" / "llava-teacher", model)
+    flags = ["eval", "--model-path", str(model), *place["flags"][3:], "--output", str(output)]
+    flags += ["--benchmarks", "winoground", "--protocol", "likelihood"]
     assert main(flags) == 0
-    os.utime(config, (config.stat().st_mtime + 60,) * 2)
+    os.utime(model / "config.json", (1, 1))
+    moved = model.rename(tmp_path / "llava-moved")
+    flags[2] = str(moved)
+    assert main(flags) == 0 and "answered before" in capsys.readouterr().out
+    weights = next(moved.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-4:] = b"\0\0\0\0"  # trained again
+    weights.write_bytes(data)
     assert main(flags) == 2
-    assert "its weights is" in " ".join(capsys.readouterr().out.split())
+    assert "weights that give" in " ".join(capsys.readouterr().out.split())
     assert main([*flags, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model-path", "nope/ckpt/x"], "checkpoint not found: nope/ckpt/x"),
+        (["--model-path", "{empty}"], "config.json does not tell the model's type: is "),
+        (["--model-path", "{qwen}"], "model_type 'qwen2' is no LLaVA model"),
+        (["--conv-mode", "qwen_q"], "'qwen_q' is no conversation template (--version, --conv-mode). Known: "),
+        (["--data-root", "nowhere"], "--data-root nowhere: there is no such folder"),
+    ],
+)
+def test_wrong_arguments_are_said_at_once(place, world, tmp_path, capsys, flags, message):
+    flags = [flag.format(empty=tmp_path, qwen=world["qwen-student"]) for flag in flags]
+    assert main([*place["flags"], "--output", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "0"], "must be a number of 1 or more, is '0'"),
+        (["--processes", "-1"], "must be a number of 1 or more"),
+        (["--device", "gpu"], "must be cuda, cuda:N or cpu, is 'gpu'"),
+        (["--device", "cuda:99"], "PyTorch sees"),
+    ],
+)
+def test_wrong_flags_are_explained(place, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        main([*place["flags"], *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_a_broken_image_ends_its_benchmark_alone(place, world, tmp_path, capsys):
+    write_benchmarks(world["data"], tmp_path)
+    for name in ("bivlc", "winoground"):
+        (tmp_path / name / "images").unlink()
+        shutil.copytree(world["data"] / "images", tmp_path / name / "images")
+    image = json.loads((tmp_path / "bivlc" / "bivlc.jsonl").read_text().splitlines()[0])["image"]
+    (tmp_path / "bivlc" / "images" / image).write_text("junk")
+    flags = [*place["flags"], "--data-root", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main([*flags, "--benchmarks", "BiVLC, winoground", "--protocol", "likelihood"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count(f"{image}: cannot be read as an image") == 2 and "Winoground" in printed
+    assert set(summaries(tmp_path / "out")) == {"winoground"}
+
+
+def test_a_stopped_run_says_that_it_goes_on(place, monkeypatch, capsys, tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llava_compodistill.eval.cli.load", stop)
+    assert main([*place["flags"], "--benchmarks", "winoground", "--output", str(tmp_path)]) == 130
+    assert "the same command goes on from there" in capsys.readouterr().out
 
 
 def test_a_path_is_the_same_however_it_is_written_and_another_base_is_not(place, capsys, monkeypatch):
@@ -120,9 +183,9 @@ def test_a_path_is_the_same_however_it_is_written_and_another_base_is_not(place,
     assert main([*flags[:number], "models/llava-teacher/", *flags[number + 1 :]]) == 0
     assert "answered before" in capsys.readouterr().out
     assert main([*flags, "--model-base", "other"]) == 2
-    assert "its model_base is None, not 'other'" in " ".join(capsys.readouterr().out.split())
+    assert "another run: model_base None, not 'other'" in " ".join(capsys.readouterr().out.split())
     assert main([*flags, "--dtype", "bfloat16"]) == 2
-    assert "its dtype is 'float32', not 'bfloat16'" in " ".join(capsys.readouterr().out.split())
+    assert "dtype 'float32', not 'bfloat16'" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_lora_is_asked_on_its_base(place, world, teacher_path, tmp_path):
@@ -164,17 +227,16 @@ def test_a_benchmark_that_is_wrong_is_said_and_the_others_run(place, world, tmp_
 
 
 def test_missing_data_is_said_before_the_model_is_loaded(place, capsys, tmp_path):
-    flags = ["eval", "--model-path", str(tmp_path / "no model"), "--data-root", str(tmp_path), "--conv-mode", "v1"]
+    flags = [*place["flags"], "--data-root", str(tmp_path), "--conv-mode", "v1"]
     assert main([*flags, "--benchmarks", "sade"]) == 2
     assert "the images of sade are in none of" in " ".join(capsys.readouterr().out.split())
     assert main(flags) == 2  # all: each is left out with its reason
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("left out:") == 12 and "hf auth login" in printed and "docs/Evaluation.md" in printed
+    assert "There is nothing to evaluate in --data-root" in printed
     assert main([*flags, "--benchmarks", "sugarcrab"]) == 2
-    assert "unknown sugarcrab; there are sugarcrepe" in " ".join(capsys.readouterr().out.split())
-    data = ["--data-root", str(place["root"] / "data")]
-    assert main(["eval", "--model-path", str(tmp_path / "none"), *data, "--benchmarks", "sade"]) == 2
-    assert "does not tell the model's type" in capsys.readouterr().err
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "unknown sugarcrab; there are sugarcrepe" in printed and "Did you mean sugarcrepe?" in printed
     assert main([*place["flags"], "--benchmarks", "sade", "--protocol", "choice"]) == 2
     assert "SADE has likelihood, yes" in " ".join(capsys.readouterr().out.split())
 
@@ -219,9 +281,12 @@ def test_every_gpu_gets_a_process(monkeypatch):
     assert shares.devices(None, None) == ["6", "7"] and shares.devices("cuda:1", None) == ["7"]
 
 
-def test_a_failing_process_stops_the_others_and_is_named(place, capfd):
+def test_a_failing_process_stops_the_others_and_is_named(place, capfd, tmp_path):
+    model = tmp_path / "llava-broken"
+    shutil.copytree(place["root"] / "models" / "llava-teacher", model)
+    next(model.glob("*.safetensors")).write_bytes(b"junk")
     flags = [*place["flags"], "--protocol", "likelihood", "--benchmarks", "winoground", "--processes", "2"]
-    assert main([*flags, "--output", str(place["root"] / "failing"), "--conv-mode", "no_such_template"]) == 1
+    assert main([*flags, "--output", str(tmp_path / "failing"), "--model-path", str(model)]) == 1
     assert "of 2 failed; what was answered is kept" in " ".join(capfd.readouterr().out.split())
 
 

@@ -81,7 +81,7 @@ def test_answers_of_another_run_or_other_questions_are_named_and_kept(questions,
     answers, folder = tmp_path / "student.jsonl", tmp_path / "student"
     begin(questions, answers, ABOUT)
     part = lines(folder / "1_0.jsonl", [answer(0)])
-    with pytest.raises(RecordsError, match="its template is 'qwen_1_5', not 'v1'.*OVERWRITE=1"):
+    with pytest.raises(RecordsError, match="template 'qwen_1_5', not 'v1'.*OVERWRITE=1"):
         begin(questions, answers, {**ABOUT, "template": "v1"})
     other = lines(tmp_path / "other.jsonl", [{"question_id": "a.png", "image": "x.png", "text": "Is it green?"}])
     with pytest.raises(RecordsError, match=r"1_0.jsonl, line 1: question 'a.png' with this text is not in .*other"):
@@ -143,6 +143,8 @@ def test_the_command_prints_what_the_script_reads(questions, tmp_path, capsys):
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llava_mistral"}')
     assert main(["begin", *flags, "--model", str(tmp_path / "model"), "--overwrite", "1"]) == 0
     assert capsys.readouterr().out == "5 3 mistral_instruct\n"
+    assert main(["begin", *flags, "--model", str(tmp_path / "model"), "--template", "qwen_q"]) == 2
+    assert "'qwen_q' is no conversation template" in capsys.readouterr().err
     assert main(["join", *flags]) == 2
     assert "5 of 5 questions have no answer" in capsys.readouterr().err
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ from .formats import DataError, MissingData
 from .hub import ON_HUB, fetch
 from .llava_suite import LLAVA_BENCHMARKS, check, run_llava_benchmark
 from .records import RecordsError, made_with, read_records
-from .suite import BENCHMARKS, Run, template_of
+from .suite import BENCHMARKS, Run, check_checkpoint, check_template, template_of
 from .summaries import EVERY, show
 
 if TYPE_CHECKING:
@@ -39,29 +41,59 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--protocol",
         choices=(*protocols.CHOOSING, *protocols.MATCHING),
-        help="how captions are matched with images (default: each benchmark's first)",
+        help="how captions are matched with images: choice (the letter of the better one, both orders), choice-logits "
+        '(the likelier letter), likelihood (log-probability per token), yes (P("Yes") to a question); default: choice '
+        "for SugarCrepe and Winoground, likelihood for SADE and BiVLC",
     )
     parser.add_argument("--conv-mode", help="conversation template (default: by the model's type)")
     parser.add_argument("--caption-prompt", default=protocols.CAPTION_PROMPT, help="of the likelihood protocol")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--batch-size", type=_positive, default=16, help="sequences at a time (default: %(default)s)")
+    parser.add_argument("--device", type=_device, help="cuda, cuda:N or cpu (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda")
-    parser.add_argument("--processes", type=int, help="at once (default: one a GPU)")
+    parser.add_argument("--processes", type=_positive, help="at once (default: one a GPU)")
     parser.add_argument("--hub", action="store_true", help="get SugarCrepe, BiVLC, Winoground from the hub if missing")
     parser.add_argument("--overwrite", action="store_true", help="ask again what was answered already")
     parser.add_argument("--share", help=argparse.SUPPRESS)  # K/N: how a process is told its part of the items
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a number of 1 or more, is {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    import torch
+
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be cuda, cuda:N or cpu, is {text!r}")
+    number = int(text.split(":")[1]) if ":" in text else 0
+    if text != "cpu" and number >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[2:] if argv is None else argv)
     args = build_parser().parse_args(argv)
-    args.conv_mode = args.conv_mode or template_of(args.model_path)
-    names = list(EVERY) if args.benchmarks == "all" else args.benchmarks.split(",")
+    names = [name.strip().lower() for name in args.benchmarks.split(",")]
+    names = list(EVERY) if names == ["all"] else names
+    args.benchmarks = "all" if names == list(EVERY) else ",".join(names)
     unknown = [name for name in names if name not in EVERY]
     if unknown:
-        console.print(f"--benchmarks {args.benchmarks}: unknown {', '.join(unknown)}; there are {', '.join(EVERY)}.")
+        near = difflib.get_close_matches(unknown[0], EVERY, 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        console.print(f"--benchmarks: unknown {', '.join(unknown)}; there are {', '.join(EVERY)}.{hint}")
         return 2
+    check_checkpoint(args.model_path)
+    if args.conv_mode:
+        check_template(args.conv_mode)
+    args.conv_mode = args.conv_mode or template_of(args.model_path)
+    if not args.data_root.is_dir() and not args.hub:
+        raise DataError(
+            f"--data-root {args.data_root}: there is no such folder. It holds the benchmarks' own folders."
+        )
     args.devices = shares.devices(args.device, args.processes)
     args.dtype = shares.number_format(args.devices, args.dtype)
     # Everything is read and checked before a model is: a missing image shows now, not after hours.
@@ -72,8 +104,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"left out: {text}", markup=False, soft_wrap=True)
     for text in plan.wrong:
         console.print(f"error: {text}", markup=False, soft_wrap=True)
-    if args.benchmarks != "all" and (plan.absent or plan.wrong) or not (plan.runs or plan.theirs):
+    if args.benchmarks != "all" and (plan.absent or plan.wrong):
         return 2
+    if not (plan.runs or plan.theirs):
+        console.print(f"There is nothing to evaluate in --data-root {args.data_root}.", soft_wrap=True)
+        return 2
+    try:
+        summaries = evaluate(args, argv, plan)
+    except KeyboardInterrupt:
+        console.print("Stopped. What was answered is kept; the same command goes on from there.")
+        return 130
+    if summaries:
+        show(summaries, args.name or Path(args.model_path).name, console)
+    for text in plan.wrong:
+        console.print(f"error: {text}", markup=False, soft_wrap=True)
+    return int(bool(plan.wrong))
+
+
+def evaluate(args: argparse.Namespace, argv: list[str], plan: Plan) -> list[dict[str, Any]]:
+    """Everything that is planned; what fails goes into `plan.wrong`."""
     summaries = own_benchmarks(args, argv, plan)
     for name in plan.theirs:
         console.rule(EVERY[name].title)
@@ -82,12 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             summaries.append(run_llava_benchmark(name, args.model_path, args.data_root, folder(args), **options))
         except DataError as error:
-            plan.failed(name, error)
-    if summaries:
-        show(summaries, Path(args.model_path).name, console)
-    for text in plan.wrong:
-        console.print(f"error: {text}", markup=False, soft_wrap=True)
-    return int(bool(plan.wrong))
+            plan.wrong.append(f"{EVERY[name].title}: {error}")
+    return summaries
 
 
 def folder(args: argparse.Namespace) -> Path:
@@ -112,10 +157,6 @@ class Plan:
     theirs: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-
-    def failed(self, name: str, error: Exception) -> None:
-        console.print(str(error), markup=False, soft_wrap=True)
-        self.wrong.append(f"{EVERY[name].title}: {error}")
 
 
 def prepare(args: argparse.Namespace, names: Sequence[str]) -> Plan:
@@ -146,6 +187,8 @@ def prepare(args: argparse.Namespace, names: Sequence[str]) -> Plan:
 
 
 def own_benchmarks(args: argparse.Namespace, argv: list[str], plan: Plan) -> list[dict[str, Any]]:
+    from ..plugin.templates import SampleError
+
     engine, summaries = None, []
     for run in plan.runs:
         started = time.monotonic()
@@ -164,8 +207,9 @@ def own_benchmarks(args: argparse.Namespace, argv: list[str], plan: Plan) -> lis
                     engine = engine or load(args)
                     run.ask(engine, left, run.path, advance)
             summaries.append(run.finish())
-        except RecordsError as error:
-            plan.failed(run.benchmark.name, error)
+        except (DataError, RecordsError, SampleError) as error:
+            plan.wrong.append(f"{run.benchmark.title}: {error}")
+            console.print(str(error), markup=False, soft_wrap=True)
             continue
         seconds = time.monotonic() - started
         rate = f" in {seconds:.0f} s ({len(left) / seconds:.1f} a second)" if left else ", answered before"

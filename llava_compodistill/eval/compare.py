@@ -167,7 +167,7 @@ def compare(summaries: Sequence[Path], samples: int = 2000, seed: int = 0) -> li
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llava-compodistill compare", description=__doc__)
     parser.add_argument(
-        "summaries", nargs="+", type=Path, help="summaries of `eval` (NAME.json), or its output folders"
+        "summaries", nargs="+", type=Path, help="summaries of `eval` (NAME.json), its output folders, or checkpoints"
     )
     parser.add_argument("--samples", type=int, default=2000, help="bootstrap samples (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="bar chart (default: %(default)s)")
@@ -189,7 +189,8 @@ def grouped(paths: Sequence[Path]) -> dict[str, list[Path]]:
     """
     by_model: list[dict[str, Path]] = []
     for path in paths:
-        files = [path] if path.is_file() else [path / f"{name}.json" for name in EVERY]
+        inside = path / "eval" if (path / "eval").is_dir() else path  # a checkpoint's folder
+        files = [path] if path.is_file() else [inside / f"{name}.json" for name in EVERY]
         files = [file for file in files if file.is_file()]
         if not files:
             raise DataError(f"{path}: no summary of `llava-compodistill eval` there.")

@@ -21,6 +21,7 @@ from ..answer_head import dense_head
 from ..models import llava_core
 from ..plugin.host import import_llava, import_llava_train
 from ..plugin.templates import prepare_tokenizer, use_template
+from .formats import DataError
 from .requests import Answer, Continuation, FirstWord, Likelihood, Request
 
 logger = logging.getLogger(__name__)
@@ -278,5 +279,8 @@ class _Caches:
 def _open(path: str) -> Any:
     from PIL import Image
 
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:  # what PIL raises for a broken file, too
+        raise DataError(f"{path}: cannot be read as an image ({error}).") from error

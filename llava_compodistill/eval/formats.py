@@ -227,7 +227,8 @@ LOADERS: dict[str, Callable[[Path], list[Item]]] = {
 HOW_TO_GET = {
     "sugarcrepe": "its seven files are at github.com/RAIVNLab/sugar-crepe, its images are COCO val2017 "
     "(cocodataset.org); or --hub.",
-    "sade": "its references are linked from github.com/TeleeMa/SADE; `llava-compodistill sade` converts each source.",
+    "sade": "its references are linked from github.com/TeleeMa/SADE; `llava-compodistill sade` converts each; "
+    "the images belong in sade/images/.",
     "bivlc": "it is imirandam/BiVLC on the Hugging Face hub: --hub writes this layout.",
     "winoground": "it is facebook/winoground on the Hugging Face hub, gated: accept its terms there and log in "
     "(hf auth login), then --hub writes this layout.",

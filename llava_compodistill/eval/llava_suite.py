@@ -21,7 +21,7 @@ from .formats import DataError, MissingData
 from .llava_answers import read_answers, read_questions
 from .records import write_lines
 from .shares import stopped_together
-from .suite import PAPER_MODELS, missing_note
+from .suite import PAPER_MODELS, notes_on
 
 
 def _none(text: str) -> dict[str, float]:
@@ -35,6 +35,7 @@ class LlavaBenchmark:
     Attributes:
         questions: its file below the data root; without it the benchmark is left out of `all`.
         images: the folder of its images.
+        needs: what its scorer or converter reads besides.
         headline: the figure in the table.
         read: what LLaVA's or the official scorer prints -> figures; empty while there is no score.
         score: records with labels -> figures; None where the labels are on a server.
@@ -51,6 +52,7 @@ class LlavaBenchmark:
     score: Callable[[Iterable[dict[str, Any]]], dict[str, Any]] | None = None
     paper: tuple[float, ...] = ()
     labels: str = ""
+    needs: str = ""
 
 
 def read_pope(text: str) -> dict[str, float]:
@@ -90,7 +92,7 @@ LLAVA_BENCHMARKS = {
     for benchmark in (
         LlavaBenchmark(
             "vqav2", "VQAv2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", "vqav2/test2015",
-            "accuracy", paper=(79.1, 73.6, 78.8),
+            "accuracy", paper=(79.1, 73.6, 78.8), needs="vqav2/llava_vqav2_mscoco_test2015.jsonl",
         ),
         LlavaBenchmark(
             "gqa", "GQA", "gqa/llava_gqa_testdev_balanced.jsonl", "gqa/data/images",
@@ -102,7 +104,7 @@ LLAVA_BENCHMARKS = {
         ),
         LlavaBenchmark(
             "textvqa", "TextVQA", "textvqa/llava_textvqa_val_v051_ocr.jsonl", "textvqa/train_images",
-            "accuracy", read_accuracy, scorers.textvqa, (56.7, 50.6, 56.4),
+            "accuracy", read_accuracy, scorers.textvqa, (56.7, 50.6, 56.4), needs="textvqa/TextVQA_0.5.1_val.json",
         ),
         LlavaBenchmark(
             "mme", "MME", "MME/llava_mme.jsonl", "MME/MME_Benchmark_release_version",
@@ -110,7 +112,7 @@ LLAVA_BENCHMARKS = {
         ),
         LlavaBenchmark(
             "pope", "POPE", "pope/llava_pope_test.jsonl", "pope/val2014",
-            "f1", read_pope, scorers.pope,
+            "f1", read_pope, scorers.pope, needs="pope/coco",
         ),
     )
 }  # fmt: skip
@@ -128,7 +130,7 @@ def check(name: str, data: Path) -> None:
         RecordsError: for a wrong question or a missing image, with file and line.
     """
     benchmark = LLAVA_BENCHMARKS[name]
-    for path in (data / benchmark.questions, data / benchmark.images):
+    for path in (data / benchmark.questions, data / benchmark.images, data / benchmark.needs):
         if not path.exists():
             raise MissingData(f"{path} is missing: see LLaVA's docs/Evaluation.md (its eval.zip goes to {data}).")
     read_questions(data / benchmark.questions, data / benchmark.images)
@@ -164,7 +166,7 @@ def run_llava_benchmark(
         processes.append(subprocess.Popen(command, env={**os.environ, **settings}))
         status = processes[0].wait()
     if status:
-        raise DataError(f"scripts/eval/{name}.sh ended with status {status}; see above. What was answered is kept.")
+        raise DataError(f"scripts/eval/{name}.sh ended with status {status}, see above; what was answered is kept.")
     return json.loads((output / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -198,14 +200,10 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
             notes.append(" ".join(printed[printed.index(word) :].split()))
     if not labelled and not said and not notes:
         notes.append(f"No score yet: there is neither the official scorer nor {data / benchmark.labels}.")
-    notes += filter(None, [missing_note(figures)])
     key = benchmark.headline
     if key in said and key in figures and abs(said[key] - figures[key]) > _ROUNDING:
-        unread = f", with {figures['unparsable']} answers that are empty or cannot be read, and wrong"
-        notes.append(
-            f"The scorer printed {key} {said[key]:.2f}; counted from the records it is {figures[key]:.2f}"
-            f"{unread if figures['unparsable'] else ''}."
-        )
+        notes.append(f"The scorer printed {key} {said[key]:.2f}; counted from the records it is {figures[key]:.2f}.")
+    notes += notes_on(figures)
     summary = {
         "benchmark": name,
         "protocol": "LLaVA's",

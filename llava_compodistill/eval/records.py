@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+#: Of a checkpoint's and a run's parts, where the name alone says too little.
+_SAID = {"weights": "weights that give", "fingerprint": "questions that give"}
+#: Of every file of a checkpoint so many pieces are looked at.
+_SAMPLES, _SAMPLE_BYTES = 64, 64 * 1024
 
 
 class RecordsError(ValueError):
@@ -121,12 +125,12 @@ def check_run(path: Path, run: dict[str, Any], way_out: str) -> None:
         raise RecordsError(
             f"{path}: {beside.name}, which says what made these records, is missing or broken. {way_out}"
         ) from None
-    changed = [name for name in run if before.get(name) != run[name]]
+    # A checkpoint is known by its weights; it may have been moved.
+    known = {"model"} if run.get("weights") else set()
+    changed = [name for name in run if before.get(name) != run[name] and name not in known]
     if changed:
-        name = changed[0]
-        raise RecordsError(
-            f"{path} holds records of another run: its {name} is {before.get(name)!r}, not {run[name]!r}. {way_out}"
-        )
+        apart = "; ".join(f"{_SAID.get(name, name)} {before.get(name)!r}, not {run[name]!r}" for name in changed)
+        raise RecordsError(f"{path} holds records of another run: {apart}. {way_out}")
 
 
 def write_run(path: Path, run: dict[str, Any]) -> None:
@@ -139,15 +143,20 @@ def write_run(path: Path, run: dict[str, Any]) -> None:
 
 
 def weights_of(model: str) -> str:
-    """What tells a checkpoint from another one that lay, or will lie, in the same folder: its files' sizes and the
-    second of the last change."""
-    files = [path for path in Path(model).glob("*") if path.suffix in (".safetensors", ".bin")]
-    files += [path for path in Path(model).glob("config.json")]
-    if not files:
-        return ""  # a name on the hub
-    newest = max(int(path.stat().st_mtime) for path in files)
-    changed = datetime.datetime.fromtimestamp(newest, datetime.timezone.utc).isoformat(timespec="seconds")
-    return f"{sum(path.stat().st_size for path in files)} bytes of {changed}"
+    """What tells a checkpoint from another one, wherever it lies: 16 hex digits over its config and samples of its
+    weights (reading all of them would take minutes); empty for a name on the hub."""
+    folder = Path(model)
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))
+    files += [path for path in (folder / "config.json", folder / "adapter_config.json") if path.is_file()]
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for number in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16] if files else ""
 
 
 def write_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:

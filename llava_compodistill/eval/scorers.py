@@ -126,7 +126,8 @@ def reefknot(records: Iterable[Record], judge: Callable[[str, str], bool] | None
         entry["unparsable"] = _unparsable(items, _READERS[task])
         accuracies.append(entry["accuracy"])
         figures[task] = entry
-    return {"rscore": _mean(accuracies), **figures, "items": len(records)}
+    unparsable = sum(entry["unparsable"] for entry in figures.values())
+    return {"rscore": _mean(accuracies), **figures, "items": len(records), "unparsable": unparsable}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

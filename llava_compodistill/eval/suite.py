@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,21 +72,54 @@ PAPER_MODELS = ("teacher LLaVA-4B", "SFT 2B", "CompoDistill-2B")
 TEMPLATES = {"llava_qwen2": "qwen_1_5", "llava_llama": "v1", "llava": "v1", "llava_mistral": "mistral_instruct"}
 
 
+def check_checkpoint(model_path: str) -> None:
+    """Whether there is a LLaVA checkpoint, before anything is read or written.
+
+    Raises:
+        DataError: when there is no such folder, or it holds something else. A name on the hub passes.
+    """
+    path = Path(model_path)
+    if not path.is_dir():
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model_path) and not path.parent.is_dir():
+            return  # owner/name, and no folder is called like the owner
+        raise formats.DataError(f"checkpoint not found: {model_path}")
+    kind = _model_type(path)
+    if "llava" not in kind.lower():
+        raise formats.DataError(
+            f"{path / 'config.json'}: model_type {kind!r} is no LLaVA model. A LoRA or adapter folder has its own "
+            "config.json of a llava_… type."
+        )
+
+
+def check_template(name: str) -> None:
+    """Raise TemplateError when LLaVA and the plugin know no such conversation template."""
+    from ..plugin import register
+    from ..plugin.templates import use_template
+
+    register(train=True)
+    use_template(name)
+
+
 def template_of(model_path: str) -> str:
-    """What a checkpoint's type asks for.
+    """The conversation template that a checkpoint's type asks for.
 
     Raises:
         DataError: when its type is not known.
     """
-    path = Path(model_path) / "config.json"
     try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError):
+        return TEMPLATES.get(_model_type(Path(model_path)), "v1")
+    except formats.DataError as error:
+        way = "name the conversation template with --conv-mode (CONV_MODE=… for scripts/eval)"
+        raise formats.DataError(f"{error} Or {way}.") from None
+
+
+def _model_type(path: Path) -> str:
+    try:
+        return str(json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise formats.DataError(
-            f"{path} does not tell the model's type: name the conversation template with --conv-mode "
-            "(CONV_MODE=… for scripts/eval)."
+            f"{path / 'config.json'} does not tell the model's type: is {path} a checkpoint's folder?"
         ) from None
-    return TEMPLATES.get(kind, "v1")
 
 
 def protocol_for(benchmark: Benchmark, wanted: str | None) -> str:
@@ -101,10 +135,14 @@ def protocol_for(benchmark: Benchmark, wanted: str | None) -> str:
     return wanted
 
 
-def missing_note(figures: dict[str, Any]) -> str:
-    """What is to be said of a benchmark that is there in part."""
-    names = figures.get("missing")
-    return f"not the whole benchmark, there is nothing of {', '.join(names)}." if names else ""
+def notes_on(figures: dict[str, Any]) -> list[str]:
+    """What is to be said of figures: a benchmark that is there in part, answers that could not be read."""
+    notes = []
+    if figures.get("missing"):
+        notes.append(f"not the whole benchmark, there is nothing of {', '.join(figures['missing'])}.")
+    if figures.get("unparsable"):
+        notes.append(f"{figures['unparsable']} answers are empty or cannot be read, and count as wrong.")
+    return notes
 
 
 class Run:
@@ -188,7 +226,7 @@ class Run:
             "headline": self.benchmark.headline,
             "value": figures.get(self.benchmark.headline),
             "figures": figures,
-            "note": missing_note(figures),
+            "note": " ".join(notes_on(figures)),
             "paper": dict(zip(PAPER_MODELS, self.benchmark.paper, strict=True)),
             "commit": commit(),
         }

@@ -55,7 +55,10 @@ def table(summaries: Sequence[dict[str, Any]], name: str) -> Table:
         papers = [mean(found[name]["paper"][model] for name in names) for model in PAPER_MODELS]
         result.add_section()
         here = percent(mean(found[name]["value"] for name in names))
-        result.add_row(title, "", "", here, *(f"{value:.1f}" for value in papers))
+        used = {found[name]["protocol"] for name in names}
+        result.add_row(
+            title, "", used.pop() if len(used) == 1 else "mixed", here, *(f"{value:.1f}" for value in papers)
+        )
     return result
 
 

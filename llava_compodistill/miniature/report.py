@@ -84,10 +84,11 @@ def publish(results: list[dict[str, Any]], settings: Settings, root: Path, conso
     for table in tables(results):
         console.print(table)
     for path in pictures.draw_all(results, settings, root):
-        console.print(f"picture: {path}")
-    console.print(f"figures: {root / 'results.json'}")
+        console.print(f"picture: {path}", soft_wrap=True)
+    console.print(f"figures: {root / 'results.json'}", soft_wrap=True)
     for result in results:
-        console.print(f"checkpoint of {label(result['method'])}, seed {result['seed']}: {result['checkpoint']}")
+        what = f"checkpoint of {label(result['method'])}, seed {result['seed']}"
+        console.print(f"{what}: {result['checkpoint']}", soft_wrap=True)
 
 
 def label(method: str) -> str:

@@ -62,6 +62,10 @@ TEMPLATES = {
 _SPARE_TOKENS = ("<|endoftext|>", "<pad>", "[PAD]", "<|fim_pad|>", "<unk>", "<|im_end|>")
 
 
+class TemplateError(ValueError):
+    """There is no such conversation template."""
+
+
 class SampleError(ValueError):
     """A training sample cannot be used; the message names it and says why."""
 
@@ -195,10 +199,10 @@ def use_template(version: str) -> Any:
     """Make a template LLaVA's default, as its `--version` flag does, and return it.
 
     Raises:
-        ValueError: for an unknown name (LLaVA itself would fall back to Vicuna's in silence).
+        TemplateError: for an unknown name (LLaVA itself would fall back to Vicuna's in silence).
     """
     if version not in conversation_lib.conv_templates:
         known = ", ".join(sorted(conversation_lib.conv_templates))
-        raise ValueError(f"--version {version!r} is no conversation template. Known: {known}.")
+        raise TemplateError(f"{version!r} is no conversation template (--version, --conv-mode). Known: {known}.")
     conversation_lib.default_conversation = conversation_lib.conv_templates[version]
     return conversation_lib.default_conversation

@@ -19,6 +19,11 @@ fail() {
     exit 2
 }
 
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    echo "bash scripts/eval/${0##*/} CKPT"
+    sed -n '/^# Settings/,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit
+fi
 [[ $# -ge 1 ]] || fail "usage: bash scripts/eval/${0##*/} CKPT"
 CKPT=$1
 shift
@@ -28,6 +33,10 @@ NAME=${MODEL_NAME:-$NAME}
 EVAL_DATA=${EVAL_DATA:-./playground/data/eval}
 PYTHON=${PYTHON:-$(command -v python || command -v python3 || echo python3)}
 [[ $PYTHON != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON # some steps run in other folders
+"$PYTHON" -c 'import llava_compodistill, rich, torch' 2>/dev/null ||
+    fail "$PYTHON cannot import llava_compodistill: activate the environment that it is installed in, or set PYTHON."
+# The libraries' notices would bury what is said here.
+export TRANSFORMERS_VERBOSITY=${TRANSFORMERS_VERBOSITY:-error} PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
 # A name on the hub has the form owner/name, and no folder is called like the owner.
 [[ -d $CKPT || ($CKPT =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$ && ! -d $(dirname "$CKPT")) ]] ||
     fail "checkpoint not found: $CKPT"
@@ -36,11 +45,11 @@ need() { # FILE WHERE_FROM
     [[ -e $1 ]] || fail "$1 is missing: $2"
 }
 
-EVALUATION_MD="see LLaVA's docs/Evaluation.md (its eval.zip goes to $EVAL_DATA)"
+EVALUATION_MD="see LLaVA's docs/Evaluation.md (its eval.zip goes to $EVAL_DATA; EVAL_DATA names another folder)"
 
 PIDS=()
 trap '[[ -z ${PIDS[*]:-} ]] || { kill "${PIDS[@]}"; wait; } 2>/dev/null || true' EXIT
-trap 'exit 130' INT
+trap 'echo "Stopped; the same command goes on." >&2; exit 130' INT
 trap 'exit 143' TERM
 
 every_gpu() { # 0,1,…; 0 where there is none
@@ -68,7 +77,7 @@ ask() {
         --max-new-tokens "${MAX_NEW_TOKENS:-128}") || exit 2
     read -r left shares template <<<"$plan"
     if [[ $left == 0 && -f $answers ]]; then
-        echo "Answered before: $answers (OVERWRITE=1 asks again)"
+        echo "Answered before: $answers (OVERWRITE=1, or eval --overwrite, asks again)"
         return
     fi
     echo "$left questions to ask under the template $template, in $shares process(es)"

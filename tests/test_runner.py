@@ -158,3 +158,10 @@ def test_what_a_module_wrote_before_a_kill_is_on_the_disk(tmp_path):
     command = [sys.executable, "-m", "llava_compodistill.cli", "run", "asks"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 9
     assert (tmp_path / "answers.jsonl").read_text() == "answer 0\nanswer 1\nanswer 2\n"
+
+
+def test_a_wrong_template_is_said_before_the_module_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "never.py").write_text("raise SystemExit('ran')\n")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "never", "--conv-mode", "qwen_q"]) == 2
+    assert "'qwen_q' is no conversation template" in capsys.readouterr().err

@@ -135,6 +135,15 @@ def _dotted(path: str) -> str:
     return path.removesuffix(".py").removeprefix("./").replace("/", ".")
 
 
+def _check_template(arguments: Sequence[str]) -> None:
+    """A wrong --conv-mode is a KeyError in LLaVA, from a worker process, after the model is loaded."""
+    from .templates import use_template
+
+    for flag, value in zip(arguments, arguments[1:], strict=False):
+        if flag in ("--conv-mode", "--conv_mode"):
+            use_template(value)
+
+
 def run(module: str, arguments: Sequence[str]) -> None:
     """Register the plugin and run `module` as `__main__` with these command-line arguments.
 
@@ -142,6 +151,7 @@ def run(module: str, arguments: Sequence[str]) -> None:
 
     Raises:
         RunnerError: when the module does not exist.
+        TemplateError: when --conv-mode names no template.
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: a LLaVA checkout need not be installed
@@ -149,6 +159,7 @@ def run(module: str, arguments: Sequence[str]) -> None:
 
     register(train=module.startswith("llava.train"))
     check_module(module)
+    _check_template(arguments)
     if not torch.cuda.is_available():
         print(NOTICE, file=sys.stderr, flush=True)
     with redirect_cuda(), mock.patch.object(sys, "argv", [module, *arguments]):

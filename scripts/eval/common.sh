@@ -33,7 +33,8 @@ NAME=${MODEL_NAME:-$NAME}
 EVAL_DATA=${EVAL_DATA:-./playground/data/eval}
 PYTHON=${PYTHON:-$(command -v python || command -v python3 || echo python3)}
 [[ $PYTHON != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON # some steps run in other folders
-"$PYTHON" -c 'import llava_compodistill, rich, torch' 2>/dev/null ||
+"$PYTHON" -c 'import importlib.util, sys
+sys.exit(any(importlib.util.find_spec(name) is None for name in ("llava_compodistill", "rich", "torch")))' 2>/dev/null ||
     fail "$PYTHON cannot import llava_compodistill: activate the environment that it is installed in, or set PYTHON."
 # The libraries' notices would bury what is said here.
 export TRANSFORMERS_VERBOSITY=${TRANSFORMERS_VERBOSITY:-error} PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}

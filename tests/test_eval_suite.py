@@ -98,6 +98,11 @@ def test_another_protocol_does_not_go_on_with_these_records(place, capsys):
     assert main([*flags, "--protocol", "likelihood"]) == 0
     assert main([*flags, "--protocol", "yes"]) == 2
     assert "protocol 'likelihood', not 'yes'" in " ".join(capsys.readouterr().out.split())
+    records = (output / "winoground.jsonl").read_text()
+    both = ["--benchmarks", "winoground,sade", "--data-root", str(place["root"] / "half")]
+    shutil.copytree(place["root"] / "data" / "winoground", place["root"] / "half" / "winoground")
+    assert main([*flags, *both, "--protocol", "yes", "--overwrite"]) == 2  # nothing is lost before all is checked
+    assert (output / "winoground.jsonl").read_text() == records
     assert main([*flags, "--protocol", "yes", "--overwrite"]) == 0
 
 
@@ -127,6 +132,7 @@ def test_a_checkpoint_is_known_by_its_weights_wherever_it_lies(place, capsys, tm
         (["--model-path", "{empty}"], "config.json does not tell the model's type: is "),
         (["--model-path", "{qwen}"], "model_type 'qwen2' is no LLaVA model"),
         (["--conv-mode", "qwen_q"], "'qwen_q' is no conversation template (--version, --conv-mode). Known: "),
+        (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
         (["--data-root", "nowhere"], "--data-root nowhere: there is no such folder"),
     ],
 )
@@ -142,7 +148,6 @@ def test_wrong_arguments_are_said_at_once(place, world, tmp_path, capsys, flags,
         (["--batch-size", "0"], "must be a number of 1 or more, is '0'"),
         (["--processes", "-1"], "must be a number of 1 or more"),
         (["--device", "gpu"], "must be cuda, cuda:N or cpu, is 'gpu'"),
-        (["--device", "cuda:99"], "PyTorch sees"),
     ],
 )
 def test_wrong_flags_are_explained(place, capsys, flags, message):

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from .formats import DataError
 from .records import RecordFile, RecordsError
 
 
@@ -25,16 +26,21 @@ def devices(device: str | None, processes: int | None) -> list[str | None]:
     Args:
         device: --device; None and "cuda" take every GPU, "cuda:1" that one, "cpu" none.
         processes: --processes.
+
+    Raises:
+        DataError: for a GPU that is not there.
     """
     import torch
 
+    number = int(device.split(":")[1]) if device and ":" in device else 0
+    if device not in (None, "cpu") and number >= torch.cuda.device_count():
+        raise DataError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices here.")
     cards: list[str | None] = []
     if device != "cpu":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         cards = list(visible.split(",")) if visible else [str(n) for n in range(torch.cuda.device_count())]
         cards = cards[: torch.cuda.device_count()]
-        if device and ":" in device:
-            cards = cards[int(device.split(":")[1]) :][:1]
+        cards = cards[number:][:1] if device and ":" in device else cards
     cards = cards or [None]
     return [cards[number % len(cards)] for number in range(processes or len(cards))]
 

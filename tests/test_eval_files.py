@@ -8,12 +8,14 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from llava_compodistill.eval import formats
 from llava_compodistill.eval.formats import LOADERS, DataError
 from llava_compodistill.eval.hub import fetch
-from llava_compodistill.eval.records import RecordFile, RecordsError, fingerprint, read_records
+from llava_compodistill.eval.records import RecordFile, RecordsError, fingerprint, read_records, weights_of
 from llava_compodistill.miniature.benchmarks import write_benchmarks
 
 
@@ -176,6 +178,27 @@ def test_records_of_another_run_are_not_mixed(tmp_path):
     path.with_name("r.jsonl.run.json").unlink()
     with pytest.raises(RecordsError, match="r.jsonl.run.json.*is missing or broken"):
         RecordFile(path, RUN, IDS)
+
+
+def test_a_checkpoint_of_which_one_small_tensor_was_trained_is_another(tmp_path):
+    """As when only MLP_S learns: a few numbers somewhere in the middle of a large file."""
+    tensors = {f"layer.{number}": torch.zeros(200_000) for number in range(4)}
+    tensors["layer.1.bias"] = torch.zeros(3, dtype=torch.bfloat16)
+    seen = set()
+    for changed in (None, "layer.1.bias", "layer.2"):
+        if changed:
+            tensors[changed][-1] += 1
+        folder = tmp_path / str(changed)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        save_file(tensors, folder / "model.safetensors")
+        seen.add(weights_of(str(folder)))
+        torch.save(tensors, folder / "model.bin")
+        seen.add(weights_of(str(folder)))
+        copy = folder.rename(tmp_path / f"moved-{changed}")
+        assert weights_of(str(copy)) in seen
+    (copy / "model.safetensors").write_bytes(b"junk")
+    assert len(seen) == 6 and weights_of(str(copy)) not in seen and weights_of("owner/name") == ""
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -151,14 +151,14 @@ def rbench(data: Path) -> list[Item]:
     folder = data / "rbench"
     images = _images("rbench", folder / "images", folder / "validation", data / "open_images" / "validation")
     path = folder / "image-level_filterd.json"
-    entries = _json(path, "rbench")
+    entries = read_json(path, HOW_TO_GET["rbench"])
     if not isinstance(entries, list):
         raise DataError(f"{path}: must be a list of questions, is a {type(entries).__name__}.")
     lists: dict[str, list[int]] = {}
     known = {str(_value(entry, "question_id", f"{path}, entry {n}")) for n, entry in enumerate(entries)}
     for number in range(1, 6):
         listed = folder / f"nocaps_image-level_rel_ids_{number}.json"
-        ids = dict.fromkeys(map(str, _json(listed, "rbench")))
+        ids = dict.fromkeys(map(str, read_json(listed, HOW_TO_GET["rbench"])))
         if not ids.keys() & known:
             raise DataError(f"{listed}: none of its {len(ids)} questions is in {path.name}.")
         # "filterd": a list may name questions that the authors took out again.
@@ -241,17 +241,23 @@ HOW_TO_GET = {
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
-def _json(path: Path, benchmark: str) -> Any:
+def read_json(path: Path, how_to_get: str) -> Any:
+    """A JSON file.
+
+    Raises:
+        MissingData: when it is not there.
+        DataError: when it is no JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MissingData(f"{path} is missing: {HOW_TO_GET[benchmark]}") from None
+        raise MissingData(f"{path} is missing: {how_to_get}") from None
     except ValueError as error:
         raise DataError(f"{path}: no JSON ({error}).") from None
 
 
 def _object(path: Path, benchmark: str) -> dict[str, Any]:
-    entries = _json(path, benchmark)
+    entries = read_json(path, HOW_TO_GET[benchmark])
     if isinstance(entries, list):  # some copies hold a list
         return {str(number): entry for number, entry in enumerate(entries)}
     if not isinstance(entries, dict):

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .formats import DataError
+from .formats import DataError, read_json
 from .llava_answers import read_questions
 
 Answers = list[dict[str, Any]]
 Records = list[dict[str, Any]]
 
+EVALUATION_MD = "see LLaVA's docs/Evaluation.md."
 _MME_ENDINGS = ("Answer the question using a single word or phrase.", "Please answer yes or no.")
 
 
@@ -50,7 +51,7 @@ def gqa(data: Path, answers: Answers) -> Records:
     path = next((path for path in (folder / name, folder / "questions1.2" / name) if path.is_file()), None)
     if path is None:
         return plain(data, answers)
-    questions = _json(path)
+    questions = read_json(path, EVALUATION_MD)
     records = plain(data, answers)
     for record in records:
         try:
@@ -67,7 +68,9 @@ def textvqa(data: Path, answers: Answers) -> Records:
 
     path = data / "textvqa" / "TextVQA_0.5.1_val.json"
     try:
-        wanted = {(str(a["image_id"]), a["question"].lower()): a["answers"] for a in _json(path)["data"]}
+        wanted = {
+            (str(a["image_id"]), a["question"].lower()): a["answers"] for a in read_json(path, EVALUATION_MD)["data"]
+        }
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: must hold data: [{{image_id, question, answers}}] ({error}).") from None
     evaluator = TextVQAAccuracyEvaluator()
@@ -134,15 +137,6 @@ def plain(data: Path, answers: Answers) -> Records:
     """Without labels: they are on a server."""
     names = ("question_id", "prompt", "text")
     return [{"id": str(number), **{name: entry[name] for name in names}} for number, entry in enumerate(answers)]
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: see LLaVA's docs/Evaluation.md.") from None
-    except ValueError as error:
-        raise DataError(f"{path}: no JSON ({error}).") from None
 
 
 READERS: dict[str, Callable[[Path, Answers], Records]] = {

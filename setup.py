@@ -45,7 +45,7 @@ EXTRAS = {
 
 
 def version() -> str:
-    text = (ROOT / "llava_compodistill" / "version.py").read_text(encoding="utf-8")
+    text = (ROOT / "llava_compodistill" / "about.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
 
 

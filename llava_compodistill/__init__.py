@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import importlib
 
-from .version import __version__
+from .about import __version__
 
 _LAZY = {
-    "register": "plugin",
-    "unregister": "plugin",
-    "CompoDistillTrainer": "trainer",
-    "TAFProjector": "taf",
-    "build_taf_projector": "taf",
-    "capture_visual_attention": "capture",
-    "record_merge": "visual_tokens",
+    "register": "hosts.llava",
+    "unregister": "hosts.llava",
+    "CompoDistillTrainer": "train.trainer",
+    "TAFProjector": "pair.taf",
+    "build_taf_projector": "pair.taf",
+    "capture_visual_attention": "record.attention",
+    "record_merge": "record.merge",
     "visual_attention_map": "ops.visual_attention",
-    "visual_understanding_layers": "layer_matching",
-    "match_layers": "layer_matching",
-    "attention_distillation_loss": "losses",
-    "logit_distillation_loss": "losses",
-    "load_teacher": "models",
-    "build_student": "models",
+    "visual_understanding_layers": "pair.layers",
+    "match_layers": "pair.layers",
+    "attention_distillation_loss": "losses.attention",
+    "logit_distillation_loss": "losses.tokens",
+    "load_teacher": "pair.teacher",
+    "build_student": "pair.student",
 }
 
 __all__ = ["__version__", *_LAZY]

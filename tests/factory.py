@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import torch
 from reference import IGNORE, IMAGE
 
-from llava_compodistill.plugin import register
-from llava_compodistill.taf import fetch_teacher_adapter, taf_config
+from llava_compodistill.hosts.llava import register
+from llava_compodistill.pair.taf import fetch_teacher_adapter, taf_config
 
 PIXELS, PATCHES = 56, 16
 WIDTH = 64  # D_v
@@ -56,7 +56,7 @@ def make_model(
 ):
     """A random LLaVA model; with `teacher` its adapter is TAF with the teacher's P_T."""
     register()
-    from llava_compodistill.plugin.language_models import model_class
+    from llava_compodistill.hosts.llava.language_models import model_class
 
     cls = model_class(family)
     config = cls.config_class(

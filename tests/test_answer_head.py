@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from llava_compodistill.answer_head import dense_head
+from llava_compodistill.record.answers import dense_head
 
 
 class Quantised(nn.Module):

@@ -7,10 +7,10 @@ import reference
 import torch
 from factory import PATCHES, encoder_features, make_batch, make_model, save_tower
 
-from llava_compodistill.arguments import TrainingArguments
-from llava_compodistill.capture import GroupMeans, attention_modules, capture_visual_attention
-from llava_compodistill.objective import Objective
-from llava_compodistill.visual_tokens import record_merge
+from llava_compodistill.record.attention import GroupMeans, attention_modules, capture_visual_attention
+from llava_compodistill.record.merge import record_merge
+from llava_compodistill.train.arguments import TrainingArguments
+from llava_compodistill.train.objective import Objective
 
 # Text before, between and after images; two images; the image first and last; text only; unequal lengths.
 LAYOUTS = ["qIqqIqaaqa", "Iqa", "qqqaa", "qqqqaaI"]

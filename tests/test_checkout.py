@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_compodistill import cli, resources
-from llava_compodistill.plugin import checkout, patching
+from llava_compodistill import about, cli
+from llava_compodistill.hosts.llava import checkout, patching
 
 HOOKED = Path("llava/__init__.py")
 MODELS = Path("llava/model/__init__.py")
@@ -34,7 +34,7 @@ def clone(package: Path) -> Path:
     (package / "pyproject.toml").write_text('[project]\nname = "llava"\nversion = "1.2.2.post1"\n')
     (package / "scripts").mkdir()
     for name in ("zero2.json", "zero3.json"):
-        settings = json.loads((resources.folder("scripts") / name).read_text())
+        settings = json.loads((about.folder("scripts") / name).read_text())
         del settings["gradient_clipping"]  # all that LLaVA's own lack
         (package / "scripts" / name).write_text(json.dumps(settings, indent=4))
     (package / "scripts" / "finetune.sh").write_text("echo LLaVA's own\n")
@@ -76,7 +76,7 @@ def test_files_of_the_user_stay_unless_forced(clone, capsys):
     assert (clone / "scripts" / "dpt.sh").read_text() == "echo mine\n"
     assert "scripts/dpt.sh" in next(line for line in capsys.readouterr().out.splitlines() if "kept" in line)
     assert checkout.main([str(clone), "--force"]) == 0
-    ours = resources.folder("scripts") / "dpt.sh"
+    ours = about.folder("scripts") / "dpt.sh"
     assert (clone / "scripts" / "dpt.sh").read_bytes() == ours.read_bytes()
     assert (clone / "scripts" / "finetune.sh").read_text() == "echo LLaVA's own\n"
 
@@ -84,7 +84,7 @@ def test_files_of_the_user_stay_unless_forced(clone, capsys):
 def test_other_deepspeed_settings_of_llava_stay_even_when_forced(clone):
     other = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     (clone / "scripts" / "zero2.json").write_text(json.dumps(other))
-    shutil.copy(resources.folder("scripts") / "zero3.json", clone / "scripts")
+    shutil.copy(about.folder("scripts") / "zero3.json", clone / "scripts")
     assert checkout.main([str(clone), "--force"]) == 0
     assert json.loads((clone / "scripts" / "zero2.json").read_text()) == other
     ours = json.loads((clone / "scripts" / "compodistill_zero2.json").read_text())
@@ -185,7 +185,7 @@ def test_git_accepts_the_patches_and_makes_the_same_change(package):
     # Without the ceiling git would look for a repository above the folder and skip the files.
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(other.parent)}
     for prefix in checkout.REVISIONS.values():
-        names = [resources.folder("patches") / f"{prefix}-{purpose}.patch" for purpose in checkout.PURPOSES]
+        names = [about.folder("patches") / f"{prefix}-{purpose}.patch" for purpose in checkout.PURPOSES]
         subprocess.run(["git", "apply", *map(str, names)], cwd=other, check=True, env=environment)
         for name in (HOOKED, MODELS):
             assert (other / name).read_bytes() == (package / name).read_bytes()
@@ -194,7 +194,7 @@ def test_git_accepts_the_patches_and_makes_the_same_change(package):
 
 def test_every_patch_is_known_to_the_command():
     expected = {f"{prefix}-{purpose}.patch" for prefix in checkout.REVISIONS.values() for purpose in checkout.PURPOSES}
-    assert {path.name for path in resources.folder("patches").glob("*.patch")} == expected
+    assert {path.name for path in about.folder("patches").glob("*.patch")} == expected
 
 
 @pytest.mark.slow
@@ -203,8 +203,8 @@ def test_every_patch_is_known_to_the_command():
     [
         "import llava",
         "import llava_compodistill; llava_compodistill.register()",
-        "import llava_compodistill.plugin.loader",
-        "import llava_compodistill.arguments",
+        "import llava_compodistill.hosts.llava.loader",
+        "import llava_compodistill.train.arguments",
         "import llava.eval.run_llava",
     ],
 )
@@ -213,11 +213,11 @@ def test_a_patched_checkout_imports_in_any_order(package, first):
     code = f"""
 {first}
 import llava, llava_compodistill
-from llava_compodistill.plugin.hook import is_patched
+from llava_compodistill.hosts.llava.hook import is_patched
 assert llava.__file__.startswith({str(package)!r}), llava.__file__
 assert is_patched()
 llava_compodistill.register()
-from llava_compodistill.plugin import registered
+from llava_compodistill.hosts.llava import registered
 from llava.model import LlavaQwen2ForCausalLM
 assert registered()
 llava_compodistill.unregister()

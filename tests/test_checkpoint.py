@@ -12,11 +12,12 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from llava_compodistill import checkpoint
-from llava_compodistill.models import llava_core
-from llava_compodistill.plugin import register, registration
-from llava_compodistill.plugin.host import import_llava
-from llava_compodistill.plugin.loader import CheckpointError, checkpoint_kind
+from llava_compodistill.errors import CheckpointError
+from llava_compodistill.hosts.llava import register, registration
+from llava_compodistill.hosts.llava.host import import_llava
+from llava_compodistill.hosts.llava.loader import checkpoint_kind
+from llava_compodistill.hosts.llava.model import llava_core
+from llava_compodistill.train import checkpoint
 
 register()
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from llava_compodistill.cli import main
+from llava_compodistill.errors import DataError
 from llava_compodistill.eval.compare import bootstrap, compare, parts, short_names
-from llava_compodistill.eval.formats import DataError
 from llava_compodistill.eval.scorers import SADE, SUGARCREPE
 from llava_compodistill.eval.summaries import EVERY
 

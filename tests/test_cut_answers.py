@@ -10,8 +10,8 @@ import pytest
 import tiny
 from transformers import AutoTokenizer
 
-from llava_compodistill import train
-from llava_compodistill.data import CheckedDataset
+from llava_compodistill.train import run as train
+from llava_compodistill.train.data import CheckedDataset
 
 FIRST, SUMMARY = "leaves no answer to learn from", "left no answer to learn from"
 SHORT, LONG = "What color is the square?", " ".join(["What color is the square?"] * 3)
@@ -32,7 +32,7 @@ def image(world) -> str:
 @pytest.fixture
 def limit(world) -> int:
     """Enough for the short question with its image, and for the long one alone, but not with an image."""
-    from llava_compodistill.plugin.templates import QWEN
+    from llava_compodistill.hosts.llava.templates import QWEN
 
     tokenizer = AutoTokenizer.from_pretrained(str(world["tokenizer"]))
     vision = json.loads((world["siglip"] / "config.json").read_text())

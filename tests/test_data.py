@@ -11,7 +11,8 @@ import tiny
 from PIL import Image
 from transformers import AutoTokenizer
 
-from llava_compodistill.data import CheckedDataset, DataError, check_records, read_records
+from llava_compodistill.errors import DataError
+from llava_compodistill.train.data import CheckedDataset, check_records, read_records
 
 HUMAN = {"from": "human", "value": "<image>\nWhat is this?"}
 GPT = {"from": "gpt", "value": "Red"}
@@ -126,8 +127,8 @@ def test_what_is_fine(images):
 def dataset(world, images, tmp_path, records, bad_samples="error", **changes):
     from transformers import SiglipImageProcessor
 
-    from llava_compodistill.plugin import register
-    from llava_compodistill.plugin.templates import prepare_tokenizer, use_template
+    from llava_compodistill.hosts.llava import register
+    from llava_compodistill.hosts.llava.templates import prepare_tokenizer, use_template
 
     register(train=True)
     tokenizer = AutoTokenizer.from_pretrained(str(world["tokenizer"]), use_fast=False, model_max_length=512)

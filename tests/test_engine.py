@@ -23,7 +23,7 @@ def engine(world, tmp_path_factory):
     """A random teacher of the test world, with weights large enough to answer different things."""
     import factory
 
-    from llava_compodistill.plugin import register
+    from llava_compodistill.hosts.llava import register
 
     register(train=True)
     from transformers import AutoTokenizer

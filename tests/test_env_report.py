@@ -10,7 +10,8 @@ import sys
 import torch
 import transformers
 
-from llava_compodistill import __version__, cli, env_report
+from llava_compodistill import __version__, cli
+from llava_compodistill.cli import env_report
 
 
 def rows() -> dict[str, env_report.Row]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_compodistill import resources
+from llava_compodistill import about
 from llava_compodistill.cli import main
 from llava_compodistill.eval.suite import BENCHMARKS
 from llava_compodistill.eval.summaries import EVERY
@@ -33,7 +33,7 @@ def checkout(smoke, tmp_path_factory) -> Path:
 
     root = tmp_path_factory.mktemp("LLaVA")
     shutil.copytree(Path(llava.__file__).parent, root / "llava", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(resources.folder("scripts") / "eval", root / "scripts" / "eval")
+    shutil.copytree(about.folder("scripts") / "eval", root / "scripts" / "eval")
     write_benchmarks(smoke / "data", root / EVAL)
     weights.install(root / "checkpoints")
     (root / "checkpoints" / "llava-student").symlink_to(smoke / "students" / "compodistill-seed0" / "llava-student")

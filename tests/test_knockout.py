@@ -6,9 +6,9 @@ import factory
 import pytest
 import torch
 
-from llava_compodistill.analysis.knockout import without_sight
-from llava_compodistill.plugin import register
-from llava_compodistill.visual_tokens import record_merge
+from llava_compodistill.hosts.llava import register
+from llava_compodistill.record.merge import record_merge
+from llava_compodistill.record.sight import without_sight
 
 LAYOUTS = ["qIqqaa", "Iqa", "qqaqa", "qIqIqa"]
 

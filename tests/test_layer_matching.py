@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from llava_compodistill.layer_matching import match_layers, visual_understanding_layers
+from llava_compodistill.pair.layers import match_layers, visual_understanding_layers
 
 
 @pytest.mark.parametrize(

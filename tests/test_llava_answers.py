@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from llava_compodistill.errors import RecordsError
 from llava_compodistill.eval import submissions
 from llava_compodistill.eval.llava_answers import begin, join, main, shares
-from llava_compodistill.eval.records import RecordsError
 
 ABOUT = {"model": "student", "template": "qwen_1_5"}
 #: An id may repeat with another text, and a question with its text may stand there twice.

@@ -10,8 +10,8 @@ import random
 
 import pytest
 
+from llava_compodistill.errors import DataError
 from llava_compodistill.eval import llava_records, scorers
-from llava_compodistill.eval.formats import DataError
 from llava_compodistill.eval.llava_answers import begin, join, read_questions
 from llava_compodistill.eval.llava_suite import LLAVA_BENCHMARKS, main, read_accuracy, read_pope, summarize
 from llava_compodistill.eval.records import read_records

@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_compodistill import models
-from llava_compodistill.plugin import register
-from llava_compodistill.plugin.host import import_llava
+from llava_compodistill.hosts.llava import register
+from llava_compodistill.hosts.llava.host import import_llava
+from llava_compodistill.pair.teacher import load_teacher
 
 register()
 
 from llava.constants import IMAGE_TOKEN_INDEX  # noqa: E402
 from llava.mm_utils import get_model_name_from_path  # noqa: E402
 
-from llava_compodistill.plugin.loader import (  # noqa: E402
+from llava_compodistill.hosts.llava.loader import (  # noqa: E402
     CheckpointError,
     checkpoint_kind,
     dispatching_loader,
@@ -148,7 +148,7 @@ def test_a_base_model_is_no_teacher(world):
     with pytest.raises(
         CheckpointError, match="--teacher_model_path .*qwen-teacher is a language model without vision"
     ):
-        models.load_teacher(str(world["qwen-teacher"]))
+        load_teacher(str(world["qwen-teacher"]))
 
 
 def test_an_adapter_needs_its_language_model(dpt_path, world):
@@ -199,7 +199,7 @@ def test_a_bin_file_cannot_run_code(tmp_path, monkeypatch, checkpoints, dpt_path
 
 
 def test_an_unknown_language_model_is_named():
-    from llava_compodistill.plugin.language_models import model_class
+    from llava_compodistill.hosts.llava.language_models import model_class
 
     with pytest.raises(
         ValueError, match="model_type 'gpt2' in config.json: supported language models are llama, mistral, qwen2"
@@ -215,7 +215,7 @@ def test_a_tower_that_has_moved(checkpoints, siglip, tmp_path):
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"config\.json: mm_vision_tower .*gone/siglip is not there"):
         load(path)
-    teacher = models.load_teacher(str(path), vision_tower=str(siglip))
+    teacher = load_teacher(str(path), vision_tower=str(siglip))
     assert teacher.get_vision_tower().vision_tower_name == teacher.config.mm_vision_tower == str(siglip)
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import llava_compodistill
-from llava_compodistill import env_report, resources
+from llava_compodistill import about
 
 PACKAGE = Path(llava_compodistill.__file__).resolve().parent
 SOURCE = Path(os.environ.get("COMPODISTILL_SOURCE") or Path(__file__).resolve().parent.parent)
@@ -47,8 +47,8 @@ def test_the_console_command_and_the_version_are_installed():
     command = Path(sys.executable).with_name("llava-compodistill")
     printed = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == f"llava-compodistill {llava_compodistill.__version__}"
-    if (SOURCE / ".git").exists() and env_report._git_commit(SOURCE):
-        assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", env_report.commit())
+    if (SOURCE / ".git").exists() and about.git_commit(SOURCE):
+        assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", about.commit())
 
 
 def test_requirements_leave_room_for_both_generations():
@@ -58,23 +58,23 @@ def test_requirements_leave_room_for_both_generations():
 
 
 def test_resources_are_found_here():
-    assert (resources.folder("scripts") / "launch.sh").is_file()
-    assert list(resources.folder("patches").glob("*.patch"))
+    assert (about.folder("scripts") / "launch.sh").is_file()
+    assert list(about.folder("patches").glob("*.patch"))
     with pytest.raises(ValueError, match="scripts, patches"):
-        resources.folder("weights")
+        about.folder("weights")
 
 
 def test_resources_are_found_in_a_checkout_and_missed_with_a_clear_error(tmp_path, monkeypatch):
     package = tmp_path / "llava_compodistill"
     package.mkdir()
-    monkeypatch.setattr(resources, "_PACKAGE", package)
+    monkeypatch.setattr(about, "_PACKAGE", package)
     with pytest.raises(FileNotFoundError, match="incomplete"):
-        resources.folder("scripts")
+        about.folder("scripts")
     (tmp_path / "scripts").mkdir()
     with pytest.raises(FileNotFoundError):  # a neighbour of the same name in site-packages is not ours
-        resources.folder("scripts")
+        about.folder("scripts")
     (tmp_path / "setup.py").touch()
-    assert resources.folder("scripts") == tmp_path / "scripts"
+    assert about.folder("scripts") == tmp_path / "scripts"
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_an_editable_install_finds_the_folders(tmp_path):
     checkout = _copy_of_the_sources(tmp_path)
     target = tmp_path / "site"
     _pip("install", "--no-build-isolation", "--no-deps", "--target", target, "-e", checkout)
-    code = f"import site; site.addsitedir({str(target)!r}); from llava_compodistill import resources as r; "
+    code = f"import site; site.addsitedir({str(target)!r}); from llava_compodistill import about as r; "
     code += "print(r.folder('scripts')); print(r.folder('patches'))"
     # -I: neither this folder nor PYTHONPATH; the copy comes first because the path file adds a finder, so drop ours.
     code = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; " + code

@@ -13,7 +13,8 @@ import factory
 import pytest
 from transformers import AutoTokenizer
 
-from llava_compodistill import checkpoint, compat
+from llava_compodistill import compat
+from llava_compodistill.train import checkpoint
 
 MODERN = compat.TRANSFORMERS.major >= 5
 ADDED = ("<im_start>", "</think>")

@@ -10,13 +10,14 @@ import sys
 import pytest
 import tiny
 
-from llava_compodistill.plugin import HostError, register, registered, registration, unregister
+from llava_compodistill.errors import HostError
+from llava_compodistill.hosts.llava import register, registered, registration, unregister
 
 register(train=True)
 
 from llava import conversation  # noqa: E402
 
-from llava_compodistill.plugin.templates import TEMPLATES  # noqa: E402
+from llava_compodistill.hosts.llava.templates import TEMPLATES  # noqa: E402
 
 
 @pytest.fixture
@@ -95,7 +96,8 @@ class Break(importlib.abc.MetaPathFinder):
             raise ImportError("libbroken.so.3: cannot open shared object file")
 
 sys.meta_path.insert(0, Break())
-from llava_compodistill.plugin import HostError, register
+from llava_compodistill.errors import HostError
+from llava_compodistill.hosts.llava import register
 try:
     register({train})
 except HostError as error:

@@ -7,8 +7,8 @@ import json
 import pytest
 from checks import assert_same_log, assert_same_weights, trained_weights
 
-from llava_compodistill import checkpoint
-from llava_compodistill.trainer import CompoDistillTrainer
+from llava_compodistill.train import checkpoint
+from llava_compodistill.train.trainer import CompoDistillTrainer
 
 pytestmark = pytest.mark.invariant
 

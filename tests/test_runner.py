@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llava_compodistill import cli
-from llava_compodistill.plugin import runner
+from llava_compodistill.hosts.llava import runner
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is redirected on a machine with CUDA")
 

@@ -66,7 +66,7 @@ def test_a_model_is_entirely_similar_to_itself(teacher, questions):
 
 
 def test_similarity_by_layer_is_the_mean_over_samples(teacher, questions, world, dpt_path):
-    from llava_compodistill.plugin.loader import load_model
+    from llava_compodistill.hosts.llava.loader import load_model
 
     model, tokenizer = teacher
     student = load_model(str(dpt_path), str(world["qwen-student"])).eval()

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from llava_compodistill import resources
+from llava_compodistill import about
 
-SCRIPTS = resources.folder("scripts")
+SCRIPTS = about.folder("scripts")
 TRAINING = ("teacher_pretrain", "teacher_finetune", "dpt", "dft", "sft", "baseline_sft")
 # A machine that need not be asked: nothing is started to find out what it has.
 CPU = {"GPUS": "0", "HAS_BF16": "0", "HAS_TF32": "0", "HAS_DEEPSPEED": "1"}
@@ -42,7 +42,7 @@ def arguments(command: list[str]) -> list[str]:
 
 
 def parse(command: list[str]):
-    from llava_compodistill.arguments import DataArguments, ModelArguments, TrainingArguments
+    from llava_compodistill.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
     return parser.parse_args_into_dataclasses(arguments(command), look_for_args_file=False)
@@ -63,7 +63,7 @@ def test_shellcheck_finds_nothing(path):
 @pytest.mark.parametrize("lora", ["0", "1"])
 @pytest.mark.parametrize("script", TRAINING)
 def test_every_flag_is_known_and_the_flags_agree(script, lora):
-    from llava_compodistill.arguments import check_arguments
+    from llava_compodistill.train.arguments import check_arguments
 
     for command in commands(script, LORA=lora, **CPU):
         flags = [word for word in arguments(command) if word.startswith("--")]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from llava_compodistill.plugin import register
-from llava_compodistill.plugin.host import import_llava_train
+from llava_compodistill.hosts.llava import register
+from llava_compodistill.hosts.llava.host import import_llava_train
 
 register(train=True)
 
@@ -15,7 +15,8 @@ from llava import conversation  # noqa: E402
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
 from llava.mm_utils import tokenizer_image_token  # noqa: E402
 
-from llava_compodistill.plugin.templates import SampleError, prepare_tokenizer, use_template  # noqa: E402
+from llava_compodistill.errors import SampleError  # noqa: E402
+from llava_compodistill.hosts.llava.templates import prepare_tokenizer, use_template  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import sample
 
-from llava_compodistill.models import llava_core
-from llava_compodistill.trainer import CompoDistillTrainer, NonFiniteLossError
+from llava_compodistill.errors import NonFiniteLossError
+from llava_compodistill.hosts.llava.model import llava_core
+from llava_compodistill.train.trainer import CompoDistillTrainer
 
 pytestmark = pytest.mark.invariant
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from llava_compodistill.plugin import register
+from llava_compodistill.hosts.llava import register
 
 register()
 
-from llava_compodistill.plugin.loader import load_model  # noqa: E402
-from llava_compodistill.plugin.vision_towers import SiglipVisionTower  # noqa: E402
+from llava_compodistill.hosts.llava.loader import load_model  # noqa: E402
+from llava_compodistill.hosts.llava.vision_towers import SiglipVisionTower  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_taf_is_built_from_the_config_alone(checkpoints, siglip):
 
 
 def test_two_layers_of_mlp_s_and_no_chains(checkpoints):
-    from llava_compodistill.taf import TAFProjector, taf_config
+    from llava_compodistill.pair.taf import TAFProjector, taf_config
 
     deep = TAFProjector(torch.nn.Linear(4, 6), 6, 5, depth=2)
     assert [type(layer).__name__ for layer in deep.student_map] == ["Linear", "GELU", "Linear"]
@@ -129,7 +129,7 @@ def test_a_teacher_with_another_normalisation_sees_its_own_pixels(tmp_path):
     """The batch is normalised for the student's encoder; the teacher must get what its own processor would give."""
     import numpy as np
 
-    from llava_compodistill.models import encode_separately
+    from llava_compodistill.record.encoding import encode_separately
 
     student = factory.make_model(factory.save_tower(tmp_path / "siglip"))
     teacher = factory.make_model(factory.save_tower(tmp_path / "clip", "clip"), seed=1)
@@ -148,7 +148,7 @@ def test_a_teacher_with_another_normalisation_sees_its_own_pixels(tmp_path):
 
 
 def test_equal_normalisation_leaves_the_bits_alone(siglip):
-    from llava_compodistill.models import renormalisation
+    from llava_compodistill.pair.vision import renormalisation
 
     processor = build_tower(siglip).image_processor
     assert renormalisation(processor, processor) == ((1.0,) * 3, (0.0,) * 3)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture import GroupMeans, capture_visual_attention
 from ..eval.scoring import Question, batches
-from ..layer_matching import match_layers, visual_understanding_layers
+from ..hosts.llava.model import llava_core
 from ..losses import attention_similarity
-from ..models import llava_core
-from ..visual_tokens import MergedBatch, record_merge
+from ..pair.layers import match_layers, visual_understanding_layers
+from ..record.attention import GroupMeans, capture_visual_attention
+from ..record.merge import MergedBatch, record_merge
 
 
 @dataclass

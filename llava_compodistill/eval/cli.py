@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..errors import DataError, MissingData, RecordsError
 from . import protocols, shares
-from .formats import DataError, MissingData
 from .hub import ON_HUB, fetch
 from .llava_suite import LLAVA_BENCHMARKS, check, run_llava_benchmark
-from .records import RecordsError, made_with, read_records
+from .records import made_with, read_records
 from .suite import BENCHMARKS, Run, check_checkpoint, check_template, template_of
 from .summaries import EVERY, show
 
@@ -182,7 +182,7 @@ def prepare(args: argparse.Namespace, names: Sequence[str]) -> Plan:
 
 
 def own_benchmarks(args: argparse.Namespace, argv: list[str], plan: Plan) -> list[dict[str, Any]]:
-    from ..plugin.templates import SampleError
+    from ..errors import SampleError
 
     engine, summaries = None, []
     for run in plan.runs:

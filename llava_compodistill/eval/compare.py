@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .formats import DataError
+from ..errors import DataError
 from .reading import yes_or_no
 from .records import read_records
 from .scorers import MME_PERCEPTION, REEFKNOT_TASKS, image_values, item_value

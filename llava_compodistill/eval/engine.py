@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..answer_head import dense_head
-from ..models import llava_core
-from ..plugin.host import import_llava, import_llava_train
-from ..plugin.templates import prepare_tokenizer, use_template
-from .formats import DataError
+from ..errors import DataError
+from ..hosts.llava.host import import_llava, import_llava_train
+from ..hosts.llava.model import llava_core
+from ..hosts.llava.templates import prepare_tokenizer, use_template
+from ..record.answers import dense_head
 from .requests import Answer, Continuation, FirstWord, Likelihood, Request
 
 logger = logging.getLogger(__name__)

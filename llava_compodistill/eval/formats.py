@@ -11,18 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import DataError, MissingData
 from .scorers import SADE, SUGARCREPE
 
 #: At most so many missing images are named.
 _NAMED = 3
-
-
-class DataError(ValueError):
-    """A benchmark's files are missing or wrong; the message names file, place and field, and the way out."""
-
-
-class MissingData(DataError):
-    """A benchmark's files are not there at all: nobody has got them yet."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .formats import HOW_TO_GET, DataError
+from ..errors import DataError
+from .formats import HOW_TO_GET
 from .scorers import SUGARCREPE
 
 

@@ -22,7 +22,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .records import RecordsError, check_run, fingerprint, made_with, write_lines, write_run
+from ..errors import RecordsError
+from .records import check_run, fingerprint, made_with, write_lines, write_run
 from .suite import check_checkpoint, template_of
 
 AGAIN = "MODEL_NAME=… (`eval --name …`) keeps others under another name; OVERWRITE=1 (`eval --overwrite`) asks again."

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .formats import DataError, read_json
+from ..errors import DataError
+from .formats import read_json
 from .llava_answers import read_questions
 
 Answers = list[dict[str, Any]]

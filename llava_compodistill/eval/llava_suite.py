@@ -14,10 +14,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ..env_report import commit
-from ..resources import folder
+from ..about import commit, folder
+from ..errors import DataError, MissingData
 from . import llava_records, scorers
-from .formats import DataError, MissingData
 from .llava_answers import read_answers, read_questions
 from .records import write_lines
 from .shares import stopped_together

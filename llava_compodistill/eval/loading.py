@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ..plugin import import_llava, register
+from ..hosts.llava import import_llava, register
 from .engine import Engine
 
 

@@ -9,14 +9,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import RecordsError
+
 #: Of a checkpoint's and a run's parts, where the name alone says too little.
 _SAID = {"weights": "weights that give", "fingerprint": "questions that give"}
 #: Bytes read at both ends of a tensor.
 _PIECE = 16 * 1024
-
-
-class RecordsError(ValueError):
-    """A file of records cannot be gone on with; the message names file and line."""
 
 
 class RecordFile:

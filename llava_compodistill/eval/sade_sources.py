@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .formats import DataError
+from ..errors import DataError
 from .records import write_lines
 from .scorers import SADE
 

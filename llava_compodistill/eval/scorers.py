@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from ..errors import RecordError
 from .reading import letter, letter_is_doubtful, says, short, yes_no_other, yes_or_no
 
 Record = Mapping[str, Any]
@@ -31,10 +32,6 @@ MME_PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
 MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-
-
-class RecordError(ValueError):
-    """A record that a scorer cannot read; names the record and the field."""
 
 
 def sugarcrepe(records: Iterable[Record]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..models import llava_core
-from ..plugin.host import import_llava, import_llava_train
-from ..plugin.templates import prepare_tokenizer, use_template
-from ..visual_tokens import MergeRecorder, record_merge
+from ..hosts.llava.host import import_llava, import_llava_train
+from ..hosts.llava.model import llava_core
+from ..hosts.llava.templates import prepare_tokenizer, use_template
+from ..record.merge import MergeRecorder, record_merge
 
 
 @dataclass(frozen=True)

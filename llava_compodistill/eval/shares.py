@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .formats import DataError
-from .records import RecordFile, RecordsError
+from ..errors import DataError, RecordsError
+from .records import RecordFile
 
 
 def devices(device: str | None, processes: int | None) -> list[str | None]:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import RecordsError
 from .llava_answers import read_answers, read_questions
 from .reading import short
-from .records import RecordsError
 
 
 def gqa(answers: Path) -> list[dict[str, Any]]:

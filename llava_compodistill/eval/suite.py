@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..env_report import commit
+from ..about import commit
+from ..errors import RecordsError
 from . import formats, protocols, scorers, shares
 from .formats import Item
-from .records import RecordFile, RecordsError, fingerprint
+from .records import RecordFile, fingerprint
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -93,8 +94,8 @@ def check_checkpoint(model_path: str) -> None:
 
 def check_template(name: str) -> None:
     """Raise TemplateError when LLaVA and the plugin know no such conversation template."""
-    from ..plugin import register
-    from ..plugin.templates import use_template
+    from ..hosts.llava import register
+    from ..hosts.llava.templates import use_template
 
     register(train=True)
     use_template(name)

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .formats import DataError
+from ..errors import DataError
 from .llava_suite import LLAVA_BENCHMARKS
 from .suite import BENCHMARKS, PAPER_MODELS
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..analysis.knockout import without_sight
+from ..record.sight import without_sight
 from .evaluate import Scores, evaluate
 from .report import environment, load_for_evaluation
 

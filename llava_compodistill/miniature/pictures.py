@@ -70,7 +70,7 @@ def draw_similarity(students: Sequence[dict[str, Any]], band: str, path: Path) -
     """Similarity to the teacher's attention by layer, answer tokens as queries (the paper's Figure 2)."""
     import matplotlib.pyplot as plt
 
-    from ..layer_matching import visual_understanding_layers
+    from ..pair.layers import visual_understanding_layers
 
     figure, axis = plt.subplots(figsize=(6.4, 4))
     depth = len(students[0]["scores"]["similarity_by_layer"])
@@ -97,7 +97,7 @@ def draw_overlays(results: Sequence[dict[str, Any]], band: str, root: Path, path
 
     from ..analysis.similarity import all_maps
     from ..eval.scoring import batches
-    from ..layer_matching import visual_understanding_layers
+    from ..pair.layers import visual_understanding_layers
     from .report import label, load_for_evaluation
 
     seen: dict[str, dict[str, Any]] = {}

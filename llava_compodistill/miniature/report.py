@@ -26,8 +26,8 @@ def load_for_evaluation(path: Path) -> tuple[Any, Any]:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
-    from ..plugin import import_llava, register
-    from ..plugin.templates import prepare_tokenizer, use_template
+    from ..hosts.llava import import_llava, register
+    from ..hosts.llava.templates import prepare_tokenizer, use_template
 
     register(train=True)
     loader = import_llava("llava.model.builder").load_pretrained_model
@@ -137,7 +137,7 @@ def environment() -> dict[str, Any]:
     import torch
     import transformers
 
-    from ..version import __version__
+    from ..about import __version__
 
     found = {
         "llava_compodistill": __version__,
@@ -148,7 +148,7 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     try:
-        from ..env_report import commit
+        from ..about import commit
 
         found["commit"] = commit()
     except ImportError:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..resources import folder
+from ..about import folder
 from .settings import METHODS, VERSION, Settings
 
 #: The Trainer prints a line a logged step.

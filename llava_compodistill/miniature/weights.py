@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from ..version import __version__
+from ..about import __version__
 
 STORED = Path(__file__).resolve().parent / "weights"
 FOLDERS = ("tokenizer", "siglip", "qwen-student", "llava-teacher")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llava_compodistill.env_report import commit
+from llava_compodistill.about import commit
 
 COLUMNS = (
     "suite preset variant batch length visual heads kv_heads head_size rows vocab teacher student dtype parity "

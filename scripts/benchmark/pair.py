@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from llava_compodistill.plugin import register
-from llava_compodistill.taf import fetch_teacher_adapter, taf_config
+from llava_compodistill.hosts.llava import register
+from llava_compodistill.pair.taf import fetch_teacher_adapter, taf_config
 
 IMAGE_TOKEN = -200
 IGNORE_INDEX = -100
@@ -94,7 +94,7 @@ class Pair:
         self.student.config.use_cache = self.teacher.config.use_cache = False
 
     def _model(self, size: LanguageModel, tower: Path, extra: dict[str, Any]):
-        from llava_compodistill.plugin.language_models import model_class
+        from llava_compodistill.hosts.llava.language_models import model_class
 
         cls = model_class("qwen2")
         config = cls.config_class(

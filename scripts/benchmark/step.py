@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from measure import compare, extra_memory, matrix_rate, synchronize
 from pair import IGNORE_INDEX, Pair
 
-from llava_compodistill.arguments import TrainingArguments
-from llava_compodistill.layer_matching import match_layers, visual_understanding_layers
-from llava_compodistill.objective import Objective
+from llava_compodistill.pair.layers import match_layers, visual_understanding_layers
+from llava_compodistill.train.arguments import TrainingArguments
+from llava_compodistill.train.objective import Objective
 
 
 def objective(pair: Pair, folder: str, **options: Any) -> Objective:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
-from . import compat
-from .ops.visual_attention import visual_attention_map
-from .visual_tokens import MergedBatch
+from .. import compat
+from ..ops.visual_attention import visual_attention_map
+from .merge import MergedBatch
 
 
 class AttentionCapture:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..capture import attention_modules
-from ..models import llava_core
-from ..visual_tokens import MergedBatch
+from ..hosts.llava.model import llava_core
+from .attention import attention_modules
+from .merge import MergedBatch
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import resources
+from ... import about
+from ...errors import CheckoutError
 from .patching import Patch, plan, read_patch, write_all
 
 #: Files by which a LLaVA checkout is known, whether cloned or unpacked from the registry's wheel.
@@ -25,10 +26,6 @@ REVISIONS = {
     "llava-torch 1.2.2.post1 (package registry)": "llava-torch-1.2.2.post1",
 }
 PURPOSES = ("plugin-hook", "import-error")
-
-
-class CheckoutError(RuntimeError):
-    """The folder is no LLaVA checkout, or a patch does not fit it."""
 
 
 @dataclass
@@ -72,7 +69,7 @@ def is_clone(root: Path) -> bool:
 def copy_scripts(root: Path, force: bool = False, dry_run: bool = False) -> Report:
     """Copy our scripts into `root/scripts`; a file there that differs is the user's and stays, unless `force`."""
     report = Report()
-    source = resources.folder("scripts")
+    source = about.folder("scripts")
     for path in sorted(path for path in source.rglob("*") if path.suffix in (".sh", ".json")):
         name = path.relative_to(source).as_posix()
         if name in REPOSITORY_ONLY:
@@ -120,7 +117,7 @@ def patch_state(root: Path, purpose: str) -> tuple[str, Path | None]:
     # The kind of checkout decides which name is reported when both revisions hold the same lines.
     prefixes = sorted(REVISIONS.values(), key=lambda prefix: prefix.startswith("llava-torch") == is_clone(root))
     for prefix in prefixes:
-        path = resources.folder("patches") / f"{prefix}-{purpose}.patch"
+        path = about.folder("patches") / f"{prefix}-{purpose}.patch"
         patch = read_patch(path)
         if plan(root, patch, reverse=True) is not None:
             return "applied", path
@@ -160,7 +157,7 @@ def apply_patches(root: Path, undo: bool = False, dry_run: bool = False) -> list
 
 
 def _touched(purpose: str) -> str:
-    return ", ".join(read_patch(resources.folder("patches") / f"{next(iter(REVISIONS.values()))}-{purpose}.patch"))
+    return ", ".join(read_patch(about.folder("patches") / f"{next(iter(REVISIONS.values()))}-{purpose}.patch"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

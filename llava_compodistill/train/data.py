@@ -11,17 +11,13 @@ import os
 from collections import Counter
 from typing import Any
 
-from .plugin.host import import_llava_train
-from .plugin.templates import SampleError
+from ..errors import DataError, SampleError
+from ..hosts.llava.host import import_llava_train
 
 _llava_train = import_llava_train()
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5
-
-
-class DataError(ValueError):
-    """The data file or its images cannot be used; the message counts the problems and names the first few."""
 
 
 class CheckedDataset(_llava_train.LazySupervisedDataset):

@@ -18,21 +18,20 @@ import transformers
 from torch import nn
 from torch.utils.data import Sampler
 
-from . import checkpoint, compat
+from .. import compat
+from ..errors import NonFiniteLossError
+from ..hosts.llava.host import import_llava
+from ..hosts.llava.model import llava_core
+from ..pair.student import compute_dtype
+from ..record.merge import IGNORE_INDEX
+from . import checkpoint
 from .arguments import TrainingArguments
-from .models import compute_dtype, llava_core
 from .objective import LossSums, Objective
-from .plugin.host import import_llava
-from .visual_tokens import IGNORE_INDEX
 
 _llava_trainer = import_llava("llava.train.llava_trainer")
 IMAGE_TOKEN_INDEX = import_llava("llava.constants").IMAGE_TOKEN_INDEX
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss term became NaN or infinite."""
 
 
 @dataclass

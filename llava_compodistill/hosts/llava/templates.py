@@ -15,6 +15,8 @@ from llava import conversation as conversation_lib
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from transformers import PreTrainedTokenizerBase
 
+from ...errors import SampleError, TemplateError
+
 #: Qwen's own chat template (ChatML), as its instruction models were trained on it.
 QWEN = conversation_lib.Conversation(
     system="<|im_start|>system\nYou are a helpful assistant.",
@@ -60,14 +62,6 @@ TEMPLATES = {
 
 #: Tokens that never occur in a conversation, from which a padding token may be taken.
 _SPARE_TOKENS = ("<|endoftext|>", "<pad>", "[PAD]", "<|fim_pad|>", "<unk>", "<|im_end|>")
-
-
-class TemplateError(ValueError):
-    """There is no such conversation template."""
-
-
-class SampleError(ValueError):
-    """A training sample cannot be used; the message names it and says why."""
 
 
 def preprocess_qwen(sources: Sequence[Sequence[dict]], tokenizer: Any, has_image: bool = False) -> dict[str, list]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .ops.answer_loss import answer_loss
-from .visual_tokens import MergeRecorder
+from ..ops.answer_loss import answer_loss
+from .merge import MergeRecorder
 
 
 @dataclass

@@ -11,11 +11,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...errors import PatchError
+
 _HUNK = re.compile(r"^@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@")
-
-
-class PatchError(RuntimeError):
-    """A patch file is malformed, or does not fit the file it is meant for."""
 
 
 @dataclass

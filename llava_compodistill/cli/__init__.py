@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .version import __version__
+from ..about import __version__
+from ..errors import CompoDistillError
 
 
 @dataclass(frozen=True)
@@ -26,30 +27,18 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "env": Command("llava_compodistill.env_report", "main", "versions and what is available, for bug reports"),
-    "init": Command("llava_compodistill.plugin.checkout", "main", "put our scripts and patches into a LLaVA checkout"),
-    "run": Command("llava_compodistill.plugin.runner", "main", "run a LLaVA module with the plugin registered"),
-    "train": Command("llava_compodistill.train", "main", "train one stage (flags as in LLaVA's scripts)", True),
+    "env": Command("llava_compodistill.cli.env_report", "main", "versions and what is available, for bug reports"),
+    "init": Command(
+        "llava_compodistill.hosts.llava.checkout", "main", "put our scripts and patches into a LLaVA checkout"
+    ),
+    "run": Command("llava_compodistill.hosts.llava.runner", "main", "run a LLaVA module with the plugin registered"),
+    "train": Command("llava_compodistill.train.run", "main", "train one stage (flags as in LLaVA's scripts)", True),
     "eval": Command("llava_compodistill.eval.cli", "main", "compositional and hallucination benchmarks"),
     "compare": Command("llava_compodistill.eval.compare", "main", "models side by side, with intervals and p-values"),
     "sade": Command("llava_compodistill.eval.sade_sources", "main", "SADE's sources as the one file that eval reads"),
     "miniature": Command(
         "llava_compodistill.miniature.cli", "main", "the built-in world: quickstart, data, layers, store-weights"
     ),
-}
-
-#: Errors of the user's input that a subcommand explains in full: shown without a traceback.
-EXPLAINED = {
-    "CheckoutError",
-    "CheckpointError",
-    "DataError",
-    "HostError",
-    "PatchError",
-    "RecordError",
-    "RecordsError",
-    "RunnerError",
-    "SampleError",
-    "TemplateError",
 }
 
 
@@ -100,12 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"llava-compodistill {options.command}: stopped.", file=sys.stderr)
         return 130
-    except Exception as error:
-        if type(error).__name__ not in EXPLAINED:
-            raise
+    except CompoDistillError as error:
         print(f"llava-compodistill {options.command}: error: {error}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

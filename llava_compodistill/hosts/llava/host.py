@@ -6,7 +6,8 @@ import importlib
 import importlib.util
 from types import ModuleType
 
-from .. import compat
+from ... import compat
+from ...errors import HostError
 
 SUPPORTED_REVISIONS = (
     "haotian-liu/LLaVA, main branch at c121f04 (2024-05), version 1.2.2.post1",
@@ -17,10 +18,6 @@ INSTALL_HINT = (
     "Run inside a LLaVA checkout (git clone https://github.com/haotian-liu/LLaVA), or install the registry's copy: "
     "pip install --no-deps llava-torch==1.2.2.post1"
 )
-
-
-class HostError(ImportError):
-    """LLaVA is missing, broken, or not one of the supported revisions."""
 
 
 def import_llava(name: str = "llava.model") -> ModuleType:

@@ -11,13 +11,12 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .version import __version__
+from ..about import __version__, commit, git_commit
 
 
 @dataclass(frozen=True)
@@ -62,19 +61,10 @@ def collect() -> list[Row]:
     return rows
 
 
-def commit() -> str | None:
-    """Commit of this package: of its checkout, or the one recorded when the wheel was built."""
-    package = Path(__file__).resolve().parent
-    if (package.parent / "setup.py").is_file():
-        return _git_commit(package.parent)
-    try:
-        return json.loads((package / "build_info.json").read_text(encoding="utf-8")).get("commit")
-    except (OSError, ValueError):
-        return None
-
-
 def _plugin_row() -> Row:
-    return Row("llava_compodistill", __version__, f"{Path(__file__).resolve().parent}, commit {commit() or 'unknown'}")
+    return Row(
+        "llava_compodistill", __version__, f"{Path(__file__).resolve().parents[1]}, commit {commit() or 'unknown'}"
+    )
 
 
 def _llava_row() -> Row:
@@ -87,7 +77,7 @@ def _llava_row() -> Row:
         return Row("llava", None, "stand in a LLaVA checkout, or: pip install --no-deps llava-torch==1.2.2.post1")
     package = Path(spec.origin).parent
     version = _version("llava-torch", package) or _version("llava", package) or _pyproject_version(package.parent)
-    git = _git_commit(package.parent) if (package.parent / ".git").exists() else None
+    git = git_commit(package.parent) if (package.parent / ".git").exists() else None
     details = [str(package)] + ([f"commit {git}"] if git else [])
     try:
         patched = "__compodistill_patch__" in Path(spec.origin).read_text(encoding="utf-8")
@@ -143,15 +133,6 @@ def _torch_rows() -> list[Row]:
         return rows
     except Exception as error:  # a driver in trouble is what a bug report is about
         return [Row("torch", torch.__version__, f"CUDA cannot be asked: {error}")]
-
-
-def _git_commit(root: Path) -> str | None:
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        return result.stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def as_json(rows: Sequence[Row]) -> str:

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .. import compat
-from .host import SUPPORTED_REVISIONS, HostError, import_llava
+from ... import compat
+from ...errors import HostError
+from .host import SUPPORTED_REVISIONS, import_llava
 
 #: (module, symbol) -> the parameters that the supported revisions have.
 SIGNATURES = {
@@ -117,7 +118,7 @@ def _tower_builder(original: Callable) -> Callable:
 
 
 def _projector_builder(original: Callable) -> Callable:
-    from ..taf import PROJECTOR_TYPE, build_taf_projector
+    from ...pair.taf import PROJECTOR_TYPE, build_taf_projector
 
     def build_vision_projector(config, delay_load=False, **kwargs):
         if getattr(config, "mm_projector_type", "linear") == PROJECTOR_TYPE:

@@ -18,6 +18,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ...errors import RunnerError
+
 USAGE = """usage: llava-compodistill run <module> [arguments of the module]
 
 Registers the plugin, then runs a LLaVA module as `python -m` would:
@@ -27,10 +29,6 @@ NOTICE = (
     "llava-compodistill run: this machine has no CUDA device; the module's hard-coded cuda and float16 are redirected "
     "to cpu and float32."
 )
-
-
-class RunnerError(RuntimeError):
-    """The module cannot be run."""
 
 
 def _redirect(value: Any) -> Any:

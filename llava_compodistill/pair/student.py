@@ -1,75 +1,20 @@
-"""The student and its frozen teacher, built as a pair.
-
-The teacher never becomes a submodule of the student, so it is in no state dict and no optimizer.
-"""
+"""The student that a stage starts from: built or loaded, frozen and unfrozen by stage, wrapped in LoRA."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import compat
-from .plugin import register
+from .. import compat
+from ..hosts.llava import register
+from ..hosts.llava.model import llava_core, projector
 from .taf import PROJECTOR_TYPE, TAFProjector, fetch_teacher_adapter, taf_config
 
 logger = logging.getLogger(__name__)
-
-
-def llava_core(model: nn.Module) -> nn.Module:
-    """The LLaVA causal language model inside any wrapper (DDP, DeepSpeed, PEFT)."""
-    for module in model.modules():
-        # Asked of the class: wrappers such as PeftModel pass attributes of what they wrap off as their own.
-        if hasattr(type(module), "prepare_inputs_labels_for_multimodal"):
-            return module
-    raise TypeError(f"{type(model).__name__} holds no LLaVA model.")
-
-
-def projector(model: nn.Module) -> nn.Module:
-    """The adapter from visual features to visual tokens."""
-    return llava_core(model).get_model().mm_projector
-
-
-def load_teacher(
-    path: str,
-    base: str | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    attn_implementation: str | None = None,
-    vision_tower: str | None = None,
-) -> nn.Module:
-    """Load a teacher: frozen, in eval mode, in its own precision, on one device whatever DeepSpeed does to the
-    student.
-
-    Args:
-        path: a LLaVA checkpoint (full, LoRA or adapter); `base` names the language model of the latter two.
-        vision_tower: where the encoder is found now, if its path has changed since the teacher was trained.
-
-    Raises:
-        CheckpointError: when the folder is no usable LLaVA checkpoint.
-    """
-    register()
-    from .plugin.loader import CheckpointError, checkpoint_kind, load_model
-
-    if os.path.isdir(path) and checkpoint_kind(path) == "base":
-        raise CheckpointError(
-            f"--teacher_model_path {path} is a language model without vision: give a LLaVA checkpoint."
-        )
-    options = compat.dtype_argument(dtype)
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    with compat.outside_zero3():
-        teacher = load_model(path, base, vision_tower=vision_tower, **options)
-        teacher.get_vision_tower().load_model()
-    teacher.config.use_cache = False
-    teacher.requires_grad_(False)
-    return teacher.to(device=device, dtype=dtype).eval()
 
 
 def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None = None) -> nn.Module:
@@ -133,115 +78,9 @@ def set_trainable(
         adapter.teacher_adapter.requires_grad_(False)
 
 
-def same_tower(student: nn.Module, teacher: nn.Module) -> bool:
-    """Whether both models see the same features: one encoder, the same layer and patches of it."""
-
-    def identity(model: nn.Module) -> tuple:
-        config = llava_core(model).config
-        name = config.mm_vision_tower
-        return (
-            os.path.realpath(name) if os.path.isdir(name) else name,
-            config.mm_vision_select_layer,
-            getattr(config, "mm_vision_select_feature", "patch"),
-        )
-
-    return identity(student) == identity(teacher)
-
-
-def share_tower(student: nn.Module, teacher: nn.Module) -> None:
-    """Let the teacher use the student's encoder, so that its weights are in memory once."""
-    teacher.get_model().vision_tower = llava_core(student).get_vision_tower()
-
-
-@contextlib.contextmanager
-def encode_once(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
-    """Inside the context the teacher's forward encodes the images and the student's, which follows, reuses the result.
-
-    That is the encoder's features, and under TAF the teacher's visual tokens as well, since P_T is the same weights on
-    the same pixels in both models (paper, Section 4.2).
-    """
-    student, teacher = llava_core(student), llava_core(teacher)
-    encoded: list[torch.Tensor] = []
-
-    def encode_for_both(images: torch.Tensor) -> torch.Tensor:
-        features = teacher.get_vision_tower()(images)
-        tokens = project(teacher, features)
-        encoded.append(tokens if has_adapter_of(student, teacher) else features)
-        return tokens
-
-    def reuse(images: torch.Tensor) -> torch.Tensor:
-        if not encoded:
-            raise RuntimeError("encode_once: run the teacher's forward before the student's.")
-        if has_adapter_of(student, teacher):
-            return projector(student)(encoded.pop(), from_teacher=True)
-        return project(student, encoded.pop())
-
-    teacher.encode_images, student.encode_images = encode_for_both, reuse
-    try:
-        yield
-    finally:
-        del teacher.encode_images, student.encode_images
-
-
-@contextlib.contextmanager
-def encode_separately(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
-    """Inside the context the teacher encodes the images with a tower of its own, although they were prepared for the
-    student's: normalised its way, and in its precision, which a teacher in bf16 beside a student in fp32 would refuse.
-    """
-    student, teacher = llava_core(student), llava_core(teacher)
-    scale, shift = renormalisation(
-        student.get_vision_tower().image_processor, teacher.get_vision_tower().image_processor
-    )
-
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        if (scale, shift) != (_ONES, _ZEROS):
-            images = images * images.new_tensor(scale).view(3, 1, 1) + images.new_tensor(shift).view(3, 1, 1)
-        return project(teacher, teacher.get_vision_tower()(images))
-
-    teacher.encode_images = encode
-    try:
-        yield
-    finally:
-        del teacher.encode_images
-
-
-_ONES, _ZEROS = (1.0,) * 3, (0.0,) * 3
-
-
-def renormalisation(source: Any, target: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(scale, shift) by channel that turn pixels normalised by one image processor into another's.
-
-    x_source = (v - mean_s) / std_s and x_target = (v - mean_t) / std_t, so x_target = scale x_source + shift.
-    """
-    values = list(zip(source.image_mean, source.image_std, target.image_mean, target.image_std, strict=True))
-    scale = tuple(std / other_std for _, std, _, other_std in values)
-    shift = tuple((mean - other_mean) / other_std for mean, _, other_mean, other_std in values)
-    return scale, shift
-
-
-def project(model: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """[B, N_v, D_v] -> [B, N_v, D], minding that encoder and adapter may differ in precision."""
-    weight = next(projector(model).parameters(), None)
-    return projector(model)(features if weight is None else features.to(weight.dtype))
-
-
-def has_adapter_of(student: nn.Module, teacher: nn.Module) -> bool:
-    """Whether the student's TAF adapter was fetched from this very teacher. Decided once for a pair."""
-    adapter = projector(student)
-    if not isinstance(adapter, TAFProjector):
-        return False
-    if getattr(adapter, "_fetched_from", None) != id(teacher):
-        mine, theirs = adapter.teacher_adapter.state_dict(), projector(teacher).state_dict()
-        adapter._fetched_from = id(teacher)
-        adapter._same_weights = mine.keys() == theirs.keys() and all(
-            mine[name].shape == value.shape and torch.equal(mine[name].to(value), value)
-            for name, value in theirs.items()
-        )
-    return adapter._same_weights
-
-
 def _load_student(model_args: Any, training_args: Any) -> nn.Module:
-    from .plugin.loader import CheckpointError, checkpoint_kind, load_model
+    from ..errors import CheckpointError
+    from ..hosts.llava.loader import checkpoint_kind, load_model
 
     path = model_args.model_name_or_path
     kind = checkpoint_kind(path) if os.path.isdir(path) else "base"
@@ -256,7 +95,7 @@ def _load_student(model_args: Any, training_args: Any) -> nn.Module:
     if model_args.attn_implementation is not None:
         options["attn_implementation"] = model_args.attn_implementation
     if training_args.bits in (4, 8):
-        from .plugin.loader import _quantization
+        from ..hosts.llava.loader import _quantization
 
         options["quantization_config"] = _quantization(training_args.bits == 4, compute_dtype(training_args))
         options["device_map"] = {"": training_args.device}
@@ -340,7 +179,8 @@ def _initialize_vision(core: nn.Module, model_args: Any, training_args: Any) -> 
 
 
 def _load_adapter(core: nn.Module, path: str) -> None:
-    from .plugin.loader import CheckpointError, load_extra_weights
+    from ..errors import CheckpointError
+    from ..hosts.llava.loader import load_extra_weights
 
     if os.path.isdir(path):
         raise CheckpointError(f"--pretrain_mm_mlp_adapter {path} is a folder: name the mm_projector.bin in it.")

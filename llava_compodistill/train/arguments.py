@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from . import compat
-from .layer_matching import visual_understanding_layers
-from .plugin.host import import_llava_train
+from .. import compat
+from ..hosts.llava.host import import_llava_train
+from ..pair.layers import visual_understanding_layers
 
 _llava_train = import_llava_train()
 

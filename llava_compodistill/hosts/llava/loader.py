@@ -16,12 +16,9 @@ import torch
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from transformers import AutoConfig, AutoTokenizer
 
-from .. import compat
+from ... import compat
+from ...errors import CheckpointError
 from .language_models import MODEL_CLASSES, model_class
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder is missing something or is of another kind than asked for."""
 
 
 def checkpoint_kind(path: str) -> str:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import compat
-from .models import llava_core
-from .version import __version__
+from .. import compat
+from ..about import __version__
+from ..hosts.llava.model import llava_core
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def save(
         CheckpointError: when DeepSpeed was not asked to gather the weights.
     """
     if state_dict is not None and not state_dict:
-        from .plugin.loader import CheckpointError
+        from ..errors import CheckpointError
 
         raise CheckpointError('ZeRO-3 gathered no weights: set "stage3_gather_16bit_weights_on_model_save" to true.')
     os.makedirs(output_dir, exist_ok=True)
@@ -87,7 +87,8 @@ def load_into(model: nn.Module, folder: str) -> None:
     Raises:
         CheckpointError: when the folder's kind or names do not fit the model.
     """
-    from .plugin.loader import CheckpointError, checkpoint_kind, load_extra_weights
+    from ..errors import CheckpointError
+    from ..hosts.llava.loader import checkpoint_kind, load_extra_weights
 
     kind = checkpoint_kind(folder)
     core = llava_core(model)
@@ -175,14 +176,14 @@ def _save_config(core: nn.Module, output_dir: str) -> None:
 def _read_folder(folder: str, stem: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    from .plugin.loader import read_weights
+    from ..hosts.llava.loader import read_weights
 
     path = os.path.join(folder, f"{stem}.safetensors")
     return load_file(path) if os.path.isfile(path) else read_weights(os.path.join(folder, f"{stem}.bin"))
 
 
 def _load_full(core: nn.Module, folder: str) -> None:
-    from .plugin.loader import CheckpointError
+    from ..errors import CheckpointError
 
     shards = sorted(path for path in Path(folder).glob("model*.safetensors"))
     if not shards:

@@ -8,18 +8,22 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from typing import Any
 
 import torch
 import transformers
 
-from . import checkpoint, compat, models
+from .. import compat
+from ..errors import CheckpointError
+from ..hosts.llava import register
+from ..hosts.llava.loader import add_image_tokens, checkpoint_kind
+from ..hosts.llava.model import llava_core
+from ..hosts.llava.templates import prepare_tokenizer, use_template
+from ..pair.student import build_student, compute_dtype
+from ..pair.teacher import load_teacher
+from . import checkpoint
 from .arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
 from .data import make_data_module
-from .plugin import register
-from .plugin.loader import CheckpointError, add_image_tokens, checkpoint_kind
-from .plugin.templates import prepare_tokenizer, use_template
 from .trainer import CompoDistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -43,7 +47,7 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
 
     teacher = None
     if args.distilled:
-        teacher = models.load_teacher(
+        teacher = load_teacher(
             model_args.teacher_model_path,
             model_args.teacher_model_base,
             dtype=teacher_dtype(args),
@@ -53,8 +57,8 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
         )
         check_same_tokenizer(tokenizer, model_args)
 
-    student = models.build_student(model_args, args, teacher)
-    core = models.llava_core(student)
+    student = build_student(model_args, args, teacher)
+    core = llava_core(student)
     core.config.tokenizer_padding_side = tokenizer.padding_side
     core.config.tokenizer_model_max_length = tokenizer.model_max_length
     core.config.image_aspect_ratio = data_args.image_aspect_ratio
@@ -124,14 +128,14 @@ def check_same_tokenizer(tokenizer: Any, model_args: ModelArguments) -> None:
 
 def teacher_dtype(args: TrainingArguments) -> torch.dtype:
     """The precision of the frozen teacher."""
-    return models.compute_dtype(args) if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
+    return compute_dtype(args) if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
 
 
 def report(trainer: CompoDistillTrainer) -> None:
     """Say once what is trained and what runs, before the first step."""
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainer.model.parameters())
-    core = models.llava_core(trainer.model)
+    core = llava_core(trainer.model)
     logger.info(
         "Stage %s: %.2fM of %.2fM parameters are trained; attention backend %s.",
         trainer.args.stage,
@@ -147,13 +151,3 @@ def _set_up_logging(args: TrainingArguments) -> None:
     )
     level = logging.INFO if args.process_index == 0 else logging.ERROR
     logging.getLogger("llava_compodistill").setLevel(level)
-
-
-if __name__ == "__main__":
-    main()
-    if torch.distributed.is_initialized():
-        on_gloo = torch.distributed.get_backend() == "gloo"
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        if on_gloo:
-            time.sleep(0.5)  # its threads are freeing the tensors of the last collectives, and abort an ending process

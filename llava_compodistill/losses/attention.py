@@ -1,4 +1,4 @@
-"""The loss terms as pure functions: attention distillation (L_ADL) and logit distillation (L_KL), paper Section 4.
+"""Attention distillation (L_ADL, paper Section 4) as a pure function of two maps.
 
 Inputs of any floating-point dtype are computed in float32 (float64 stays float64), and so are the results. Nothing
 here knows of a model; which rows count is decided by the caller and given as masks.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-IGNORE_INDEX = -100
+from .precision import wide
+
 KINDS = ("cosine", "mse", "kl")
 SIMILARITIES = ("row", "matrix")
 REDUCTIONS = ("mean", "none")
@@ -95,58 +95,6 @@ def counting_samples(row_mask: torch.Tensor, column_mask: torch.Tensor | None = 
     return counts if column_mask is None else counts & column_mask.any(dim=1)
 
 
-def logit_distillation_loss(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-) -> torch.Tensor:
-    """L_KL on the logits of whole sequences: mean KL(p_T || p_S) over the positions that predict an answer token.
-
-    The readable reference of ``ops.answer_loss`` (which returns sums over selected rows). The causal shift is applied
-    here: the logits at position i predict the label at i + 1. With temperature T the term carries T**2.
-
-    Args:
-        student_logits, teacher_logits: [B, N, V_S] and [B, N, V_T]. No gradient reaches the teacher's.
-        labels: [B, N] int64, ``IGNORE_INDEX`` where nothing is to be predicted.
-        temperature: T > 0.
-        vocab_size: common vocabulary, over which both are renormalised; the smaller of V_S and V_T by default.
-
-    Returns a scalar in nats; 0 with a graph where no position predicts an answer.
-    """
-    common = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    if student_logits.shape[:2] != labels.shape or teacher_logits.shape[:2] != labels.shape:
-        raise ValueError(
-            f"logits must be [B, N, V] for labels {list(labels.shape)}, got {list(student_logits.shape)} and "
-            f"{list(teacher_logits.shape)}"
-        )
-    if vocab_size is not None and not 1 <= vocab_size <= common:
-        raise ValueError(f"vocab_size must lie in [1, {common}], the columns both models have, got {vocab_size}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    common = common if vocab_size is None else vocab_size
-    samples, positions, targets = answer_rows(labels)
-    student = _wide(student_logits[samples, positions, :common]) / temperature
-    teacher = _wide(teacher_logits.detach()[samples, positions, :common]) / temperature
-    divergence = F.kl_div(
-        F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1), reduction="sum", log_target=True
-    )
-    return divergence * temperature**2 / max(len(targets), 1)
-
-
-def answer_rows(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where an answer token is predicted: (batch_index, row_index, target), [R] int64 each, in reading order.
-
-    Position i of a sample is one when the label at i + 1 is not ``IGNORE_INDEX``; that label is its target. The label
-    at position 0 is predicted by nothing and the last position predicts nothing. ``labels`` is [B, N].
-    """
-    if labels.ndim != 2:
-        raise ValueError(f"labels must be [B, N], got {list(labels.shape)}")
-    batch_index, row_index = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-    return batch_index, row_index, labels[batch_index, row_index + 1]
-
-
 def _check(student_map, teacher_map, row_mask, column_mask, kind, similarity, reduction) -> None:
     for name, value, allowed in (
         ("kind", kind, KINDS),
@@ -183,12 +131,8 @@ def _prepare(student_map, teacher_map, row_mask, column_mask):
     maps = []
     for attention in (student_map, teacher_map.detach()):
         attention = attention.unsqueeze(1) if attention.ndim == 3 else attention
-        maps.append(_wide(attention).masked_fill(~counted, 0.0))
+        maps.append(wide(attention).masked_fill(~counted, 0.0))
     return *maps, row_mask.unsqueeze(1)
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _mean_over_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -15,22 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .answer_head import TeacherAnswers, answer_loss_head, collect_teacher_answers
+from ..hosts.llava.model import llava_core, projector
+from ..losses import attention_distillation_loss, attention_similarity, counting_samples
+from ..pair.layers import match_layers, visual_understanding_layers
+from ..pair.taf import TAFProjector
+from ..pair.vision import has_adapter_of, same_tower, share_tower
+from ..record.answers import TeacherAnswers, answer_loss_head, collect_teacher_answers
+from ..record.attention import AttentionCapture, GroupMeans, capture_visual_attention
+from ..record.encoding import encode_once, encode_separately
+from ..record.merge import MergeRecorder, count_visual_tokens, record_merge
 from .arguments import TrainingArguments, parse_band
-from .capture import AttentionCapture, GroupMeans, capture_visual_attention
-from .layer_matching import match_layers, visual_understanding_layers
-from .losses import attention_distillation_loss, attention_similarity, counting_samples
-from .models import (
-    encode_once,
-    encode_separately,
-    has_adapter_of,
-    llava_core,
-    projector,
-    same_tower,
-    share_tower,
-)
-from .taf import TAFProjector
-from .visual_tokens import MergeRecorder, count_visual_tokens, record_merge
 
 logger = logging.getLogger(__name__)
 

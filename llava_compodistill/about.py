@@ -1,11 +1,35 @@
-"""The folders that travel with the package: `scripts/` and `patches/`."""
+"""What this installation is: its version, its commit, and the folders that travel with it (`scripts/`, `patches/`)."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 from pathlib import Path
+
+__version__ = "0.1.0"
 
 _PACKAGE = Path(__file__).resolve().parent
 FOLDERS = ("scripts", "patches")
+
+
+def commit() -> str | None:
+    """Commit of this package: of its checkout, or the one recorded when the wheel was built."""
+    if (_PACKAGE.parent / "setup.py").is_file():
+        return git_commit(_PACKAGE.parent)
+    try:
+        return json.loads((_PACKAGE / "build_info.json").read_text(encoding="utf-8")).get("commit")
+    except (OSError, ValueError):
+        return None
+
+
+def git_commit(root: Path) -> str | None:
+    """Commit of a git checkout, `-dirty` when it has changes; None where git does not know."""
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return result.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def folder(name: str) -> Path:

@@ -1,0 +1,57 @@
+"""Every error that explains itself: what is wrong, where, and the way out. The command line shows them without a
+traceback; all else is a bug.
+"""
+
+from __future__ import annotations
+
+
+class CompoDistillError(Exception):
+    """The base of the family. Its members are also what Python would call them (ValueError, ImportError, …)."""
+
+
+class HostError(CompoDistillError, ImportError):
+    """LLaVA is missing, broken, or not one of the supported revisions."""
+
+
+class CheckoutError(CompoDistillError, RuntimeError):
+    """A folder is not a LLaVA checkout, or the plugin does not fit it."""
+
+
+class PatchError(CompoDistillError, RuntimeError):
+    """A patch file is malformed, or does not fit the file it is meant for."""
+
+
+class RunnerError(CompoDistillError, RuntimeError):
+    """The module cannot be run."""
+
+
+class CheckpointError(CompoDistillError, ValueError):
+    """A checkpoint folder is missing something or is of another kind than asked for."""
+
+
+class TemplateError(CompoDistillError, ValueError):
+    """There is no such conversation template."""
+
+
+class SampleError(CompoDistillError, ValueError):
+    """A training sample cannot be used; the message names it and says why."""
+
+
+class DataError(CompoDistillError, ValueError):
+    """The files of a data set or benchmark are missing or wrong; the message names file, place and field."""
+
+
+class MissingData(DataError):
+    """A benchmark's files are not there at all: nobody has got them yet."""
+
+
+class RecordError(CompoDistillError, ValueError):
+    """A record that a scorer cannot read; names the record and the field."""
+
+
+class RecordsError(CompoDistillError, ValueError):
+    """A file of records cannot be gone on with; the message names file and line."""
+
+
+class NonFiniteLossError(CompoDistillError, RuntimeError):
+    """A loss term, a gradient or a weight became NaN or infinite."""

@@ -1,0 +1,1 @@
+"""The code bases that a model can come from. Today: LLaVA."""

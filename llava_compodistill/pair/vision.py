@@ -1,0 +1,62 @@
+"""Whether student and teacher see alike: one encoder or two, one adapter or two, pixels prepared for which of them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..hosts.llava.model import llava_core, projector
+from .taf import TAFProjector
+
+
+def same_tower(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether both models see the same features: one encoder, the same layer and patches of it."""
+
+    def identity(model: nn.Module) -> tuple:
+        config = llava_core(model).config
+        name = config.mm_vision_tower
+        return (
+            os.path.realpath(name) if os.path.isdir(name) else name,
+            config.mm_vision_select_layer,
+            getattr(config, "mm_vision_select_feature", "patch"),
+        )
+
+    return identity(student) == identity(teacher)
+
+
+def share_tower(student: nn.Module, teacher: nn.Module) -> None:
+    """Let the teacher use the student's encoder, so that its weights are in memory once."""
+    teacher.get_model().vision_tower = llava_core(student).get_vision_tower()
+
+
+def has_adapter_of(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether the student's TAF adapter was fetched from this very teacher. Decided once for a pair."""
+    adapter = projector(student)
+    if not isinstance(adapter, TAFProjector):
+        return False
+    if getattr(adapter, "_fetched_from", None) != id(teacher):
+        mine, theirs = adapter.teacher_adapter.state_dict(), projector(teacher).state_dict()
+        adapter._fetched_from = id(teacher)
+        adapter._same_weights = mine.keys() == theirs.keys() and all(
+            mine[name].shape == value.shape and torch.equal(mine[name].to(value), value)
+            for name, value in theirs.items()
+        )
+    return adapter._same_weights
+
+
+#: What `renormalisation` gives for processors that normalise alike.
+IDENTITY = ((1.0,) * 3, (0.0,) * 3)
+
+
+def renormalisation(source: Any, target: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(scale, shift) by channel that turn pixels normalised by one image processor into another's.
+
+    x_source = (v - mean_s) / std_s and x_target = (v - mean_t) / std_t, so x_target = scale x_source + shift.
+    """
+    values = list(zip(source.image_mean, source.image_std, target.image_mean, target.image_std, strict=True))
+    scale = tuple(std / other_std for _, std, _, other_std in values)
+    shift = tuple((mean - other_mean) / other_std for mean, _, other_mean, other_std in values)
+    return scale, shift

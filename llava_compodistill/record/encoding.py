@@ -1,0 +1,64 @@
+"""Images encoded once for both models of a pair, or by each model's own encoder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..hosts.llava.model import llava_core, project, projector
+from ..pair.vision import IDENTITY, has_adapter_of, renormalisation
+
+
+@contextlib.contextmanager
+def encode_once(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
+    """Inside the context the teacher's forward encodes the images and the student's, which follows, reuses the result.
+
+    That is the encoder's features, and under TAF the teacher's visual tokens as well, since P_T is the same weights on
+    the same pixels in both models (paper, Section 4.2).
+    """
+    student, teacher = llava_core(student), llava_core(teacher)
+    encoded: list[torch.Tensor] = []
+
+    def encode_for_both(images: torch.Tensor) -> torch.Tensor:
+        features = teacher.get_vision_tower()(images)
+        tokens = project(teacher, features)
+        encoded.append(tokens if has_adapter_of(student, teacher) else features)
+        return tokens
+
+    def reuse(images: torch.Tensor) -> torch.Tensor:
+        if not encoded:
+            raise RuntimeError("encode_once: run the teacher's forward before the student's.")
+        if has_adapter_of(student, teacher):
+            return projector(student)(encoded.pop(), from_teacher=True)
+        return project(student, encoded.pop())
+
+    teacher.encode_images, student.encode_images = encode_for_both, reuse
+    try:
+        yield
+    finally:
+        del teacher.encode_images, student.encode_images
+
+
+@contextlib.contextmanager
+def encode_separately(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
+    """Inside the context the teacher encodes the images with a tower of its own, although they were prepared for the
+    student's: normalised its way, and in its precision, which a teacher in bf16 beside a student in fp32 would refuse.
+    """
+    student, teacher = llava_core(student), llava_core(teacher)
+    scale, shift = renormalisation(
+        student.get_vision_tower().image_processor, teacher.get_vision_tower().image_processor
+    )
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        if (scale, shift) != IDENTITY:
+            images = images * images.new_tensor(scale).view(3, 1, 1) + images.new_tensor(shift).view(3, 1, 1)
+        return project(teacher, teacher.get_vision_tower()(images))
+
+    teacher.encode_images = encode
+    try:
+        yield
+    finally:
+        del teacher.encode_images

@@ -7,14 +7,12 @@ same branches. Each shim names what changed and when it can go.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,9 +48,6 @@ try:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 except ImportError:
     ALL_ATTENTION_FUNCTIONS = None
-
-#: (module, query[B,H,N,d], key[B,H_kv,N,d], scale) -> None
-AttentionTap = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], None]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -186,100 +181,26 @@ def _is_qwen2_tokenizer(state: dict[str, Any]) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Attention backends
+# Attention (record/taps.py intervenes in it, by one way or the other)
 # --------------------------------------------------------------------------------------------------------------------
-_TAPPED = "compodistill_tapped"
-WHOLE_SEQUENCES = "Attention maps are captured from whole sequences: call the model without a key/value cache."
-
-
 def attention_implementation(model: nn.Module) -> str:
     """Name of the attention backend that a model runs: flash_attention_2, sdpa or eager."""
     return getattr(model.config, "_attn_implementation", None) or "eager"
 
 
-@contextlib.contextmanager
-def tap_attention(module: nn.Module, tap: AttentionTap) -> Iterator[None]:
-    """Call `tap` with the post-rotary query and key at every forward of one attention module.
+def sliding_window(config: Any, layer: int) -> int | None:
+    """How many keys a decoder layer sees at most; None for a layer that sees them all.
 
-    The module goes on computing its output with its own backend; other modules are not touched.
+    Newer configs name each layer's kind; before, Mistral's have a window for all layers, and Qwen2's one that
+    `use_sliding_window` turns on above `max_window_layers`.
     """
-    if hasattr(module, "_compodistill_tap"):
-        raise RuntimeError("This attention layer is tapped already: leave the other capture context first.")
-    install = _tap_by_interface if ALL_ATTENTION_FUNCTIONS is not None else _tap_by_rotary
-    module._compodistill_tap = tap
-    try:
-        with install(module):
-            yield
-    finally:
-        del module._compodistill_tap
-
-
-@contextlib.contextmanager
-def _tap_by_interface(module: nn.Module) -> Iterator[None]:
-    # The tapped module alone gets a config that names our function. The model's config stays, so the mask is still
-    # built for the backend that the function then calls.
-    config = module.config
-    tapped = copy.copy(config)
-    module._compodistill_backend = config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[_TAPPED] = _tapped_attention
-    tapped._attn_implementation = _TAPPED
-    module.config = tapped
-    try:
-        yield
-    finally:
-        module.config = config
-        del module._compodistill_backend
-
-
-def _tapped_attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
-    scale = kwargs.get("scaling")
-    module._compodistill_tap(module, query, key, query.shape[-1] ** -0.5 if scale is None else scale)
-    backend = module._compodistill_backend
-    if backend in (None, "eager"):
-        attend = sys.modules[type(module).__module__].eager_attention_forward
-    else:
-        attend = ALL_ATTENTION_FUNCTIONS[backend]
-    return attend(module, query, key, value, attention_mask, **kwargs)
-
-
-@contextlib.contextmanager
-def _tap_by_rotary(module: nn.Module) -> Iterator[None]:
-    # transformers < 4.48: eager, SDPA and flash classes all call the modeling file's `apply_rotary_pos_emb` by its
-    # global name. It is replaced only while the tapped module's forward runs.
-    source = sys.modules[_defining_class(module).__module__]
-    rotary = source.apply_rotary_pos_emb
-    forward = module.forward
-
-    def rotate(query, key, *args, **kwargs):
-        query, key = rotary(query, key, *args, **kwargs)
-        module._compodistill_tap(module, query, key, query.shape[-1] ** -0.5)
-        return query, key
-
-    def tapped_forward(*args, **kwargs):
-        cache = kwargs.get("past_key_value")
-        if cache is not None and cache.get_seq_length(module.layer_idx):
-            raise RuntimeError(WHOLE_SEQUENCES)  # the keys rotated here are the new ones only
-        source.apply_rotary_pos_emb = rotate
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            source.apply_rotary_pos_emb = rotary
-
-    module.forward = tapped_forward
-    try:
-        yield
-    finally:
-        del module.forward
-
-
-def _defining_class(module: nn.Module) -> type:
-    for cls in type(module).__mro__:
-        if hasattr(sys.modules[cls.__module__], "apply_rotary_pos_emb"):
-            return cls
-    raise TypeError(
-        f"{type(module).__name__} does not rotate its query and key through `apply_rotary_pos_emb`; with transformers "
-        f"{transformers.__version__} the Llama, Mistral and Qwen2 families can be tapped."
-    )
+    window = getattr(config, "sliding_window", None)
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return window if kinds[layer] == "sliding_attention" else None
+    return window if layer >= (getattr(config, "max_window_layers", None) or 0) else None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from llava_compodistill.record.answers import dense_head
+from llava_compodistill.record.head import dense_head
+from llava_compodistill.record.patch import replaced
 
 
 class Quantised(nn.Module):
@@ -87,9 +88,14 @@ def test_weight_bias_and_gradients_are_the_heads_own(kind):
             torch.testing.assert_close(parameter.grad, gradients[name].grad)
 
 
-def test_the_class_s_forward_is_asked_while_the_instance_s_is_replaced():
+def test_what_stood_in_the_heads_place_is_asked_while_its_forward_is_replaced():
+    """PEFT's wrapper, or a hook that accelerate has hung on the instance."""
     head = lora_head().eval()
     hidden = torch.randn(4, 6)
+    plain, calls = head.forward, []
+    head.forward = lambda x: calls.append(len(x)) or plain(x)
     expected = head(hidden)
-    head.forward = lambda hidden: pytest.fail("called itself")
-    torch.testing.assert_close(hidden @ dense_head(head, hidden)[0].t(), expected)
+    run = head.forward
+    with replaced(head, "forward", lambda hidden: pytest.fail("called itself")):
+        torch.testing.assert_close(hidden @ dense_head(head, hidden, run)[0].t(), expected)
+    assert head.forward is run and len(calls) > 1, "what stood on the instance stands there again, and was used"

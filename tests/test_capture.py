@@ -7,6 +7,7 @@ import reference
 import torch
 from factory import PATCHES, encoder_features, make_batch, make_model, save_tower
 
+from llava_compodistill.methods import find_method
 from llava_compodistill.record.attention import GroupMeans, attention_modules, capture_visual_attention
 from llava_compodistill.record.merge import record_merge
 from llava_compodistill.train.arguments import TrainingArguments
@@ -229,6 +230,11 @@ def arguments(folder, **changes) -> TrainingArguments:
     return TrainingArguments(**{**values, "student_layers": "0,2,3", "teacher_layers": "1,2,3,4,5", **changes})
 
 
+def make_objective(student, teacher, args, vocab_size) -> Objective:
+    terms = find_method(args.method).terms(args.stage, args)
+    return Objective(student, teacher, terms, vocab_size, args.attention_map_impl)
+
+
 PAIRS = {
     "taf": {},
     "no taf": {"taf": False},
@@ -265,9 +271,9 @@ def test_losses_and_gradients_of_dft_equal_the_reference(siglip, tmp_path, pair)
     batch = make_batch(LAYOUTS, dtype=dtype)
     common = 91  # the real vocabulary; the models' are padded to 96 and 128
 
-    objective = Objective(student, teacher, arguments(tmp_path, **options), common)
+    objective = make_objective(student, teacher, arguments(tmp_path, **options), common)
     groups = [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
-    assert objective.groups == groups and objective.encodes_once
+    assert objective.term("attention").groups == groups and objective.pair.shares_encoder
     samples = merged_samples(batch, model_options.get("tokenizer_model_max_length"))
     features = encoder_features(teacher, batch.inputs["images"]).double()
     weights = weights_of(student)
@@ -280,12 +286,13 @@ def test_losses_and_gradients_of_dft_equal_the_reference(siglip, tmp_path, pair)
 
     with objective.running():
         sums = objective(student, {**batch.inputs, "use_cache": False})
-        close(sums.lm, lm, 1e-5)
-        close(sums.kl, kl, 1e-5)
-        close(sums.attention, attention, 1e-5)
-        close(sums.similarity, images - attention, 1e-5)
+        answers, maps = sums["answers"], sums["attention"]
+        close(answers.logged["lm"], lm, 1e-5)
+        close(answers.logged["kl"], kl, 1e-5)
+        close(maps.loss, attention, 1e-5)
+        close(maps.measured["attention_similarity"][0], images - attention, 1e-5)
         assert attention / images > 0.02 and kl / rows > 1e-3, "the pair is too alike to test anything"
-        (sums.answers / rows + sums.attention / images).backward()
+        (answers.loss / rows + maps.loss / images).backward()
     assert not objective.is_running
     for (name, parameter), gradient in zip(trained.items(), expected, strict=True):
         scale = max(gradient.abs().max().item(), 1e-6)
@@ -305,8 +312,8 @@ def test_sequences_that_are_cut_at_different_answers_are_an_error(siglip, tmp_pa
     """Encoders with other numbers of patches, and a limit that only one model's sequence reaches."""
     tower = save_tower(tmp_path / "siglip-4", patches=4)
     student, teacher = small_pair(siglip, tower, tokenizer_model_max_length=20)
-    objective = Objective(student, teacher, arguments(tmp_path, vat=False), 91)
-    assert not objective.encodes_once
+    objective = make_objective(student, teacher, arguments(tmp_path, vat=False), 91)
+    assert not objective.pair.shares_encoder
     with objective.running():
         objective(student, make_batch(["qIa"], dtype=torch.float32).inputs)
         with pytest.raises(
@@ -317,7 +324,7 @@ def test_sequences_that_are_cut_at_different_answers_are_an_error(siglip, tmp_pa
 
 def test_wrong_use_of_the_objective_is_an_error(siglip, tmp_path):
     student, teacher = small_pair(siglip)
-    objective = Objective(student, teacher, arguments(tmp_path), 91)
+    objective = make_objective(student, teacher, arguments(tmp_path), 91)
     batch = make_batch(LAYOUTS, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="inside `with objective.running"):
         objective(student, batch.inputs)
@@ -326,7 +333,7 @@ def test_wrong_use_of_the_objective_is_an_error(siglip, tmp_path):
         objective(student, batch.inputs)
     student.requires_grad_(True)
     with objective.running():
-        objective(student, batch.inputs).attention.backward()
+        objective(student, batch.inputs)["attention"].loss.backward()
     assert student.model.layers[0].self_attn.q_proj.weight.grad.any()
     for model in (student, teacher):  # nothing is left behind, by the errors neither
         assert not {"prepare_inputs_labels_for_multimodal", "encode_images"} & set(vars(model))
@@ -336,16 +343,17 @@ def test_wrong_use_of_the_objective_is_an_error(siglip, tmp_path):
 def test_measuring_trains_nothing(siglip, tmp_path):
     student, teacher = small_pair(siglip)
     batch = make_batch(LAYOUTS, dtype=torch.float32)
-    trained = Objective(student, teacher, arguments(tmp_path), 91)
-    measured = Objective(student, teacher, arguments(tmp_path, vat=False, measure_attention=True), 91)
+    trained = make_objective(student, teacher, arguments(tmp_path), 91)
+    measured = make_objective(student, teacher, arguments(tmp_path, vat=False, measure_attention=True), 91)
     found = []
     for objective in (trained, measured):
         with objective.running():
-            found.append(objective(student, batch.inputs))
-    assert found[1].attention is None and not found[1].similarity.requires_grad
-    close(found[1].similarity, found[0].similarity.double(), 1e-6)
-    close(found[0].samples - found[0].attention, found[0].similarity.double(), 1e-6)
-    assert int(found[1].samples) == 3
+            found.append(objective(student, batch.inputs)["attention"])
+    (similarity, samples), (other, _) = (sums.measured["attention_similarity"] for sums in found)
+    assert found[1].loss is None and not other.requires_grad
+    close(other, similarity.double(), 1e-6)
+    close(samples - found[0].loss, similarity.double(), 1e-6)
+    assert int(samples) == 3
 
 
 def test_the_attention_terms_own_gradient_is_right(siglip, tmp_path):
@@ -354,7 +362,7 @@ def test_the_attention_terms_own_gradient_is_right(siglip, tmp_path):
     teacher.requires_grad_(False)
     student = make_model(siglip, seed=2, teacher=teacher)
     batch = make_batch(LAYOUTS)
-    objective = Objective(student, teacher, arguments(tmp_path, student_layers="1", teacher_layers="2,3"), 91)
+    objective = make_objective(student, teacher, arguments(tmp_path, student_layers="1", teacher_layers="2,3"), 91)
     weights = weights_of(student)
     _, _, attention, _, _ = reference.loss_sums(
         (weights, student.config), (weights_of(teacher), teacher.config), merged_samples(batch),
@@ -368,7 +376,7 @@ def test_the_attention_terms_own_gradient_is_right(siglip, tmp_path):
     parameters = dict(student.named_parameters())
     expected = torch.autograd.grad(attention, [parameters[name] for name in names])
     with objective.running():
-        objective(student, {**batch.inputs, "use_cache": False}).attention.backward()
+        objective(student, {**batch.inputs, "use_cache": False})["attention"].loss.backward()
     for name, gradient in zip(names, expected, strict=True):
         torch.testing.assert_close(parameters[name].grad, gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item())
     for name in ("model.layers.2.self_attn.q_proj.weight", "model.layers.1.self_attn.v_proj.weight"):

@@ -66,7 +66,7 @@ def test_the_rival_terms_train(dft, similarity, kind, rows):
 @pytest.mark.parametrize("matching", ["simple", "adaptive"])
 def test_simple_and_adaptive_matching(dft, matching):
     trainer, log = dft(layer_matching=matching, calibration_batches=2)
-    groups = trainer.objective.groups
+    groups = trainer.objective.term("attention").groups
     assert all(len(group) == 1 for group in groups) and len(groups) == 3
     flat = [group[0] for group in groups]
     assert flat == sorted(set(flat)) and set(flat) <= {1, 2, 3, 4}
@@ -80,7 +80,7 @@ def test_adaptive_matching_finds_a_teachers_own_layers(dft, sharp_teacher):
         model_name_or_path=sharp_teacher, student_layers="2,4", teacher_layers="1,2,3,4,5", layer_matching="adaptive",
         max_steps=1,
     )  # fmt: skip
-    assert trainer.objective.groups == [[2], [4]]
+    assert trainer.objective.term("attention").groups == [[2], [4]]
     assert abs(log[0]["attention"]) < 1e-5
 
 
@@ -96,7 +96,16 @@ def test_adaptive_matching_finds_a_teachers_own_layers(dft, sharp_teacher):
 )
 def test_bands(dft, student, teacher, groups):
     trainer, log = dft(student_layers=student, teacher_layers=teacher, max_steps=1)
-    assert dict(zip(trainer.objective.student_layers, trainer.objective.groups, strict=True)) == groups
+    assert (
+        dict(
+            zip(
+                trainer.objective.term("attention").student_layers,
+                trainer.objective.term("attention").groups,
+                strict=True,
+            )
+        )
+        == groups
+    )
     assert log[0]["attention"] > 0
 
 

@@ -172,7 +172,7 @@ def test_no_images_at_all(model, padding):
 
 def test_labels_that_look_like_the_mark_are_impossible():
     """-101, the mark of ignored labels during the merge, is neither a token nor LLaVA's IMAGE_TOKEN_INDEX."""
-    from llava_compodistill.record import merge as visual_tokens
+    from llava_compodistill.hosts.llava import model as visual_tokens
 
     assert visual_tokens._MARKED < 0 and visual_tokens._MARKED not in (reference.IGNORE, reference.IMAGE)
 

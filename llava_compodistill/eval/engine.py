@@ -21,7 +21,7 @@ from ..errors import DataError
 from ..hosts.llava.host import import_llava, import_llava_train
 from ..hosts.llava.model import llava_core
 from ..hosts.llava.templates import prepare_tokenizer, use_template
-from ..record.answers import dense_head
+from ..record.head import dense_head
 from .requests import Answer, Continuation, FirstWord, Likelihood, Request
 
 logger = logging.getLogger(__name__)

@@ -50,6 +50,24 @@ def visual_understanding_layers(num_layers: int, band: str | Sequence[int] = "in
     return layers
 
 
+def parse_band(value: str, name: str = "band") -> str | list[int]:
+    """Read a band from the command line: a name, or layer numbers separated by commas.
+
+    Raises:
+        ValueError: with the flag's name, the value, and what is allowed.
+    """
+    if any(character.isdigit() for character in value):
+        try:
+            return [int(number) for number in value.split(",")]
+        except ValueError:
+            raise ValueError(f"--{name} {value!r}: a list of layers reads like 8,9,10.") from None
+    try:
+        visual_understanding_layers(10, value)
+    except ValueError as error:
+        raise ValueError(f"--{name} {value!r}: {error}") from None
+    return value
+
+
 def match_layers(
     student_layers: Sequence[int],
     teacher_layers: Sequence[int],

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from .. import compat
+from ..hosts import host_of
+from ..hosts.base import MergedBatch
 from ..ops.visual_attention import visual_attention_map
-from .merge import MergedBatch
+from .taps import WHOLE_SEQUENCES, AttentionTap, tap_attention
 
 
 class AttentionCapture:
@@ -47,14 +49,18 @@ class AttentionCapture:
         self.maps.clear()
         self._seen.clear()
 
-    def tap(self, layer: int) -> compat.AttentionTap:
+    def tap(self, layer: int, window: int | None = None) -> AttentionTap:
+        """What a layer's attention module calls; `window` is the number of keys that it sees at most."""
+
         def receive(module: nn.Module, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
             if query.shape[2] != key.shape[2]:
-                raise RuntimeError(compat.WHOLE_SEQUENCES)
+                raise RuntimeError(WHOLE_SEQUENCES)
+            if window is not None and key.shape[2] > window:
+                raise ValueError(outside_window(layer, window, key.shape[2]))
             batch = self._batch()
             if batch.visual_index.shape[1] == 0:
                 return
-            key_mask = None if batch.real[:, 0].all() else batch.real  # only left padding hides keys from real rows
+            key_mask = batch.real if batch.left_padded else None  # only left padding hides keys from real rows
             if self.detach:
                 query, key = query.detach(), key.detach()
             attention = visual_attention_map(
@@ -70,8 +76,32 @@ class AttentionCapture:
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The self-attention modules of a LLaVA language model, first layer first."""
-    return [layer.self_attn for layer in model.get_model().layers]
+    """The self-attention modules of a multimodal language model, first layer first."""
+    return [layer.self_attn for layer in host_of(model).decoder_layers(model)]
+
+
+def outside_window(layer: int, window: int, length: int) -> str:
+    """Why a layer with sliding-window attention cannot be recorded."""
+    return (
+        f"Layer {layer} attends within a window of {window} tokens, and a sequence can have {length}: its attention "
+        "map would not be the model's. Lower --model_max_length to the window, align layers without a window "
+        "(--student_layers, --teacher_layers), or use --vat False."
+    )
+
+
+def refuse_windows(model: nn.Module, layers: Sequence[int], longest: int | None) -> None:
+    """Refuse layers whose sliding window is shorter than the longest sequence, before any sequence is met.
+
+    Args:
+        longest: the limit that sequences are cut at; None where there is none.
+
+    Raises:
+        ValueError: naming the layer, its window and the ways out.
+    """
+    for layer in layers:
+        window = compat.sliding_window(model.config, layer)
+        if window is not None and longest is not None and longest > window:
+            raise ValueError(outside_window(layer, window, longest))
 
 
 @contextlib.contextmanager
@@ -90,7 +120,7 @@ def capture_visual_attention(
     again and has to meet the same taps.
 
     Args:
-        model: a LLaVA causal language model (not a wrapper around one).
+        model: a multimodal causal language model (not a wrapper around one).
         layers: 0-based numbers of the layers to tap.
         batch: gives the merged batch of the running forward (`MergeRecorder.batch`).
         impl: implementation of the op, see `visual_attention_map`.
@@ -98,7 +128,7 @@ def capture_visual_attention(
         receive: called with (layer, map) instead of keeping the map in `maps`.
 
     Raises:
-        ValueError: for a layer the model does not have.
+        ValueError: for a layer the model does not have; in the forward, for a sequence longer than a layer's window.
         RuntimeError: for reentrant gradient checkpointing, under which maps would carry no gradient.
     """
     modules = attention_modules(model)
@@ -109,7 +139,8 @@ def capture_visual_attention(
     capture = AttentionCapture(layers, batch, impl, heads, receive)
     with contextlib.ExitStack() as taps:
         for layer in capture.layers:
-            taps.enter_context(compat.tap_attention(modules[layer], capture.tap(layer)))
+            window = compat.sliding_window(model.config, layer)
+            taps.enter_context(tap_attention(modules[layer], capture.tap(layer, window)))
         yield capture
 
 
@@ -128,12 +159,12 @@ def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
 
 
 class GroupMeans:
-    """Running means of the teacher's maps over each student layer's group (method.md, "Group layer matching").
+    """Running means of maps over groups of layers (method.md, "Group layer matching").
 
-    Feed it the teacher's maps while its forward runs; no map is kept longer than its own layer.
+    Feed it the maps while the forward runs; no map is kept longer than its own layer.
 
     Args:
-        groups: for each student layer the teacher layers it is matched with.
+        groups: layers whose mean map is wanted, a list a group; a group of one layer is that layer's map.
     """
 
     def __init__(self, groups: Sequence[Sequence[int]]):
@@ -142,7 +173,7 @@ class GroupMeans:
 
     @property
     def layers(self) -> list[int]:
-        """The teacher layers that are needed, in order."""
+        """The layers that are needed, in order."""
         return sorted({layer for group in self.groups for layer in group})
 
     def begin(self) -> None:
@@ -154,12 +185,17 @@ class GroupMeans:
                 continue
             share = group.count(layer) / len(group)
             mean = self._means[position]
-            self._means[position] = attention * share if mean is None else mean.add_(attention, alpha=share)
+            if mean is None:
+                self._means[position] = attention if share == 1 else attention * share
+            elif mean.requires_grad or attention.requires_grad:
+                self._means[position] = mean.add(attention, alpha=share)
+            else:
+                mean.add_(attention, alpha=share)
 
     @property
     def means(self) -> list[torch.Tensor]:
-        """For each student layer the mean map [B, N, N_v] of its group."""
+        """For each group its mean map [B, N, N_v]."""
         missing = [position for position, mean in enumerate(self._means) if mean is None]
         if missing:
-            raise RuntimeError(f"The teacher's forward has not filled the groups {missing}.")
+            raise RuntimeError(f"The forward has not filled the groups {missing}.")
         return self._means

@@ -8,38 +8,50 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..hosts.llava.model import llava_core, project, projector
-from ..pair.vision import IDENTITY, has_adapter_of, renormalisation
+from ..hosts.llava.model import ENCODE, llava_core, project, projector
+from ..pair import Pair
+from ..pair.vision import IDENTITY, renormalisation
+from .patch import replaced
 
 
 @contextlib.contextmanager
-def encode_once(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
+def encode_for(pair: Pair) -> Iterator[None]:
+    """Inside the context the teacher's forward, and then the student's, encode a batch's images as the pair does."""
+    if pair.teacher is None:
+        yield
+    elif pair.shares_encoder:
+        with encode_once(pair):
+            yield
+    else:
+        with encode_separately(pair.student, pair.teacher):
+            yield
+
+
+@contextlib.contextmanager
+def encode_once(pair: Pair) -> Iterator[None]:
     """Inside the context the teacher's forward encodes the images and the student's, which follows, reuses the result.
 
     That is the encoder's features, and under TAF the teacher's visual tokens as well, since P_T is the same weights on
     the same pixels in both models (paper, Section 4.2).
     """
-    student, teacher = llava_core(student), llava_core(teacher)
+    student, teacher = pair.student, pair.teacher
     encoded: list[torch.Tensor] = []
 
     def encode_for_both(images: torch.Tensor) -> torch.Tensor:
         features = teacher.get_vision_tower()(images)
         tokens = project(teacher, features)
-        encoded.append(tokens if has_adapter_of(student, teacher) else features)
+        encoded.append(tokens if pair.shares_adapter else features)
         return tokens
 
     def reuse(images: torch.Tensor) -> torch.Tensor:
         if not encoded:
             raise RuntimeError("encode_once: run the teacher's forward before the student's.")
-        if has_adapter_of(student, teacher):
+        if pair.shares_adapter:
             return projector(student)(encoded.pop(), from_teacher=True)
         return project(student, encoded.pop())
 
-    teacher.encode_images, student.encode_images = encode_for_both, reuse
-    try:
+    with replaced(teacher, ENCODE, encode_for_both), replaced(student, ENCODE, reuse):
         yield
-    finally:
-        del teacher.encode_images, student.encode_images
 
 
 @contextlib.contextmanager
@@ -57,8 +69,5 @@ def encode_separately(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
             images = images * images.new_tensor(scale).view(3, 1, 1) + images.new_tensor(shift).view(3, 1, 1)
         return project(teacher, teacher.get_vision_tower()(images))
 
-    teacher.encode_images = encode
-    try:
+    with replaced(teacher, ENCODE, encode):
         yield
-    finally:
-        del teacher.encode_images

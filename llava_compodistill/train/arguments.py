@@ -11,13 +11,13 @@ from typing import Literal
 
 from .. import compat
 from ..hosts.llava.host import import_llava_train
-from ..pair.layers import visual_understanding_layers
+from ..methods import find_method
+from ..pair.layers import parse_band
 
 _llava_train = import_llava_train()
 
 STAGES = ("pt", "dpt", "dft", "sft")
-#: Stages in which the teacher is loaded, and those that train the adapter alone (method.md, "Three stages").
-DISTILLED_STAGES = ("dpt", "dft")
+#: Stages that train the adapter alone (method.md, "Three stages").
 ADAPTER_STAGES = ("pt", "dpt")
 
 
@@ -75,6 +75,10 @@ class TrainingArguments(_llava_train.TrainingArguments):
             "sft: LLM and adapter, L_LM, no teacher."
         },
     )
+    method: str = field(
+        default="compodistill",
+        metadata={"help": "sft (L_LM alone), kd (no attention alignment), compodistill, or package.module:Name."},
+    )
     vat: bool = field(default=True, metadata={"help": "Visual attention alignment (L_ADL) in the dft stage."})
     lm_weight: float = field(default=1.0, metadata={"help": "Weight of L_LM."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of L_KL."})
@@ -127,6 +131,7 @@ class TrainingArguments(_llava_train.TrainingArguments):
         super().__post_init__()
         if self.stage not in STAGES:
             raise ValueError(f"--stage {self.stage!r}: must be one of {', '.join(STAGES)}.")
+        find_method(self.method)
         if self.kd_temperature <= 0:
             raise ValueError(f"--kd_temperature {self.kd_temperature}: must be greater than 0.")
         for name in ("lm_weight", "kl_weight", "attention_weight"):
@@ -145,30 +150,7 @@ class TrainingArguments(_llava_train.TrainingArguments):
     @property
     def distilled(self) -> bool:
         """Whether this stage has a teacher in its loss."""
-        return self.stage in DISTILLED_STAGES
-
-    @property
-    def aligns_attention(self) -> bool:
-        """Whether L_ADL is part of this stage's loss."""
-        return self.stage == "dft" and self.vat and self.attention_weight > 0
-
-
-def parse_band(value: str, name: str = "band") -> str | list[int]:
-    """Read a band from the command line: a name, or layer numbers separated by commas.
-
-    Raises:
-        ValueError: with the flag's name, the value, and what is allowed.
-    """
-    if any(character.isdigit() for character in value):
-        try:
-            return [int(number) for number in value.split(",")]
-        except ValueError:
-            raise ValueError(f"--{name} {value!r}: a list of layers reads like 8,9,10.") from None
-    try:
-        visual_understanding_layers(10, value)
-    except ValueError as error:
-        raise ValueError(f"--{name} {value!r}: {error}") from None
-    return value
+        return self.stage in find_method(self.method).teacher_stages
 
 
 def check_arguments(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,15 @@ def save(
     tokenizer: Any = None,
     state_dict: dict[str, torch.Tensor] | None = None,
     adapter: dict[str, torch.Tensor] | None = None,
+    modules: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a checkpoint of the kind that the stage calls for.
 
     Args:
         model: the student, wrapped in PEFT or not.
         state_dict: gathered weights, where the trainer has them (DeepSpeed); else they are read from the model.
-        adapter: what `adapter_weights` gives, which under ZeRO-3 all ranks have to call; else it is called here.
+        adapter, modules: what `adapter_weights` and `module_weights` give, which under ZeRO-3 all ranks have to call;
+            else they are called here.
 
     Raises:
         CheckpointError: when DeepSpeed was not asked to gather the weights.
@@ -54,6 +57,9 @@ def save(
     os.makedirs(output_dir, exist_ok=True)
     core = llava_core(model)
     adapter = adapter_weights(model) if adapter is None else adapter
+    modules = module_weights(model) if modules is None else modules
+    if modules:
+        torch.save(modules, os.path.join(output_dir, MODULES_FILE))
     core.config.compodistill = {"stage": args.stage, "version": __version__}
     if args.stage in ("pt", "dpt"):
         torch.save(_prefixed("model.", adapter), os.path.join(output_dir, ADAPTER_FILE))
@@ -65,13 +71,32 @@ def save(
     else:
         weights = core.state_dict() if state_dict is None else state_dict
         # LLaVA loads the encoder from `mm_vision_tower`; a copy here would be dead weight.
-        weights = {name: value for name, value in weights.items() if "vision_tower" not in name}
+        weights = {name: value for name, value in weights.items() if not _elsewhere(name)}
         core.save_pretrained(output_dir, state_dict=weights)
     _save_config(core, output_dir)
     if tokenizer is not None:
         tokenizer.save_pretrained(output_dir)
         compat.make_tokenizer_portable(output_dir, sentencepiece=getattr(tokenizer, "vocab_file", None))
     torch.save(args, os.path.join(output_dir, "training_args.bin"))
+
+
+#: Where the terms' own trained weights hang on a student, and the file that they are saved in.
+MODULES = "distillation"
+MODULES_FILE = "distillation.bin"
+
+
+def attach_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Hang the terms' own weights on the student, so that wrappers, optimizers and devices find them there."""
+    if modules:
+        llava_core(model).add_module(MODULES, nn.ModuleDict(modules))
+
+
+def module_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The terms' own weights by name. Under ZeRO-3 all ranks call it."""
+    attached = getattr(llava_core(model), MODULES, None)
+    parameters = {} if attached is None else dict(attached.named_parameters())
+    with compat.gathered(list(parameters.values())):
+        return {name: _copy(parameter) for name, parameter in parameters.items()}
 
 
 def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -81,6 +106,11 @@ def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
         return {f"mm_projector.{name}": _copy(parameter) for name, parameter in parameters.items()}
 
 
+def _elsewhere(name: str) -> bool:
+    """Whether a weight of a student has no place in its checkpoint's own files."""
+    return "vision_tower" in name or name.startswith(f"{MODULES}.")
+
+
 def load_into(model: nn.Module, folder: str) -> None:
     """Load the weights of a checkpoint into a model of the same kind, to resume training.
 
@@ -88,7 +118,7 @@ def load_into(model: nn.Module, folder: str) -> None:
         CheckpointError: when the folder's kind or names do not fit the model.
     """
     from ..errors import CheckpointError
-    from ..hosts.llava.loader import checkpoint_kind, load_extra_weights
+    from ..hosts.llava.loader import checkpoint_kind, load_extra_weights, read_weights
 
     kind = checkpoint_kind(folder)
     core = llava_core(model)
@@ -106,6 +136,9 @@ def load_into(model: nn.Module, folder: str) -> None:
         load_extra_weights(core, os.path.join(folder, LORA_EXTRA_FILE))
     else:
         _load_full(core, folder)
+    attached = getattr(core, MODULES, None)
+    if attached is not None:
+        attached.load_state_dict(read_weights(os.path.join(folder, MODULES_FILE)))
 
 
 def last_complete(output_dir: str) -> str | None:
@@ -194,7 +227,7 @@ def _load_full(core: nn.Module, folder: str) -> None:
     names = set(core.state_dict())
     missing, unexpected = sorted(names - set(weights)), sorted(set(weights) - names)
     tied = set() if not core.config.tie_word_embeddings else {"lm_head.weight"}
-    missing = [name for name in missing if "vision_tower" not in name and name not in tied]
+    missing = [name for name in missing if not _elsewhere(name) and name not in tied]
     if missing or unexpected:
         raise CheckpointError(f"{folder} does not fit the model: missing {missing[:3]}, unknown {unexpected[:3]}.")
     core.load_state_dict(weights, strict=False)

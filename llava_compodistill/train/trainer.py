@@ -1,8 +1,7 @@
-"""CompoDistillTrainer: LLaVA's trainer with the losses of DPT, DFT and SFT (paper, Section 4.3).
+"""CompoDistillTrainer: LLaVA's trainer with the terms of a method (paper, Section 4.3).
 
-Every loss term is a sum over the micro-batch divided by a count over the whole optimizer step: answer tokens for
-L_LM and L_KL, samples with an image for L_ADL. So batch 1 with 8 accumulation steps is batch 8, and two ranks are
-one.
+Every term is a sum over the micro-batch divided by a count over the whole optimizer step: answer tokens for L_LM and
+L_KL, samples with an image for L_ADL. So batch 1 with 8 accumulation steps is batch 8, and two ranks are one.
 """
 
 from __future__ import annotations
@@ -10,93 +9,39 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.utils.data import Sampler
+from transformers.trainer_utils import TrainOutput
 
 from .. import compat
-from ..errors import NonFiniteLossError
 from ..hosts.llava.host import import_llava
-from ..hosts.llava.model import llava_core
+from ..hosts.llava.model import count_visual_tokens, llava_core
+from ..methods import Sums, find_method
+from ..methods.base import COUNTS
 from ..pair.student import compute_dtype
-from ..record.merge import IGNORE_INDEX
-from . import checkpoint
+from . import checkpoint, facts
 from .arguments import TrainingArguments
-from .objective import LossSums, Objective
+from .facts import BatchFacts, CountingCollator
+from .finite import refuse_broken_gradient, refuse_broken_losses, refuse_broken_weights
+from .objective import Objective
+from .samplers import SeededLengthGroupedSampler, SeededRandomSampler, TellEpoch
+from .terms_log import TermsLog
 
 _llava_trainer = import_llava("llava.train.llava_trainer")
-IMAGE_TOKEN_INDEX = import_llava("llava.constants").IMAGE_TOKEN_INDEX
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Counts:
-    """What the sums of one optimizer step are divided by, over all its micro-batches and ranks."""
-
-    answer_tokens: torch.Tensor
-    image_samples: torch.Tensor
-
-
-class SeededRandomSampler(Sampler):
-    """A shuffled order that depends on the seed and the epoch alone: the same after resuming and on every rank."""
-
-    def __init__(self, size: int, seed: int = 0):
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self):
-        return iter(
-            torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
-        )
-
-
-class SeededLengthGroupedSampler(_llava_trainer.LengthGroupedSampler):
-    """LLaVA's grouping by modality and length, drawn from the seed and the epoch instead of the global state, so that
-    a resumed run sees the order of an unbroken one."""
-
-    def __init__(self, *args: Any, seed: int = 0, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + self.epoch)
-            return iter(list(super().__iter__()))
-
-
-class TellEpoch(transformers.TrainerCallback):
-    """Tell the sampler its epoch: on several ranks older releases of accelerate do not."""
-
-    def __init__(self, trainer: transformers.Trainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        sampler = self.trainer.train_sampler
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(int(state.epoch or 0))
-
-
 class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
-    """Trains a student in one of the stages pt, dpt, dft, sft.
+    """Trains a student in one of the stages pt, dpt, dft, sft by the method that `args.method` names.
 
     Args:
-        teacher: the frozen teacher for dpt and dft. It is kept outside the student: in no state dict, in no optimizer.
+        teacher: the frozen teacher, for stages that need one. It is kept outside the student: in no state dict, in no
+            optimizer.
         tokenizer: saved beside the student; its length bounds the vocabulary that L_KL runs over.
         Other arguments as for `transformers.Trainer`.
     """
@@ -114,64 +59,60 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         if args.distilled and teacher is None:
             raise ValueError(f"Stage {args.stage} distils from a teacher: pass teacher=load_teacher(path).")
         self.objective = Objective(
-            model, teacher if args.distilled else None, args, None if tokenizer is None else len(tokenizer)
+            model,
+            teacher if args.distilled else None,
+            find_method(args.method).terms(args.stage, args),
+            vocab_size=None if tokenizer is None else len(tokenizer),
+            impl=args.attention_map_impl,
         )
+        checkpoint.attach_modules(model, self.objective.modules)
         super().__init__(model=model, args=args, **compat.tokenizer_argument(tokenizer), **kwargs)
         if args.n_gpu > 1:
             raise ValueError(
                 "Several GPUs in one process (DataParallel) are not supported: use torchrun or deepspeed."
             )
+        core = llava_core(model)
+        self._limit = getattr(core.config, "tokenizer_model_max_length", None)
+        self.data_collator = CountingCollator(self.data_collator, count_visual_tokens(core), self._limit)
         self.tokenizer_to_save = tokenizer
         self.train_sampler: Any = None
-        self._adapter: dict[str, torch.Tensor] | None = None
+        self._gathered: tuple[dict | None, dict | None] = None, None
         self.add_callback(TellEpoch(self))
         # The loss arrives normalised over the whole optimizer step.
         self.model_accepts_loss_kwargs = True
-        self._counts: Counts | None = None
+        self._counts: dict[str, torch.Tensor] | None = None
         self._seen_samples = self._cut_samples = 0  # of this process, see _watch_answers
         self._waiting: list[dict[str, Any]] = []
-        self._unlogged: torch.Tensor | None = None  # running sums since the last log, see _remember
-        self._logged_step = 0
+        self._terms_log = TermsLog()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Loss
     # -----------------------------------------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
         """The weighted sum of the stage's terms for one micro-batch, normalised over the optimizer step."""
-        inputs = {**self._prepare_inputs(inputs), "use_cache": False}
         in_step = self.objective.is_running
         # Outside of training_step (evaluation) there is no window, and nothing has opened the context yet.
         counts = self._counts if in_step else self._count([inputs], training=False)
+        inputs = {name: value for name, value in inputs.items() if name != facts.KEY}
+        inputs = {**self._prepare_inputs(inputs), "use_cache": False}
         with contextlib.nullcontext() if in_step else self.objective.running():
             sums = self.objective(model, inputs)
-        self._stop_if_not_finite(sums)
         if in_step:
             self._remember(sums, counts)
-        loss = sums.answers / counts.answer_tokens
-        if sums.attention is not None:
-            loss = loss + self.args.attention_weight * sums.attention / counts.image_samples
+        loss = self._total(sums, counts)
         # DDP, FSDP and DeepSpeed average gradients over ranks; our counts are over ranks already.
         loss = loss * self.accelerator.num_processes
         if in_step and compat.divides_by_accumulation(self):
             loss = loss * self.args.gradient_accumulation_steps
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _stop_if_not_finite(self, sums: LossSums) -> None:
-        terms = {name: getattr(sums, name) for name in ("lm", "kl", "attention")}
-        terms = {name: getattr(self.args, f"{name}_weight") * term for name, term in terms.items() if term is not None}
-        finite = torch.isfinite(torch.stack([term.detach().float() for term in terms.values()]))
-        if not finite.all():
-            names = [name for name, good in zip(terms, finite.tolist(), strict=True) if not good]
-            raise NonFiniteLossError(
-                f"Step {self.state.global_step + 1}: the loss term{'s' * (len(names) > 1)} {', '.join(names)} became "
-                f"{terms[names[0]].item()}. "
-                + (
-                    "fp16 overflows on this model: use --bf16 True, or --fp16 False."
-                    if self.args.fp16
-                    else "Lower --learning_rate, or look at the data of this step."
-                )
-                + f" Checkpoints in {self.args.output_dir} are untouched."
-            )
+    def _total(self, sums: dict[str, Sums], counts: dict[str, torch.Tensor]) -> torch.Tensor:
+        parts = [
+            term.weight * sums[term.name].loss / counts[term.count]
+            for term in self.objective.terms
+            if sums[term.name].loss is not None
+        ]
+        return sum(parts[1:], parts[0])
 
     # -----------------------------------------------------------------------------------------------------------------
     # One optimizer step = one window of micro-batches
@@ -180,7 +121,7 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         """Since transformers 4.46: collect the window; here, also count what its losses are divided by."""
         window, _ = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
         self._counts = self._count(window) if window else None
-        return window, None if self._counts is None else self._counts.answer_tokens
+        return window, None if self._counts is None else self._counts["answer_tokens"]
 
     def training_step(self, model, inputs, *args, **kwargs):
         """One micro-batch forward and backward, with the attention taps open throughout."""
@@ -202,45 +143,37 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
                 total += super().training_step(model, waiting)
         return total
 
-    def _count(self, window: list[dict[str, Any]], training: bool = True) -> Counts:
-        """Answer tokens and samples with an image of a window over all ranks; never zero, so nothing divides by it."""
-        tokens = [count for batch in window for count in self._answer_tokens(batch)]
-        images = sum(int((batch["input_ids"] == IMAGE_TOKEN_INDEX).any(dim=1).sum()) for batch in window)
+    def _count(self, window: list[dict[str, Any]], training: bool = True) -> dict[str, torch.Tensor]:
+        """Each of COUNTS, of a window over all ranks; never zero, so nothing divides by it."""
+        found = [self._facts(batch) for batch in window]
         if training:
-            self._watch_answers(tokens)
-        counts = torch.tensor([sum(tokens), images], dtype=torch.float32, device=self.args.device)
+            self._watch_answers(found)
+        sums = [sum(getattr(batch, name) for batch in found) for name in COUNTS]
+        counts = torch.tensor(sums, dtype=torch.float32, device=self.args.device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, "sum")
-        return Counts(*counts.clamp(min=1))
+        return dict(zip(COUNTS, counts.clamp(min=1), strict=True))
 
-    def _answer_tokens(self, batch: dict[str, Any]) -> list[int]:
-        """Of each sample the answer tokens that the model will predict: LLaVA cuts the merged sequence, images
-        included, at its limit."""
-        labels, ids = batch["labels"], batch["input_ids"]
-        core = llava_core(self.model)
-        images = batch.get("images")
-        image_width = 1
-        if torch.is_tensor(images) and images.ndim == 4:
-            image_width = core.get_vision_tower().num_patches
-        before = (ids == IMAGE_TOKEN_INDEX).long().cumsum(dim=1)
-        position = torch.arange(ids.shape[1], device=ids.device) + before * (image_width - 1)
-        limit = getattr(core.config, "tokenizer_model_max_length", None) or torch.iinfo(torch.long).max
-        return ((labels != IGNORE_INDEX) & (position > 0) & (position < limit)).sum(dim=1).tolist()
+    def _facts(self, batch: dict[str, Any]) -> BatchFacts:
+        """The collator's; a batch that was made elsewhere is counted here, on its device."""
+        if facts.KEY in batch:
+            return batch[facts.KEY]
+        return BatchFacts.of(batch, self.data_collator.visual_tokens, self._limit)
 
-    def _watch_answers(self, tokens: list[int]) -> None:
+    def _watch_answers(self, found: list[BatchFacts]) -> None:
         """Announce the first sample whose answers are all cut off: its loss is a zero that nobody sees in the mean."""
-        cut = tokens.count(0)
+        cut, samples = (sum(getattr(batch, name) for batch in found) for name in ("cut", "samples"))
         if cut and not self._cut_samples:
             logger.warning(
                 "--model_max_length %s leaves no answer to learn from in %d of the %d samples of step %d: raise it, "
                 "or shorten such samples. The end of training tells how many there were.",
-                getattr(llava_core(self.model).config, "tokenizer_model_max_length", None),
+                self._limit,
                 cut,
-                len(tokens),
+                samples,
                 self.state.global_step + 1,
             )
         self._cut_samples += cut
-        self._seen_samples += len(tokens)
+        self._seen_samples += samples
 
     def _report_cut_samples(self) -> None:
         totals = torch.tensor([self._cut_samples, self._seen_samples], dtype=torch.float32, device=self.args.device)
@@ -250,7 +183,7 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         if cut and self.is_world_process_zero():
             logger.warning(
                 "--model_max_length %s left no answer to learn from in %d of the %d samples of this run.",
-                getattr(llava_core(self.model).config, "tokenizer_model_max_length", None),
+                self._limit,
                 cut,
                 seen,
             )
@@ -258,38 +191,37 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
     # -----------------------------------------------------------------------------------------------------------------
     # Logging
     # -----------------------------------------------------------------------------------------------------------------
-    def _remember(self, sums: LossSums, counts: Counts) -> None:
-        if self._unlogged is None:
-            self._logged_step = self.state.global_step
-        values = (
-            sums.lm / counts.answer_tokens,
-            None if sums.kl is None else sums.kl / counts.answer_tokens,
-            None if sums.attention is None else sums.attention / counts.image_samples,
-            sums.similarity,
-            sums.samples,
-        )
-        row = torch.stack([torch.zeros_like(sums.lm) if value is None else value for value in values]).detach().float()
-        self._unlogged = row if self._unlogged is None else self._unlogged + row
+    def _remember(self, sums: dict[str, Sums], counts: dict[str, torch.Tensor]) -> None:
+        for term in self.objective.terms:
+            self._terms_log.add(self.state.global_step, sums[term.name], counts[term.count])
+
+    def _take_terms(self) -> dict[str, float]:
+        """The terms since the last log, over ranks.
+
+        Raises:
+            NonFiniteLossError: on all ranks, when one of them is not finite.
+        """
+        steps, terms, weights = self._terms_log.take(self._sum_over_ranks, self.state.global_step)
+        refuse_broken_losses(terms, weights, steps, self.args)
+        return terms
+
+    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values, "sum") if self.accelerator.num_processes > 1 else values
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the terms, unweighted: each the mean over the optimizer steps since the last log, over ranks; the
         similarity over the samples with an image, left out where there was none."""
-        if "loss" in logs and self._unlogged is not None:
-            steps = max(1, self.state.global_step - self._logged_step)
-            totals = self._unlogged
-            if self.accelerator.num_processes > 1:
-                totals = self.accelerator.reduce(totals, "sum")
-            lm, kl, attention, similarity, samples = totals.tolist()
-            terms = {"lm": lm / steps}
-            if self.objective.teacher is not None:
-                terms["kl"] = kl / steps
-            if self.args.aligns_attention:
-                terms["attention"] = attention / steps
-            if samples:
-                terms["attention_similarity"] = similarity / samples
+        if "loss" in logs and self._terms_log:
+            terms = self._take_terms()
+            refuse_broken_gradient(logs.get("grad_norm"), self.state.global_step, self.args)
             logs.update({name: round(value, 6) for name, value in terms.items()})
-            self._unlogged = None
         super().log(logs, *args, **kwargs)
+
+    def _refuse_broken(self) -> None:
+        """Nothing that is not finite is saved, and no good checkpoint gives way to it."""
+        if self._terms_log:
+            self._terms_log.check(self._sum_over_ranks, self.state.global_step, self.args)
+        refuse_broken_weights(self.model, self._sum_over_ranks, self.state.global_step, self.args)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Data order
@@ -322,8 +254,9 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
                 # Resumed at its end, transformers would make one step too many.
                 logger.info("%s is this run's last step: nothing is left to train.", resume_from_checkpoint)
                 self.state = state
-                return self._load_from_checkpoint(resume_from_checkpoint)
-        if self.objective.needs_calibration:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                return TrainOutput(state.global_step, 0.0, {})
+        if self.objective.calibration_batches:
             self._calibrate()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._report_cut_samples()
@@ -338,15 +271,18 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
             )
         size = self.args.per_device_train_batch_size
         batches = []
-        for start in range(0, min(len(self.train_dataset), size * self.args.calibration_batches), size):
+        for start in range(0, min(len(self.train_dataset), size * self.objective.calibration_batches), size):
             stop = min(start + size, len(self.train_dataset))
             samples = self.data_collator([self.train_dataset[index] for index in range(start, stop)])
+            samples.pop(facts.KEY)
             batches.append({**self._prepare_inputs(samples), "use_cache": False})
-        self.objective.student.to(self.args.device)
+        self.objective.pair.student.to(self.args.device)
         dtype = compute_dtype(self.args)
         # Nothing has wrapped the models for mixed precision yet.
         with torch.autocast(self.args.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            self.objective.calibrate(batches)
+            found = [self.objective.calibrate(batches)]
+        # Equal by construction, not by the hope that every rank rounds alike.
+        self.objective.use(broadcast_object_list(found)[0])
 
     def _move_teacher(self) -> None:
         if self.objective.teacher is not None:
@@ -356,18 +292,22 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
     # Checkpoints
     # -----------------------------------------------------------------------------------------------------------------
     def _save_checkpoint(self, model, trial, *args, **kwargs):
+        self._refuse_broken()
         # Not LLaVATrainer's: it saves an adapter without the state that resuming needs.
         return transformers.Trainer._save_checkpoint(self, model, trial, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self._adapter = checkpoint.adapter_weights(self.model)  # on every rank; what follows runs on one
+        if not _internal_call:
+            self._refuse_broken()
+        # On every rank; what follows runs on one.
+        self._gathered = checkpoint.adapter_weights(self.model), checkpoint.module_weights(self.model)
         super().save_model(output_dir, _internal_call)
-        self._adapter = None
+        self._gathered = None, None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
         if self.args.should_save:
-            checkpoint.save(self.model, output_dir, self.args, self.tokenizer_to_save, state_dict, self._adapter)
+            checkpoint.save(self.model, output_dir, self.args, self.tokenizer_to_save, state_dict, *self._gathered)
 
     def _load_rng_state(self, checkpoint):
         with compat.reads_own_rng_state():

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from measure import compare, extra_memory, matrix_rate, synchronize
 from pair import IGNORE_INDEX, Pair
 
+from llava_compodistill.methods import find_method
 from llava_compodistill.pair.layers import match_layers, visual_understanding_layers
 from llava_compodistill.train.arguments import TrainingArguments
 from llava_compodistill.train.objective import Objective
@@ -26,7 +27,8 @@ def objective(pair: Pair, folder: str, **options: Any) -> Objective:
     arguments = TrainingArguments(
         output_dir=folder, stage="dft", report_to="none", use_cpu=pair.device.type == "cpu", **options
     )
-    return Objective(pair.student, pair.teacher, arguments, pair.spec.vocab)
+    terms = find_method(arguments.method).terms(arguments.stage, arguments)
+    return Objective(pair.student, pair.teacher, terms, pair.spec.vocab, arguments.attention_map_impl)
 
 
 def our_step(pair: Pair, folder: str, **options: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
@@ -36,10 +38,10 @@ def our_step(pair: Pair, folder: str, **options: Any) -> Callable[[dict[str, tor
     def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         rows = (batch["labels"] != IGNORE_INDEX).sum()
         with goal.running():
+            counts = {"answer_tokens": rows, "image_samples": len(batch["input_ids"])}
             sums = goal(pair.student, {**batch, "use_cache": False})
-            loss = sums.answers / rows
-            if sums.attention is not None:
-                loss = loss + sums.attention / len(batch["input_ids"])
+            losses = {term: sums[term.name].loss for term in goal.terms if sums[term.name].loss is not None}
+            loss = sum(term.weight * value / counts[term.count] for term, value in losses.items())
             loss.backward()
         return loss.detach()
 

@@ -1,18 +1,31 @@
-"""Where things are in a LLaVA model."""
+"""Where things are in a LLaVA model: this host's answers to `hosts.base.Host`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
+
+from ..base import IGNORE_INDEX, MergedBatch
+
+MERGE = "prepare_inputs_labels_for_multimodal"
+ENCODE = "encode_images"
+#: The label that real ignored positions carry through LLaVA's merge.
+_MARKED = -101
 
 
 def llava_core(model: nn.Module) -> nn.Module:
     """The LLaVA causal language model inside any wrapper (DDP, DeepSpeed, PEFT)."""
     for module in model.modules():
         # Asked of the class: wrappers such as PeftModel pass attributes of what they wrap off as their own.
-        if hasattr(type(module), "prepare_inputs_labels_for_multimodal"):
+        if hasattr(type(module), MERGE):
             return module
     raise TypeError(f"{type(model).__name__} holds no LLaVA model.")
+
+
+core = llava_core
 
 
 def projector(model: nn.Module) -> nn.Module:
@@ -24,3 +37,75 @@ def project(model: nn.Module, features: torch.Tensor) -> torch.Tensor:
     """[B, N_v, D_v] -> [B, N_v, D], minding that encoder and adapter may differ in precision."""
     weight = next(projector(model).parameters(), None)
     return projector(model)(features if weight is None else features.to(weight.dtype))
+
+
+def decoder_layers(core: nn.Module) -> list[nn.Module]:
+    """The decoder's layers, first layer first."""
+    return list(core.get_model().layers)
+
+
+def head(core: nn.Module) -> nn.Module:
+    """The language model's head."""
+    return core.get_output_embeddings()
+
+
+def count_visual_tokens(model: nn.Module) -> int:
+    """Visual tokens of one image: the encoder's patches (the adapters here keep their number)."""
+    return model.get_vision_tower().num_patches
+
+
+def load(path: str, base: str | None = None, **options: Any) -> nn.Module:
+    """See `loader.load_model`."""
+    from .loader import load_model
+
+    return load_model(path, base, **options)
+
+
+def recording_merge(
+    core: nn.Module, merge: Callable[..., Any], received: Callable[[MergedBatch], None]
+) -> Callable[..., Any]:
+    """LLaVA's merge, which tells nobody where image tokens went, made to tell.
+
+    It gives every visual token the label IGNORE_INDEX, as it gives every padded position; so when all other ignored
+    labels carry a mark of their own, the unpadded positions that are left with IGNORE_INDEX are exactly the visual
+    tokens: for any template, several images anywhere, truncation, any-resolution tiles and either padding side.
+
+    The forward then receives no labels, so it computes no full-vocabulary loss; and no attention mask where padding is
+    on the right, since a causal model's real rows never see it, so that the fused attention kernels run.
+    """
+
+    def recording(input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None):
+        given_labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
+        given_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        marked = given_labels.masked_fill(given_labels == IGNORE_INDEX, _MARKED)
+        merged_ids, position_ids, mask, past_key_values, embeds, marked = merge(
+            input_ids, position_ids, given_mask, past_key_values, marked, images, image_sizes
+        )
+        real = mask.bool()
+        visual = real & (marked == IGNORE_INDEX)
+        right_padded = getattr(core.config, "tokenizer_padding_side", "right") == "right"
+        received(
+            MergedBatch(
+                labels=marked.masked_fill((marked == _MARKED) | ~real, IGNORE_INDEX),
+                real=real,
+                visual_index=_positions(visual),
+                left_padded=not right_padded,
+            )
+        )
+        merged = embeds is not None  # without images the padding is as the caller made it
+        if attention_mask is None or (merged and right_padded):
+            mask = None
+        return merged_ids, position_ids, mask, past_key_values, embeds, None
+
+    return recording
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """[B, N] bool -> [B, most True in a row], their positions in order, padded with -1."""
+    counts = mask.sum(dim=1)
+    width = int(counts.max()) if len(counts) else 0
+    index = torch.full((mask.shape[0], width), -1, dtype=torch.long, device=mask.device)
+    batch, position = mask.nonzero(as_tuple=True)
+    column = mask.long().cumsum(dim=1)[batch, position] - 1
+    index[batch, column] = position
+    return index

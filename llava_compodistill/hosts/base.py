@@ -1,0 +1,115 @@
+"""What every code base that a model can come from has to answer, so that the rest need not know which it is.
+
+A host encodes images, merges them into the text, names the decoder's layers and its head, and loads checkpoints. What
+it answers is data and module references; only `record/` puts anything around a model's methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class MergedBatch:
+    """What the merge of images into text did to a batch of B samples, padded to N positions.
+
+    Attributes:
+        labels: [B, N], IGNORE_INDEX at visual tokens, prompts and padding.
+        real: [B, N] bool, False at padding.
+        visual_index: [B, N_v] positions of the visual tokens, -1 where a sample has fewer than the batch's maximum.
+        left_padded: whether padding stands before the real tokens, where a causal model's real rows would see it.
+    """
+
+    labels: torch.Tensor
+    real: torch.Tensor
+    visual_index: torch.Tensor
+    left_padded: bool = False
+
+    @property
+    def visual(self) -> torch.Tensor:
+        """[B, N] bool, True at visual tokens."""
+        # Padding goes to a column of its own, which is cut off: no wait for the device, as boolean indexing would.
+        length = self.real.shape[1]
+        mask = torch.zeros(len(self.real), length + 1, dtype=torch.bool, device=self.real.device)
+        mask.scatter_(1, self.visual_index.where(self.visual_index >= 0, length), True)
+        return mask[:, :length]
+
+    @property
+    def has_image(self) -> torch.Tensor:
+        """[B] bool."""
+        if self.visual_index.shape[1] == 0:
+            return torch.zeros(len(self.visual_index), dtype=torch.bool, device=self.visual_index.device)
+        return self.visual_index[:, 0] >= 0
+
+    def answer_mask(self) -> torch.Tensor:
+        """[B, N] bool: the positions that predict an answer token (the label at i + 1; causal shift)."""
+        mask = torch.zeros_like(self.real)
+        mask[:, :-1] = self.labels[:, 1:] != IGNORE_INDEX
+        return mask
+
+    def answer_targets(self) -> torch.Tensor:
+        """[R]: the labels predicted at `answer_mask`, in its order."""
+        return self.labels[:, 1:][self.answer_mask()[:, :-1]]
+
+    def rows(self, name: str) -> torch.Tensor:
+        """[B, N] bool: the positions of a name.
+
+        Args:
+            name: all (that are not padding), answer (that predict an answer token), text or visual.
+        """
+        if name == "all":
+            return self.real
+        if name == "answer":
+            return self.answer_mask()
+        if name == "visual":
+            return self.visual
+        if name == "text":
+            return self.real & ~self.visual
+        raise ValueError(f"rows {name!r}: must be all, answer, text or visual.")
+
+    def attention_rows(self, rows: str = "all") -> torch.Tensor:
+        """[B, N] bool: the queries that count in L_ADL: not padding, with a visual key at or before them.
+
+        Args:
+            rows: as for `rows`.
+        """
+        return self.real & (self.visual.long().cumsum(dim=1) > 0) & self.rows(rows)
+
+
+class Host(Protocol):
+    """The five questions. Functions of a module will do: `hosts/llava/model.py` is one."""
+
+    #: Names of the methods that merge images into text and that encode images, which `record/` wraps on an instance.
+    MERGE: str
+    ENCODE: str
+
+    def core(self, model: nn.Module) -> nn.Module:
+        """The multimodal causal language model inside any wrapper (DDP, DeepSpeed, PEFT).
+
+        Raises:
+            TypeError: when there is none of this host's.
+        """
+
+    def recording_merge(
+        self, core: nn.Module, merge: Callable[..., Any], received: Callable[[MergedBatch], None]
+    ) -> Callable[..., Any]:
+        """A function that stands in for the model's MERGE, and hands out what it did."""
+
+    def decoder_layers(self, core: nn.Module) -> list[nn.Module]:
+        """First layer first; each has its self-attention under `self_attn`."""
+
+    def head(self, core: nn.Module) -> nn.Module:
+        """[…, D] -> [..., V]."""
+
+    def project(self, core: nn.Module, features: torch.Tensor) -> torch.Tensor:
+        """Features of the encoder [B, N_v, D_v] -> visual tokens [B, N_v, D]."""
+
+    def load(self, path: str, base: str | None = None, **options: Any) -> nn.Module:
+        """A model of a checkpoint of any kind."""

@@ -1,0 +1,112 @@
+"""A method is a list of terms over recorded passes.
+
+The trainer knows windows of micro-batches, ranks, logging and saving, and no term by name. A term says what it needs
+of the student's and of the teacher's pass, and makes a sum of it; the sum is divided by a count over the whole
+optimizer step, so that neither accumulation nor the number of ranks changes the loss. README.md here says how to add
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..pair import Pair
+from ..record.forward import Needs, Pass
+
+if TYPE_CHECKING:
+    from ..train.arguments import TrainingArguments
+
+#: What a sum can be divided by: fields of `train.facts.BatchFacts`.
+COUNTS = ("answer_tokens", "image_samples", "samples")
+
+
+@dataclass
+class Sums:
+    """What a term makes of one micro-batch.
+
+    Attributes:
+        loss: scalar with a graph, a sum over rows or samples; None to measure and not to train.
+        logged: by name, sums like the loss but without a graph, logged as means over optimizer steps.
+        weights: by name in `logged`, the factor with which it enters the loss where that is not the term's.
+        measured: by name, (sum, count) of this micro-batch: logged as sum of sums over sum of counts, and left out
+            where nothing was counted.
+    """
+
+    loss: torch.Tensor | None
+    logged: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+class Term:
+    """One summand of a method's loss.
+
+    Attributes:
+        name: unique in its method.
+        count: what its sum is divided by, one of COUNTS.
+        weight: its factor in the loss.
+        module: weights of its own, trained and saved beside the student's, and in no LLaVA checkpoint.
+        calibration_batches: how many batches `calibrate` wants to see before training.
+    """
+
+    name: ClassVar[str]
+    count: ClassVar[str] = "samples"
+    weight: float = 1.0
+    module: nn.Module | None = None
+    calibration_batches: int = 0
+
+    def prepare(self, pair: Pair) -> None:
+        """Look at the pair, once, before training.
+
+        Raises:
+            ValueError: when the term cannot run on this pair, with the way out.
+        """
+
+    def needs(self) -> tuple[Needs, Needs]:
+        """What the student's and the teacher's pass have to leave behind."""
+        return Needs(), Needs()
+
+    def on_head(self, student: Pass, teacher: Pass | None) -> torch.Tensor | None:
+        """[K] values that need the head's weights: made inside the student's head, where they are whole under ZeRO-3.
+
+        `__call__` finds them in `student.returned` under the term's name.
+        """
+
+    def __call__(self, student: Pass, teacher: Pass | None, returned: torch.Tensor | None) -> Sums:
+        """The term of one micro-batch.
+
+        Args:
+            returned: what `on_head` returned.
+        """
+        raise NotImplementedError
+
+    def calibration_needs(self) -> tuple[Needs, Needs]:
+        """As `needs`, for `calibrate`."""
+        return self.needs()
+
+    def calibrate(self, passes: Iterable[tuple[Pass, Pass | None]]) -> Any:
+        """Look at a few batches before training; returns what `use` takes, as JSON can hold it."""
+
+    def use(self, calibrated: Any) -> None:
+        """Take what `calibrate` found, the first rank's on all ranks."""
+
+
+class Method:
+    """A way to train a student.
+
+    Attributes:
+        name: what `--method` calls it.
+        teacher_stages: the stages that load a teacher.
+    """
+
+    name: ClassVar[str]
+    teacher_stages: ClassVar[Sequence[str]] = ()
+
+    def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
+        """The terms of one of the stages pt, dpt, dft, sft."""
+        raise NotImplementedError

@@ -1,0 +1,25 @@
+"""CompoDistill (arXiv 2510.12184, Section 4.3): L_LM + L_KL in DPT, L_LM + L_KL + L_ADL in DFT, L_LM in SFT."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .attention import VisualAttentionTerm
+from .base import Term
+from .kd import KD
+
+if TYPE_CHECKING:
+    from ..train.arguments import TrainingArguments
+
+
+class CompoDistill(KD):
+    """Logit distillation and, in the dft stage, visual attention alignment."""
+
+    name = "compodistill"
+
+    def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
+        terms = super().terms(stage, args)
+        aligned = stage == "dft" and args.vat and args.attention_weight > 0
+        if aligned or (args.measure_attention and stage in self.teacher_stages):
+            terms.append(VisualAttentionTerm(args, trained=aligned))
+        return terms

@@ -1,0 +1,21 @@
+"""Logit distillation: L_LM + L_KL where a teacher is loaded (the paper's pair without VAT)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .answers import AnswerTerm
+from .base import Method, Term
+
+if TYPE_CHECKING:
+    from ..train.arguments import TrainingArguments
+
+
+class KD(Method):
+    """Distilled pre-training and distilled fine-tuning by the teacher's logits alone."""
+
+    name = "kd"
+    teacher_stages = ("dpt", "dft")
+
+    def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
+        return [AnswerTerm(lm_weight=args.lm_weight, kl_weight=args.kl_weight, temperature=args.kd_temperature)]

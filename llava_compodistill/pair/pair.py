@@ -1,0 +1,92 @@
+"""A student and its teacher, as the losses see them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..hosts.llava.model import llava_core, projector
+from .taf import TAFProjector
+from .vision import has_adapter_of, same_tower, share_tower
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Pair:
+    """Two models that read the same batches.
+
+    Attributes:
+        student, teacher: multimodal language models without their wrappers; the teacher is None where none is needed.
+        vocab_size: size of the real vocabulary that both share.
+        shares_encoder: whether images are encoded once for both.
+        shares_adapter: whether the student's frozen adapter is this teacher's, so that it runs once for both, too.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None = None
+    vocab_size: int | None = None
+    shares_encoder: bool = False
+    shares_adapter: bool = False
+
+    @classmethod
+    def of(cls, student: nn.Module, teacher: nn.Module | None, vocab_size: int | None = None) -> Pair:
+        """Put two models together: towers are shared where they agree, sequences are cut at the same length.
+
+        Args:
+            student: wrapped in PEFT or not.
+
+        Raises:
+            ValueError: for towers that do not go together, naming both.
+        """
+        student = llava_core(student)
+        if teacher is None:
+            return cls(student, None, vocab_size)
+        pair = cls(student, teacher, vocab_size, shares_encoder=same_tower(student, teacher))
+        pair._check_taf()
+        pair.shares_adapter = pair.shares_encoder and has_adapter_of(student, teacher)
+        # The sequences must be cut at the same length for their rows to correspond.
+        teacher.config.tokenizer_model_max_length = getattr(student.config, "tokenizer_model_max_length", None)
+        teacher.config.tokenizer_padding_side = getattr(student.config, "tokenizer_padding_side", "right")
+        return pair
+
+    @property
+    def longest(self) -> int | None:
+        """The length that sequences are cut at, images included; None where there is no limit."""
+        return getattr(self.student.config, "tokenizer_model_max_length", None)
+
+    def _check_taf(self) -> None:
+        if not isinstance(projector(self.student), TAFProjector) or self.shares_encoder:
+            return
+        mine, theirs = self.student.config, self.teacher.config
+        raise ValueError(
+            "TAF fetches the teacher's adapter, which reads the teacher's encoder: --vision_tower "
+            f"{mine.mm_vision_tower} (layer {mine.mm_vision_select_layer}) is not the teacher's "
+            f"{theirs.mm_vision_tower} (layer {theirs.mm_vision_select_layer})."
+        )
+
+    def share_vision(self) -> None:
+        """Let both use one encoder where they can, and say what runs.
+
+        Raises:
+            ValueError: for encoders that take images of different sizes.
+        """
+        sizes = [model.get_vision_tower().config.image_size for model in (self.teacher, self.student)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"Teacher and student encoders take images of {sizes[0]} and {sizes[1]} pixels, and a batch holds "
+                "each image once, prepared for the student: use the teacher's tower, or one of its image size."
+            )
+        if not self.shares_encoder:
+            logger.info("Vision: the towers differ, each model encodes the images.")
+            return
+        share_tower(self.student, self.teacher)
+        if isinstance(projector(self.student), TAFProjector) and not self.shares_adapter:
+            logger.warning(
+                "The student's frozen adapter is not this teacher's: was it distilled from another one so far? Each "
+                "model keeps its own adapter."
+            )
+        both = "encoder and teacher adapter run" if self.shares_adapter else "encoder runs"
+        logger.info("Vision: the %s once a batch for both models.", both)

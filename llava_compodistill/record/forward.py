@@ -1,0 +1,168 @@
+"""`record(model, needs)`: one forward of one model, and what it is asked to leave behind.
+
+A method asks its student and its teacher for passes in the same words. Nothing is computed that nobody asked for: the
+head runs on the rows that are named, attention maps come from the layers that are named and are reduced to the means
+of their groups while the forward runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..hosts import host_of
+from ..hosts.base import MergedBatch
+from .attention import GroupMeans, capture_visual_attention
+from .head import HeadRows, at_head
+from .merge import record_merge
+from .patch import replaced
+
+#: Layers whose mean attention map is wanted.
+Group = tuple[int, ...]
+#: (number of a decoder layer, name of rows as `MergedBatch.rows` takes it)
+LayerRows = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a pass is to leave behind.
+
+    Attributes:
+        head: names of rows whose last hidden states, the head's input, are kept.
+        groups: groups of layers whose mean head-averaged attention over the visual tokens is kept.
+        hidden: (layer, name of rows): the layer's output there is kept.
+        graph: whether gradients flow through maps (what else is kept has the graph that the forward had).
+    """
+
+    head: frozenset[str] = frozenset()
+    groups: frozenset[Group] = frozenset()
+    hidden: frozenset[LayerRows] = frozenset()
+    graph: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            self.head | other.head,
+            self.groups | other.groups,
+            self.hidden | other.hidden,
+            self.graph or other.graph,
+        )
+
+
+@dataclass
+class Pass:
+    """What a forward has left behind.
+
+    Attributes:
+        batch: where its tokens are.
+        head: by name of rows, what reached the head there.
+        maps: by group, the mean map [B, N, N_v]; empty for a batch without an image.
+        hidden: by (layer, name of rows), [R, D].
+        returned: what `on_head` returned, as it came out of the head's call.
+    """
+
+    batch: MergedBatch
+    head: dict[str, HeadRows] = field(default_factory=dict)
+    maps: dict[Group, torch.Tensor] = field(default_factory=dict)
+    hidden: dict[LayerRows, torch.Tensor] = field(default_factory=dict)
+    returned: torch.Tensor | None = None
+
+
+class PassRecorder:
+    """Holds the `Pass` of the newest forward; see `record`."""
+
+    def __init__(self) -> None:
+        self._pass: Pass | None = None
+
+    @property
+    def latest(self) -> Pass:
+        if self._pass is None:
+            raise RuntimeError("No forward has run inside record() yet.")
+        return self._pass
+
+
+@contextlib.contextmanager
+def record(
+    model: nn.Module,
+    needs: Needs,
+    *,
+    impl: str = "auto",
+    on_head: Callable[[Pass], torch.Tensor] | None = None,
+    on_end: Callable[[Pass], Mapping[str, torch.Tensor]] | None = None,
+) -> Iterator[PassRecorder]:
+    """Record every forward of a model inside the context. Training keeps it open until the backward is done.
+
+    The model's logits are not computed: with no `on_head` the head returns zeros of shape [B, 1, 1].
+
+    Args:
+        model: a multimodal causal language model (not a wrapper around one; the forward may be a wrapper's).
+        needs: what is to be kept.
+        impl: implementation of the attention map op, see `visual_attention_map`.
+        on_head: called inside the head's own call, where its weights are whole under ZeRO-3; returns a tensor that
+            leaves the model through the head's output.
+        on_end: called when the forward ends, inside the outermost wrapper of the model (DDP, FSDP, DeepSpeed); what it
+            returns is what the model returns, so that wrappers find every tensor that gradients start from.
+
+    Raises:
+        ValueError, RuntimeError: see `capture_visual_attention` and `record_merge`.
+    """
+    host = host_of(model)
+    recorder = PassRecorder()
+    means = GroupMeans(sorted(needs.groups))
+    run = model.forward
+
+    def begin(batch: MergedBatch) -> None:
+        recorder._pass = Pass(batch)
+        means.begin()
+        if capture is not None:
+            capture.begin()
+
+    def head_forward(hidden: torch.Tensor, run_head: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        latest = recorder.latest
+        for name in needs.head:
+            targets = latest.batch.answer_targets() if name == "answer" else None
+            latest.head[name] = HeadRows(hidden[latest.batch.rows(name)], targets, host.head(model), run_head)
+        return hidden.new_zeros(hidden.shape[0], 1, 1) if on_head is None else on_head(latest)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs = run(*args, **kwargs)
+        latest = recorder.latest
+        if needs.groups and latest.batch.visual_index.shape[1]:
+            latest.maps = {tuple(group): mean for group, mean in zip(means.groups, means.means, strict=True)}
+        if on_head is not None:
+            latest.returned = outputs.logits
+        return outputs if on_end is None else on_end(latest)
+
+    capture = None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(record_merge(model, begin))
+        stack.enter_context(at_head(model, head_forward))
+        if means.layers:
+            options = {"impl": impl, "receive": means.receive}
+            taps = capture_visual_attention(model, means.layers, lambda: recorder.latest.batch, **options)
+            capture = stack.enter_context(taps)
+            capture.detach = not needs.graph
+        for layer, rows in sorted(needs.hidden):
+            stack.enter_context(_keep_hidden(host.decoder_layers(model)[layer], recorder, (layer, rows)))
+        stack.enter_context(replaced(model, "forward", forward))
+        yield recorder
+
+
+@contextlib.contextmanager
+def _keep_hidden(layer: nn.Module, recorder: PassRecorder, key: LayerRows) -> Iterator[None]:
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        latest = recorder.latest
+        if key in latest.hidden:
+            return  # gradient checkpointing runs the layer again
+        states = output[0] if isinstance(output, tuple) else output
+        latest.hidden[key] = states[latest.batch.rows(key[1])]
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,123 @@
+"""The registry of methods, and a method from outside the package with trained weights of its own."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from checks import PLAIN, assert_same_log, assert_same_weights, trained_weights
+
+from llava_compodistill.hosts.llava.model import llava_core
+from llava_compodistill.methods import METHODS, find_method
+from llava_compodistill.train.trainer import CompoDistillTrainer
+
+TOY = "toy_method:Toy"
+
+
+def read_log(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_every_method_is_known_by_its_name(tmp_path):
+    from llava_compodistill.train.arguments import TrainingArguments
+
+    for name in METHODS:
+        method = find_method(name)
+        assert method.name == name
+        for stage in ("pt", "dpt", "dft", "sft"):
+            args = TrainingArguments(str(tmp_path), stage=stage, method=name, use_cpu=True, report_to=[])
+            terms = [term.name for term in method.terms(stage, args)]
+            aligned = (name, stage) == ("compodistill", "dft")
+            assert terms == (["answers", "attention"] if aligned else ["answers"])
+            assert args.distilled == (name != "sft" and stage in ("dpt", "dft"))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("compo", "must be one of sft, kd, compodistill, or package.module:Name"),
+        ("no_such_module:Toy", "--method no_such_module:Toy: No module named 'no_such_module'"),
+        ("toy_method:Tie", "has no attribute 'Tie'"),
+        ("toy_method:FeatureTerm", "is no subclass of llava_compodistill.methods.Method"),
+    ],
+)
+def test_a_method_that_is_none_is_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        find_method(name)
+
+
+def test_methods_differ_in_their_terms_alone(dft):
+    _, kd = dft("kd", method="kd", max_steps=1)
+    _, alone = dft("without-vat", vat=False, max_steps=1)
+    _, sft = dft("sft", method="sft", max_steps=1, teacher_model_path=None)
+    assert kd == alone
+    assert {"lm", "kl"} <= kd[0].keys() and "attention" not in kd[0]
+    assert "kl" not in sft[0] and sft[0]["loss"] == pytest.approx(sft[0]["lm"], rel=1e-4)
+
+
+@pytest.mark.invariant
+def test_a_term_from_outside_trains_its_own_weights(dft):
+    trainer, log = dft(method=TOY, max_steps=3, learning_rate=1e-2)
+    module = llava_core(trainer.model).distillation["features"]
+    assert module is trainer.objective.term("features").module
+    fresh = torch.nn.init.normal_(torch.empty_like(module.weight), std=0.02, generator=torch.Generator().manual_seed(0))
+    assert (module.weight - fresh).abs().max() > 1e-3
+    assert all(entry["loss"] == pytest.approx(entry["lm"] + 0.5 * entry["features"], rel=1e-4) for entry in log)
+    assert log[-1]["features"] < log[0]["features"]
+
+
+@pytest.mark.invariant
+def test_a_term_from_outside_is_the_same_accumulated(dft):
+    options = {**PLAIN, "method": TOY, "max_steps": 2}
+    whole, expected = dft("whole", per_device_train_batch_size=4, **options)
+    parts, found = dft("parts", per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["features"] == pytest.approx(theirs["features"], rel=1e-4)
+    assert_same_log(found, expected, 2e-4)
+    assert_same_weights(trained_weights(parts.model), trained_weights(whole.model), 2e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_its_weights_are_kept_for_resuming_and_stay_out_of_llavas_files(dft, tmp_path, monkeypatch, lora):
+    options = {"method": TOY, "max_steps": 4, **({"lora_enable": True, "lora_r": 4} if lora else {})}
+    unbroken, expected = dft("unbroken", **options)
+    original = CompoDistillTrainer._save_checkpoint
+
+    class Killed(BaseException):
+        pass
+
+    def save_and_die(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        raise Killed
+
+    saving = {"save_strategy": "steps", "save_steps": 2, **options}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(CompoDistillTrainer, "_save_checkpoint", save_and_die)
+        dft("broken", **saving)
+    resumed, _ = dft("broken", **saving)
+    assert_same_log(read_log(resumed), expected, 1e-5)
+    assert_same_weights(trained_weights(resumed.model), trained_weights(unbroken.model), 1e-5)
+    saved = torch.load(tmp_path / "broken" / "distillation.bin", weights_only=True)
+    weight = llava_core(resumed.model).distillation["features"].weight
+    assert torch.equal(saved["features.weight"], weight)
+    from llava_compodistill.hosts.llava.loader import load_model
+
+    base = str(tmp_path / "broken")
+    model = load_model(base)
+    assert not any("distillation" in name for name in model.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.invariant
+def test_two_processes_train_a_terms_weights_alike(dft, world, sharp_teacher, mixed, tmp_path):
+    from test_distributed import launch, parallel_flags
+
+    options = {"max_steps": 3, "method": TOY}
+    single, expected = dft("one", gradient_accumulation_steps=2, **PLAIN, **options)
+    flags = parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", ddp_backend="gloo", **options)
+    launch(flags)
+    found = tiny.read_log(tmp_path / "two")
+    assert_same_log(found, expected, 2e-5)
+    saved = torch.load(tmp_path / "two" / "distillation.bin", weights_only=True)
+    weight = llava_core(single.model).distillation["features"].weight.detach()
+    torch.testing.assert_close(saved["features.weight"], weight, atol=1e-5, rtol=0)

@@ -167,6 +167,18 @@ def test_no_less_accurate_than_plain_in_the_same_dtype(dtype, chunk_rows, option
     assert (result[2] - truth[2]).abs().max() < 0.05 * truth[2].abs().max()
 
 
+@pytest.mark.parametrize("weights, temperature", [((1.0, 80.0), 1.0), ((1.0, 1.0), 100.0), ((500.0, 0.0), 1.0)])
+def test_large_weights_do_not_overflow_float16(weights, temperature):
+    """Gradients are kept times a power of two, which has to leave room for the weights."""
+    inputs = make_inputs(rows=64, student_vocab=33, teacher_vocab=40, dtype=torch.float16)
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    options = {"weights": weights, "temperature": temperature}
+    truth, result = run(plain, wide, **options), run(answer_loss, inputs, chunk_rows=16, **options)
+    for value, exact in zip(result, truth, strict=True):
+        assert value.isfinite().all()
+        assert (value - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 def test_mixed_dtypes_and_autocast():
     inputs = make_inputs(dtype=torch.float32)
     narrow_teacher = dict(inputs)

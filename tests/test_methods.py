@@ -60,7 +60,9 @@ def test_a_term_from_outside_trains_its_own_weights(dft):
     trainer, log = dft(method=TOY, max_steps=3, learning_rate=1e-2)
     module = llava_core(trainer.model).distillation["features"]
     assert module is trainer.objective.term("features").module
-    fresh = torch.nn.init.normal_(torch.empty_like(module.weight), std=0.02, generator=torch.Generator().manual_seed(0))
+    fresh = torch.nn.init.normal_(
+        torch.empty_like(module.weight), std=0.02, generator=torch.Generator().manual_seed(0)
+    )
     assert (module.weight - fresh).abs().max() > 1e-3
     assert all(entry["loss"] == pytest.approx(entry["lm"] + 0.5 * entry["features"], rel=1e-4) for entry in log)
     assert log[-1]["features"] < log[0]["features"]

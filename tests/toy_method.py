@@ -12,7 +12,7 @@ from llava_compodistill.record.forward import Needs
 
 
 class FeatureTerm(Term):
-    """Mean squared difference, over visual tokens, of W times the student's states and the teacher's, layer 2 and 3."""
+    """Mean squared difference, over visual tokens, of W times layer 2 of the student and layer 3 of the teacher."""
 
     name = "features"
     count = "image_samples"

@@ -25,21 +25,19 @@ def _way_out(args: Any) -> str:
     return f"{advice} Checkpoints in {args.output_dir} are untouched."
 
 
-def refuse_broken_losses(
-    values: Mapping[str, float], weights: Mapping[str, float], steps: tuple[int, int], args: Any
-) -> None:
-    """Check logged terms, each with the weight that it enters the loss with.
+def refuse_broken_losses(values: Mapping[str, float], step: int, args: Any) -> None:
+    """Refuse the terms of one optimizer step that are not finite.
+
+    Args:
+        values: by term, with the weight that it enters the loss with.
 
     Raises:
-        NonFiniteLossError: naming the terms and the step, or the steps since the last log.
+        NonFiniteLossError: naming the terms and the step.
     """
-    weighted = {name: weight * values[name] for name, weight in weights.items()}
-    names = [name for name, value in weighted.items() if not math.isfinite(value)]
+    names = [name for name, value in values.items() if not math.isfinite(value)]
     if names:
-        first, last = steps
-        where = f"Step {last}" if first == last else f"Steps {first} to {last}"
         raise NonFiniteLossError(
-            f"{where}: the loss term{'s' * (len(names) > 1)} {', '.join(names)} became {weighted[names[0]]}. "
+            f"Step {step}: the loss term{'s' * (len(names) > 1)} {', '.join(names)} became {values[names[0]]}. "
             + _way_out(args)
         )
 

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ..methods import Sums
 from .finite import refuse_broken_losses
 
-#: [K] of this rank -> [K] over all ranks.
-SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
+
+@dataclass
+class _Total:
+    """Of the values that one term logs, [K]: running sums, and when each first was not finite, and what it was then.
+
+    Steps are counted from 0; -1 where there was none.
+    """
+
+    sums: torch.Tensor
+    broken_at: torch.Tensor
+    broken_value: torch.Tensor
 
 
 class TermsLog:
-    """What the terms have come to since the last log; true where there is anything."""
+    """What the terms have come to since the last log; true where there is anything.
 
-    def __init__(self) -> None:
+    Args:
+        accelerator: sums over ranks.
+        args: names the ways out in errors.
+    """
+
+    def __init__(self, accelerator: Accelerator, args: Any):
+        self.accelerator, self.args = accelerator, args
         self._clear()
 
     def _clear(self) -> None:
         self._first_step = 0
-        self._means: dict[str, torch.Tensor] = {}  # sums over micro-batches of what is normalised by its step
+        self._means: dict[tuple[str, ...], _Total] = {}  # by names: what is normalised by its step's count
         self._ratios: dict[str, torch.Tensor] = {}  # [2]: sum, count
-        self._weights: dict[str, float] = {}
 
     def __bool__(self) -> bool:
         return bool(self._means or self._ratios)
@@ -38,40 +53,67 @@ class TermsLog:
         """
         if not self:
             self._first_step = step
-        self._weights |= {name: sums.weights.get(name, 1.0) for name in sums.logged}
-        for name, value in sums.logged.items():
-            self._add(self._means, name, (value.detach() / count).float())
+        if sums.logged:
+            values = torch.stack([value.detach() / count for value in sums.logged.values()]).float()
+            weights = [sums.weights.get(name, 1.0) for name in sums.logged]
+            self._add(tuple(sums.logged), values, values * values.new_tensor(weights), step)
         for name, pair in sums.measured.items():
-            self._add(self._ratios, name, torch.stack([part.detach().float() for part in pair]))
+            value = torch.stack([part.detach().float() for part in pair])
+            self._ratios[name] = self._ratios[name] + value if name in self._ratios else value
 
-    @staticmethod
-    def _add(totals: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
-        totals[name] = totals[name] + value if name in totals else value
+    def _add(self, names: tuple[str, ...], values: torch.Tensor, weighted: torch.Tensor, step: int) -> None:
+        total = self._means.get(names)
+        if total is None:
+            zeros = torch.zeros_like(values)
+            total = self._means[names] = _Total(zeros, zeros - 1, zeros)
+        total.sums = total.sums + values
+        newly = ~torch.isfinite(weighted) & (total.broken_at < 0)
+        total.broken_at = torch.where(newly, float(step), total.broken_at)
+        total.broken_value = torch.where(newly, weighted, total.broken_value)
 
-    def read(self, over_ranks: SumOverRanks, step: int) -> tuple[tuple[int, int], dict[str, float], dict[str, float]]:
-        """((first, last) optimizer step, value by name, weight by name); waits for the device.
+    def read(self, step: int) -> dict[str, float]:
+        """Value by name, over ranks; waits for the device.
 
         Args:
             step: optimizer steps made so far.
+
+        Raises:
+            NonFiniteLossError: on all ranks, when a term was not finite on one of them.
         """
-        steps = max(1, step - self._first_step)
         # Every rank has met the same terms: a term logs its names on every batch.
-        row = torch.cat([*(value[None] for value in self._means.values()), *self._ratios.values()])
-        totals = over_ranks(row).tolist()
-        values = {name: totals[place] / steps for place, name in enumerate(self._means)}
+        sums = [total.sums for total in self._means.values()]
+        broken = [(total.broken_at >= 0).sum()[None].float() for total in self._means.values()]
+        row = torch.cat([*sums, *self._ratios.values(), *broken])
+        if self.accelerator.num_processes > 1:
+            row = self.accelerator.reduce(row, "sum")
+        totals = row.tolist()
+        names = [name for group in self._means for name in group]
+        steps = max(1, step - self._first_step)
+        values = {name: totals[place] / steps for place, name in enumerate(names)}
         for place, name in enumerate(self._ratios):
-            total, count = totals[len(self._means) + 2 * place :][:2]
+            total, count = totals[len(names) + 2 * place :][:2]
             if count:
                 values[name] = total / count
-        return (self._first_step + 1, self._first_step + steps), values, dict(self._weights)
+        if any(totals[len(totals) - len(broken) :]):
+            self._refuse(names)
+        return values
 
-    def take(self, over_ranks: SumOverRanks, step: int) -> tuple[tuple[int, int], dict[str, float], dict[str, float]]:
+    def _refuse(self, names: list[str]) -> None:
+        totals = self._means.values()
+        found = torch.stack(
+            [torch.cat([total.broken_at for total in totals]), torch.cat([total.broken_value for total in totals])]
+        )
+        if self.accelerator.num_processes > 1:
+            found = self.accelerator.gather(found[None])
+        ranks = found.view(-1, 2, len(names)).tolist()
+        first = min(at for rank in ranks for at in rank[0] if at >= 0)
+        values = {
+            name: rank[1][place] for rank in ranks for place, name in enumerate(names) if rank[0][place] == first
+        }
+        refuse_broken_losses({name: values[name] for name in names if name in values}, int(first) + 1, self.args)
+
+    def take(self, step: int) -> dict[str, float]:
         """As `read`, and begin anew."""
-        found = self.read(over_ranks, step)
+        values = self.read(step)
         self._clear()
-        return found
-
-    def check(self, over_ranks: SumOverRanks, step: int, args: Any) -> None:
-        """Raise NonFiniteLossError where a term has become NaN or infinite."""
-        steps, values, weights = self.read(over_ranks, step)
-        refuse_broken_losses(values, weights, steps, args)
+        return values

@@ -26,7 +26,7 @@ from ..pair.student import compute_dtype
 from . import checkpoint, facts
 from .arguments import TrainingArguments
 from .facts import BatchFacts, CountingCollator
-from .finite import refuse_broken_gradient, refuse_broken_losses, refuse_broken_weights
+from .finite import refuse_broken_gradient, refuse_broken_weights
 from .objective import Objective
 from .samplers import SeededLengthGroupedSampler, SeededRandomSampler, TellEpoch
 from .terms_log import TermsLog
@@ -83,7 +83,7 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         self._counts: dict[str, torch.Tensor] | None = None
         self._seen_samples = self._cut_samples = 0  # of this process, see _watch_answers
         self._waiting: list[dict[str, Any]] = []
-        self._terms_log = TermsLog()
+        self._terms_log = TermsLog(self.accelerator, args)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Loss
@@ -195,16 +195,6 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         for term in self.objective.terms:
             self._terms_log.add(self.state.global_step, sums[term.name], counts[term.count])
 
-    def _take_terms(self) -> dict[str, float]:
-        """The terms since the last log, over ranks.
-
-        Raises:
-            NonFiniteLossError: on all ranks, when one of them is not finite.
-        """
-        steps, terms, weights = self._terms_log.take(self._sum_over_ranks, self.state.global_step)
-        refuse_broken_losses(terms, weights, steps, self.args)
-        return terms
-
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, "sum") if self.accelerator.num_processes > 1 else values
 
@@ -212,7 +202,7 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
         """Add the terms, unweighted: each the mean over the optimizer steps since the last log, over ranks; the
         similarity over the samples with an image, left out where there was none."""
         if "loss" in logs and self._terms_log:
-            terms = self._take_terms()
+            terms = self._terms_log.take(self.state.global_step)
             refuse_broken_gradient(logs.get("grad_norm"), self.state.global_step, self.args)
             logs.update({name: round(value, 6) for name, value in terms.items()})
         super().log(logs, *args, **kwargs)
@@ -220,7 +210,7 @@ class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
     def _refuse_broken(self) -> None:
         """Nothing that is not finite is saved, and no good checkpoint gives way to it."""
         if self._terms_log:
-            self._terms_log.check(self._sum_over_ranks, self.state.global_step, self.args)
+            self._terms_log.read(self.state.global_step)
         refuse_broken_weights(self.model, self._sum_over_ranks, self.state.global_step, self.args)
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ of the vocabulary at a time over all rows, from logits computed once more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,8 +24,8 @@ from torch.autograd.function import once_differentiable
 # Logits of a chunk; about four buffers of that size, in 4 bytes, live at a time.
 CHUNK_ELEMENTS = {"cpu": 1 << 21}
 DEFAULT_CHUNK_ELEMENTS = 1 << 25
-# float16 loses what is below 6e-8: gradients of logits and hidden states are kept times this.
-_SCALES = {torch.float16: 1024.0}
+# float16 loses what is below 6e-8: gradients of logits and hidden states are kept times a power of two, at most this.
+_FLOAT16_SCALE = 1024.0
 # torch.mm(..., out_dtype=torch.float32) for 16-bit operands: CUDA only, PyTorch 2.8 and later.
 _HAS_WIDE_MM = "dtype" in torch.ops.aten.mm.overloads()
 
@@ -44,6 +45,18 @@ def rows_per_chunk(weight: torch.Tensor) -> int:
     """Rows of logits that fit the memory meant for them, at least 32: fewer would leave the matrix units idle."""
     budget = CHUNK_ELEMENTS.get(weight.device.type, DEFAULT_CHUNK_ELEMENTS)
     return max(32, budget // max(weight.shape[0], 1) // 32 * 32)
+
+
+def gradient_scale(options: Options) -> float:
+    """What float16 gradients are multiplied by while they are kept: a power of two that keeps them below 2048 at the
+    logits, and so leaves a factor of 32 for the sums over the vocabulary that make those of the hidden states.
+
+    An entry of d lm / dz lies in [-1, 1], and one of d kl / dz in [-T, T].
+    """
+    largest = abs(options.lm_weight) + abs(options.kl_weight) * options.temperature
+    if not 2 < largest < math.inf:
+        return _FLOAT16_SCALE
+    return 2.0 ** math.floor(math.log2(2 * _FLOAT16_SCALE / largest))
 
 
 class AnswerLossFunction(torch.autograd.Function):
@@ -84,7 +97,7 @@ class _Run:
         self.distils = teacher is not None and options.kl_weight != 0
         # Whether the divergence needs a softmax of its own.
         self.restricts = options.temperature != 1 or options.vocab < len(student.weight)
-        self.scale = _SCALES.get(student.dtype, 1.0)
+        self.scale = gradient_scale(options) if student.dtype == torch.float16 else 1.0
         narrow, one_chunk = student.weight_dtype != student.wide, len(labels) <= options.chunk_rows
         self.by_vocabulary = options.train_weight and narrow and not one_chunk
         zeros = student.weight.new_zeros

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..about import folder
+from llava_compodistill.about import folder
+
 from .settings import METHODS, VERSION, Settings
 
 #: The Trainer prints a line a logged step.

@@ -70,7 +70,7 @@ def draw_similarity(students: Sequence[dict[str, Any]], band: str, path: Path) -
     """Similarity to the teacher's attention by layer, answer tokens as queries (the paper's Figure 2)."""
     import matplotlib.pyplot as plt
 
-    from ..pair.layers import visual_understanding_layers
+    from llava_compodistill.pair.layers import visual_understanding_layers
 
     figure, axis = plt.subplots(figsize=(6.4, 4))
     depth = len(students[0]["scores"]["similarity_by_layer"])
@@ -95,9 +95,10 @@ def draw_overlays(results: Sequence[dict[str, Any]], band: str, root: Path, path
     import matplotlib.pyplot as plt
     from PIL import Image
 
-    from ..analysis.similarity import all_maps
-    from ..eval.scoring import batches
-    from ..pair.layers import visual_understanding_layers
+    from llava_compodistill.analysis.similarity import all_maps
+    from llava_compodistill.eval.scoring import batches
+    from llava_compodistill.pair.layers import visual_understanding_layers
+
     from .report import label, load_for_evaluation
 
     seen: dict[str, dict[str, Any]] = {}

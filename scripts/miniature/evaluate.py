@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ..eval.scoring import Question, Score, score
+from llava_compodistill.eval.scoring import Question, Score, score
+
 from .compositional import KINDS
 from .language import CAPTION_PROMPT
 from .settings import VERSION

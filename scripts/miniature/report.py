@@ -26,8 +26,8 @@ def load_for_evaluation(path: Path) -> tuple[Any, Any]:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
-    from ..hosts.llava import import_llava, register
-    from ..hosts.llava.templates import prepare_tokenizer, use_template
+    from llava_compodistill.hosts.llava import import_llava, register
+    from llava_compodistill.hosts.llava.templates import prepare_tokenizer, use_template
 
     register(train=True)
     loader = import_llava("llava.model.builder").load_pretrained_model
@@ -64,7 +64,8 @@ def evaluate_runs(
 
 
 def _evaluate(checkpoint: Path, teacher: Any, settings: Settings, root: Path, split: str) -> dict[str, Any]:
-    from ..analysis.similarity import similarity
+    from llava_compodistill.analysis.similarity import similarity
+
     from .evaluate import evaluate, read_captions
 
     model, tokenizer = load_for_evaluation(checkpoint)
@@ -137,7 +138,7 @@ def environment() -> dict[str, Any]:
     import torch
     import transformers
 
-    from ..about import __version__
+    from llava_compodistill.about import __version__
 
     found = {
         "llava_compodistill": __version__,
@@ -148,7 +149,7 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     try:
-        from ..about import commit
+        from llava_compodistill.about import commit
 
         found["commit"] = commit()
     except ImportError:

@@ -15,8 +15,8 @@ from .patching import Patch, plan, read_patch, write_all
 
 #: Files by which a LLaVA checkout is known, whether cloned or unpacked from the registry's wheel.
 LANDMARKS = ("llava/__init__.py", "llava/model/__init__.py", "llava/model/builder.py", "llava/train/train.py")
-#: Scripts and folders that serve this project's own repository and have no meaning in a LLaVA checkout.
-REPOSITORY_ONLY = {"benchmark", "miniature", "quickstart.sh", "setup_env.sh", "test.sh"}
+#: Scripts that serve this project's own repository and have no meaning in a LLaVA checkout.
+REPOSITORY_ONLY = {"quickstart.sh", "setup_env.sh", "test.sh"}
 #: DeepSpeed settings that LLaVA ships under the same name: LLaVA's are left alone, and ours, which pass
 #: --max_grad_norm on, get a longer name.
 SHARED_WITH_LLAVA = {"zero2.json", "zero3.json"}
@@ -72,7 +72,7 @@ def copy_scripts(root: Path, force: bool = False, dry_run: bool = False) -> Repo
     source = about.folder("scripts")
     for path in sorted(path for path in source.rglob("*") if path.suffix in (".sh", ".json")):
         name = path.relative_to(source).as_posix()
-        if name.split("/")[0] in REPOSITORY_ONLY:
+        if name in REPOSITORY_ONLY:
             continue
         if name in SHARED_WITH_LLAVA:
             if _differs(path, root / "scripts" / name):

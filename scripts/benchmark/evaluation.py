@@ -22,8 +22,8 @@ from llava_compodistill.eval.scoring import Question, score
 from miniature import weights
 from miniature.benchmarks import write_benchmarks
 from miniature.dataset import WorldConfig, write_dataset
+from miniature.evaluate import load_for_evaluation
 from miniature.language import CAPTION_PROMPT
-from miniature.report import load_for_evaluation
 from miniature.settings import VERSION
 
 #: Most items of a variant; slow ones stop after the time given to them.

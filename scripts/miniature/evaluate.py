@@ -22,6 +22,25 @@ from .settings import VERSION
 RELATION_KINDS = ("swap_obj", "replace_rel")
 
 
+def load_for_evaluation(path: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a checkpoint, through the plugin's loader, ready for `eval.scoring`."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+    from llava_compodistill.hosts.llava import import_llava, register
+    from llava_compodistill.hosts.llava.templates import prepare_tokenizer, use_template
+
+    register(train=True)
+    loader = import_llava("llava.model.builder").load_pretrained_model
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer, model, _, _ = loader(str(path), None, path.name, device=device, torch_dtype=torch.float32)
+    prepare_tokenizer(tokenizer, use_template(VERSION))
+    return model.eval(), tokenizer
+
+
 @dataclass
 class Scores:
     """Accuracies in [0, 1].

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from llava_compodistill.record.sight import without_sight
 
-from .evaluate import Scores, evaluate
-from .report import environment, load_for_evaluation
+from .evaluate import Scores, evaluate, load_for_evaluation
+from .report import environment
 
 console = Console()
 

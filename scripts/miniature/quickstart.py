@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change a setting, such as learning_rate=1e-3 (scripts/miniature/settings.py has them; give a folder of its own)",
+        help="change a setting of scripts/miniature/settings.py, such as learning_rate=1e-3 (needs its own --output)",
     )
     parser.add_argument("--split", default="test", choices=("val", "test"), help="held-out split to report")
     parser.add_argument(

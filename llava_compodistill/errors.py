@@ -17,6 +17,10 @@ class CheckoutError(CompoDistillError, RuntimeError):
     """A folder is not a LLaVA checkout, or the plugin does not fit it."""
 
 
+class RepositoryError(CompoDistillError, FileNotFoundError):
+    """Something that only a checkout of this project's repository holds is asked for elsewhere."""
+
+
 class PatchError(CompoDistillError, RuntimeError):
     """A patch file is malformed, or does not fit the file it is meant for."""
 

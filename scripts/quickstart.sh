@@ -1,5 +1,5 @@
 #!/bin/bash
-# Sets up .venv and distils a small student from a larger teacher on the built-in miniature world; nothing needs to be
+# Sets up .venv and distils a small student from a larger teacher on the miniature world; nothing needs to be
 # installed but Python 3.10-3.12. Arguments are passed on: bash scripts/quickstart.sh --help
 set -euo pipefail
 
@@ -10,4 +10,4 @@ setup_env "$ROOT/.venv" "${PINS_CURRENT[@]}"
 # Every core, unless the environment says otherwise.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}
 cd "$ROOT"
-exec "$ROOT/.venv/bin/llava-compodistill" miniature quickstart "$@"
+exec "$ROOT/.venv/bin/python" "$ROOT/scripts/miniature" quickstart "$@"

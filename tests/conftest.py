@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,6 +20,24 @@ from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("checks")
+#: The miniature world is not in the wheel: it comes from the checkout that these tests lie in.
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder that `make` fills, once for all processes of pytest-xdist: the others wait for the first. For what is
+    expensive, and not changed by the tests that use it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # each process has a folder of its own in there
+    folder, done = root / name, root / f"{name}.done"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -68,13 +88,12 @@ def smoke(tmp_path_factory) -> Path:
     students/METHOD-seed0/llava-student."""
     import tiny
 
-    folder = tmp_path_factory.mktemp("smoke") / "out"
-    command = [sys.executable, "-m", "llava_compodistill.cli", "miniature", "quickstart", "--smoke"]
-    done = subprocess.run(
-        [*command, "--output", str(folder)], env=tiny.environment(), cwd=folder.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder
+    def make(folder: Path) -> None:
+        command = [sys.executable, SCRIPTS / "miniature", "quickstart", "--smoke", "--output", folder]
+        done = subprocess.run(command, env=tiny.environment(), cwd=folder.parent, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    return made_once(tmp_path_factory, "smoke", make)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from llava_compodistill.eval import formats
 from llava_compodistill.eval.formats import LOADERS
 from llava_compodistill.eval.hub import fetch
 from llava_compodistill.eval.records import RecordFile, fingerprint, read_records, weights_of
-from llava_compodistill.miniature.benchmarks import write_benchmarks
+from miniature.benchmarks import write_benchmarks
 
 
 @pytest.fixture

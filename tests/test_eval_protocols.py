@@ -14,7 +14,7 @@ from llava_compodistill.eval.formats import Item
 from llava_compodistill.eval.requests import Answer, FirstWord, Likelihood
 from llava_compodistill.eval.suite import BENCHMARKS, PAPER_MODELS, Run
 from llava_compodistill.eval.summaries import show, table
-from llava_compodistill.miniature.benchmarks import write_benchmarks
+from miniature.benchmarks import write_benchmarks
 
 
 # ---------------------------------------------------------------------------------------------------------------------

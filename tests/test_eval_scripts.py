@@ -19,8 +19,8 @@ from llava_compodistill import about
 from llava_compodistill.cli import main
 from llava_compodistill.eval.suite import BENCHMARKS
 from llava_compodistill.eval.summaries import EVERY
-from llava_compodistill.miniature import weights
-from llava_compodistill.miniature.benchmarks import write_benchmarks
+from miniature import weights
+from miniature.benchmarks import write_benchmarks
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not weights.have_stored_weights(), reason="no stored weights")]
 

@@ -12,9 +12,9 @@ import pytest
 from llava_compodistill.cli import main
 from llava_compodistill.eval import protocols, shares
 from llava_compodistill.eval.suite import BENCHMARKS
-from llava_compodistill.miniature import weights
-from llava_compodistill.miniature.benchmarks import write_benchmarks
-from llava_compodistill.miniature.language import CAPTION_PROMPT
+from miniature import weights
+from miniature.benchmarks import write_benchmarks
+from miniature.language import CAPTION_PROMPT
 
 pytestmark = pytest.mark.skipif(not weights.have_stored_weights(), reason="no stored weights")
 

@@ -15,7 +15,7 @@ from llava_compodistill.eval import llava_records, scorers
 from llava_compodistill.eval.llava_answers import begin, join, read_questions
 from llava_compodistill.eval.llava_suite import LLAVA_BENCHMARKS, main, read_accuracy, read_pope, summarize
 from llava_compodistill.eval.records import read_records
-from llava_compodistill.miniature.benchmarks import write_benchmarks
+from miniature.benchmarks import write_benchmarks
 
 LABELLED = [name for name, benchmark in LLAVA_BENCHMARKS.items() if benchmark.score]
 

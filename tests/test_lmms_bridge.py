@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from llava_compodistill.miniature import weights
+from miniature import weights
 
 pytest.importorskip("lmms_eval.models", reason="lmms-eval is not installed")
 pytestmark = pytest.mark.skipif(not weights.have_stored_weights(), reason="no stored weights")

@@ -7,9 +7,9 @@ import json
 import pytest
 from rich.console import Console
 
-from llava_compodistill.miniature import quickstart, report
-from llava_compodistill.miniature.settings import METHODS, override, preset
-from llava_compodistill.miniature.stages import StageFailed
+from miniature import quickstart, report
+from miniature.settings import METHODS, override, preset
+from miniature.stages import StageFailed
 
 
 @pytest.mark.parametrize("name", ["default", "smoke", "gpu"])

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_compodistill.miniature import language
-from llava_compodistill.miniature.compositional import KINDS, caption_pair
-from llava_compodistill.miniature.dataset import WorldConfig, write_dataset
-from llava_compodistill.miniature.world import (
+from miniature import language
+from miniature.compositional import KINDS, caption_pair
+from miniature.dataset import WorldConfig, write_dataset
+from miniature.world import (
     CELL,
     COLORS,
     EXTRA_SHAPES,
@@ -42,7 +42,7 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory) -> Path:
-    from llava_compodistill.miniature.tokenizer import train_tokenizer
+    from miniature.tokenizer import train_tokenizer
 
     return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
@@ -341,7 +341,7 @@ def test_tokenizer_round_trip_fast_and_slow(world, tokenizer_folder):
 def test_tower_trains_saves_and_loads(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from llava_compodistill.miniature import tower
+    from miniature import tower
 
     settings = tower.TowerSettings(steps=4, batch_size=8, warmup=1)
     report = tower.train_tower(tmp_path, settings, evaluate_on=8, progress=False)
@@ -361,7 +361,7 @@ def test_tower_trains_saves_and_loads(tmp_path):
 
 
 def test_tower_training_never_shows_a_held_out_pair():
-    from llava_compodistill.miniature.tower import training_scene
+    from miniature.tower import training_scene
 
     rng = np.random.default_rng(0)
     pairs = {o.pair for _ in range(400) for o in training_scene(rng).objects}
@@ -372,7 +372,7 @@ def test_tower_training_never_shows_a_held_out_pair():
 def test_language_models_are_real_folders(tmp_path, tokenizer_folder):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from llava_compodistill.miniature import language_models as lm
+    from miniature import language_models as lm
 
     settings = lm.PretrainSettings(steps=3, batch_size=2, length=32, warmup=1)
     sizes = {}

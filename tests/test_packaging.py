@@ -18,6 +18,9 @@ from llava_compodistill import about
 PACKAGE = Path(llava_compodistill.__file__).resolve().parent
 SOURCE = Path(os.environ.get("COMPODISTILL_SOURCE") or Path(__file__).resolve().parent.parent)
 
+#: Folders of scripts/ that are run from a checkout and are not in the wheel.
+CHECKOUT_ONLY = ("benchmark", "miniature")
+
 installed = pytest.mark.skipif("COMPODISTILL_SOURCE" not in os.environ, reason="scripts/test.sh installs the wheel")
 
 
@@ -32,8 +35,8 @@ def test_the_wheel_holds_every_module_script_and_patch_of_the_sources():
     for folder, target in (("llava_compodistill", PACKAGE), ("scripts", PACKAGE / "scripts"), ("patches", None)):
         target = target or PACKAGE / folder
         for path in (SOURCE / folder).rglob("*"):
-            if folder == "scripts" and path.suffix == ".py":
-                continue  # the benchmarks are run from a checkout
+            if folder == "scripts" and path.relative_to(SOURCE / folder).parts[0] in CHECKOUT_ONLY:
+                continue
             if path.suffix in (".py", ".sh", ".json", ".patch"):
                 copy = target / path.relative_to(SOURCE / folder)
                 assert copy.is_file(), f"{path} is not in the wheel"
@@ -104,6 +107,12 @@ def test_a_built_wheel_holds_the_folders_and_one_license(tmp_path):
         names = set(archive.namelist())
     for name in ("scripts/dft.sh", "scripts/zero2.json", "patches/llava-c121f04-plugin-hook.patch", "build_info.json"):
         assert f"llava_compodistill/{name}" in names
+    for path in (checkout / "scripts" / "eval").glob("*.sh"):
+        assert f"llava_compodistill/scripts/eval/{path.name}" in names
+    assert not [
+        name for name in names if "miniature/" in name or "benchmark/" in name or name.endswith(".safetensors")
+    ]
+    assert wheel.stat().st_size < 1_000_000, "something large has got into the wheel"
     assert sum(name.endswith("LICENSE") for name in names) == 1
     assert not any(name.startswith(("tests/", "scripts/", "patches/", "build/")) for name in names)
 

@@ -14,7 +14,7 @@ from llava_compodistill.losses import attention_similarity
 
 @pytest.fixture(scope="module")
 def teacher(teacher_path):
-    from llava_compodistill.miniature.report import load_for_evaluation
+    from miniature.evaluate import load_for_evaluation
 
     return load_for_evaluation(teacher_path)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from llava_compodistill.miniature import language_models, tokenizer, tower
-from llava_compodistill.miniature.dataset import WorldConfig, write_dataset
+from miniature import language_models, tokenizer, tower
+from miniature.dataset import WorldConfig, write_dataset
 
 NO_STEPS = language_models.PretrainSettings(steps=0)
 # Every size is given, so that the tests do not move with the miniature's settings.

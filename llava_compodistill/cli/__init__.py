@@ -37,7 +37,9 @@ COMMANDS: dict[str, Command] = {
     "compare": Command("llava_compodistill.eval.compare", "main", "models side by side, with intervals and p-values"),
     "sade": Command("llava_compodistill.eval.sade_sources", "main", "SADE's sources as the one file that eval reads"),
     "miniature": Command(
-        "llava_compodistill.miniature.cli", "main", "the built-in world: quickstart, data, layers, store-weights"
+        "llava_compodistill.cli.miniature",
+        "main",
+        "the repository's small world: quickstart, data, benchmarks, layers, store-weights",
     ),
 }
 

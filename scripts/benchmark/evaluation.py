@@ -19,12 +19,12 @@ from PIL import Image
 from llava_compodistill.eval import formats, protocols, scorers
 from llava_compodistill.eval.engine import Engine
 from llava_compodistill.eval.scoring import Question, score
-from llava_compodistill.miniature import weights
-from llava_compodistill.miniature.benchmarks import write_benchmarks
-from llava_compodistill.miniature.dataset import WorldConfig, write_dataset
-from llava_compodistill.miniature.language import CAPTION_PROMPT
-from llava_compodistill.miniature.report import load_for_evaluation
-from llava_compodistill.miniature.settings import VERSION
+from miniature import weights
+from miniature.benchmarks import write_benchmarks
+from miniature.dataset import WorldConfig, write_dataset
+from miniature.evaluate import load_for_evaluation
+from miniature.language import CAPTION_PROMPT
+from miniature.settings import VERSION
 
 #: Most items of a variant; slow ones stop after the time given to them.
 ITEMS = 350

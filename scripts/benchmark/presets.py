@@ -80,7 +80,7 @@ CPU = Preset(
     batches=(1, 2),
     limits=(1, 2),
 )
-#: miniature/settings.py: nine visual tokens, about 60 positions.
+#: scripts/miniature/settings.py: nine visual tokens, about 60 positions.
 MINIATURE = Preset(
     name="miniature",
     ops=[OpShape(32, 2, 2, 64, 32, 9, FP32)],

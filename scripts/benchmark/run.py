@@ -37,6 +37,7 @@ from rich.table import Table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(ROOT / "scripts"))  # the miniature
 sys.path.insert(0, str(ROOT))  # the checkout's package, so that the commit in the CSV is the code that ran
 
 import evaluation  # noqa: E402

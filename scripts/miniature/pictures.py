@@ -9,20 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from .settings import METHODS, VERSION, Settings
+from llava_compodistill.analysis.similarity import all_maps
+from llava_compodistill.eval.scoring import batches
+from llava_compodistill.pair.layers import visual_understanding_layers
+
+from .evaluate import load_for_evaluation, read_captions
+from .settings import METHODS, VERSION, Settings, label
 from .world import COLORS as WORLD_COLORS
 
-#: Colour-blind safe (Okabe-Ito), the same method in the same colour everywhere.
-COLORS = {
-    "teacher": "#000000",
-    "sft": "#999999",
-    "kd": "#E69F00",
-    "compodistill": "#0072B2",
-    "vat": "#56B4E9",
-    "taf": "#009E73",
-    "all_layers": "#CC79A7",
-    "control": "#D55E00",
-}
 OVERLAY_EXAMPLES = 4
 
 
@@ -56,7 +50,7 @@ def draw_losses(students: Sequence[dict[str, Any]], path: Path) -> Path:
             points = [(entry["step"], entry[term]) for entry in history[stage] if term in entry]
             if points:
                 steps, values = zip(*points, strict=True)
-                axis.plot(steps, values, color=COLORS[method], label=METHODS[method].label, linewidth=1.4)
+                axis.plot(steps, values, color=METHODS[method].color, label=METHODS[method].label, linewidth=1.4)
         axis.set_title(title)
         axis.set_xlabel("step of the main stage")
         axis.spines[["top", "right"]].set_visible(False)
@@ -70,8 +64,6 @@ def draw_similarity(students: Sequence[dict[str, Any]], band: str, path: Path) -
     """Similarity to the teacher's attention by layer, answer tokens as queries (the paper's Figure 2)."""
     import matplotlib.pyplot as plt
 
-    from ..pair.layers import visual_understanding_layers
-
     figure, axis = plt.subplots(figsize=(6.4, 4))
     depth = len(students[0]["scores"]["similarity_by_layer"])
     layers = visual_understanding_layers(depth, band)
@@ -79,7 +71,7 @@ def draw_similarity(students: Sequence[dict[str, Any]], band: str, path: Path) -
     for method in dict.fromkeys(result["method"] for result in students):
         curves = [r["scores"]["similarity_by_layer"] for r in students if r["method"] == method]
         curve = [mean(values) for values in zip(*curves, strict=True)]
-        axis.plot(range(depth), curve, "o-", color=COLORS[method], label=METHODS[method].label)
+        axis.plot(range(depth), curve, "o-", color=METHODS[method].color, label=METHODS[method].label)
     axis.set_xticks(range(depth))
     axis.set_xlabel("student layer (teacher layer at equal relative depth)")
     axis.set_ylabel("cosine similarity to the teacher")
@@ -94,11 +86,6 @@ def draw_overlays(results: Sequence[dict[str, Any]], band: str, root: Path, path
     layers that VAT aligns: teacher | KD | CompoDistill. To go on, a model has to find that object."""
     import matplotlib.pyplot as plt
     from PIL import Image
-
-    from ..analysis.similarity import all_maps
-    from ..eval.scoring import batches
-    from ..pair.layers import visual_understanding_layers
-    from .report import label, load_for_evaluation
 
     seen: dict[str, dict[str, Any]] = {}
     for result in results:
@@ -147,8 +134,6 @@ def draw_overlays(results: Sequence[dict[str, Any]], band: str, root: Path, path
 
 def _overlay_captions(root: Path) -> list[Any]:
     """A few true captions of two objects in a relation."""
-    from .evaluate import read_captions
-
     captions = read_captions(root / "data", "test", ["swap_obj"])
     return captions[:: max(1, len(captions) // OVERLAY_EXAMPLES)][:OVERLAY_EXAMPLES]
 

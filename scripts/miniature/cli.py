@@ -1,4 +1,4 @@
-"""`llava-compodistill miniature …`: the built-in world from the command line."""
+"""`llava-compodistill miniature …`: the miniature world from the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = commands.add_parser("data", help="write the data set alone, in LLaVA's format")
     data.add_argument("output", type=Path)
     data.add_argument("--preset", default="default", choices=("default", "smoke", "gpu"))
-    store = commands.add_parser("store-weights", help="freeze a run's tower, base model and teacher into the package")
+    store = commands.add_parser(
+        "store-weights", help="freeze a run's tower, base model and teacher into the repository"
+    )
     store.add_argument("run", type=Path, help="folder of a run made with --from-scratch")
     asked = commands.add_parser("benchmarks", help="the held-out sets in the formats of SugarCrepe, SADE, …")
     asked.add_argument("data", type=Path, help="folder of `data`, or RUN/data of a quick start")

@@ -1,4 +1,4 @@
-"""The small weights that travel with the package: tokenizer, tower, the student's base model and the teacher.
+"""The small weights that lie beside the code: tokenizer, tower, the student's base model and the teacher.
 
 They were made by `llava-compodistill miniature quickstart --from-scratch` and frozen with `miniature store-weights`;
 the manifest beside them records the settings, versions and commit.
@@ -10,14 +10,14 @@ import json
 import shutil
 from pathlib import Path
 
-from ..about import __version__
+from llava_compodistill.about import __version__
 
 STORED = Path(__file__).resolve().parent / "weights"
 FOLDERS = ("tokenizer", "siglip", "qwen-student", "llava-teacher")
 
 
 def have_stored_weights() -> bool:
-    """Whether this installation carries the weights."""
+    """Whether this checkout has the weights."""
     return (STORED / "manifest.json").is_file()
 
 

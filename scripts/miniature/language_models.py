@@ -156,7 +156,7 @@ def build_language_model(
     import torch
     from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-    from .. import compat
+    from llava_compodistill import compat
 
     settings = settings or PretrainSettings()
     out = Path(out)

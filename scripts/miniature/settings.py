@@ -20,12 +20,14 @@ class Method:
 
     Attributes:
         label: its row in the table.
+        color: its curves, the same everywhere; of Okabe and Ito's palette for the colour-blind.
         distilled: three stages with a teacher, or LLaVA's two without.
         flags: what it changes on the scripts' command line.
         environment: what it changes in the scripts' settings.
     """
 
     label: str
+    color: str
     distilled: bool = True
     environment: dict[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
@@ -37,17 +39,23 @@ VERSION = "qwen_qa"
 #: Table 2 in small: neither VAT nor TAF, each, and both; the middle layers, where these models do not read the image;
 #: and a control that is to tell whether this image's attention helps.
 METHODS = {
-    "sft": Method("SFT", distilled=False),
-    "kd": Method("KD (logits)", environment={"PROJECTOR": "mlp2x_gelu", "VAT": "False"}),
-    "compodistill": Method("CompoDistill"),
-    "vat": Method("KD + VAT", environment={"PROJECTOR": "mlp2x_gelu"}),
-    "taf": Method("KD + TAF", environment={"VAT": "False"}),
+    "sft": Method("SFT", "#999999", distilled=False),
+    "kd": Method("KD (logits)", "#E69F00", environment={"PROJECTOR": "mlp2x_gelu", "VAT": "False"}),
+    "compodistill": Method("CompoDistill", "#0072B2"),
+    "vat": Method("KD + VAT", "#56B4E9", environment={"PROJECTOR": "mlp2x_gelu"}),
+    "taf": Method("KD + TAF", "#009E73", environment={"VAT": "False"}),
     "middle": Method(
         "CompoDistill, middle layers",
+        "#CC79A7",
         flags=("--student_layers", "intermediate", "--teacher_layers", "intermediate"),
     ),
-    "control": Method("CompoDistill, shuffled targets", flags=("--shuffle_attention_targets", "True")),
+    "control": Method("CompoDistill, shuffled targets", "#D55E00", flags=("--shuffle_attention_targets", "True")),
 }
+
+
+def label(method: str) -> str:
+    """The name of a method, or of the teacher, in tables and pictures."""
+    return "Teacher" if method == "teacher" else METHODS[method].label
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..record.sight import without_sight
-from .evaluate import Scores, evaluate
-from .report import environment, load_for_evaluation
+from llava_compodistill.record.sight import without_sight
+
+from .evaluate import Scores, evaluate, load_for_evaluation
+from .report import environment
 
 console = Console()
 

@@ -11,14 +11,16 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..about import folder
+from llava_compodistill.about import folder
+from llava_compodistill.errors import CompoDistillError
+
 from .settings import METHODS, VERSION, Settings
 
 #: The Trainer prints a line a logged step.
 _LOGGED = re.compile(r"^\{'loss'")
 
 
-class StageFailed(RuntimeError):
+class StageFailed(CompoDistillError, RuntimeError):
     """A training script ended with an error; the message holds the end of its log."""
 
 

@@ -14,27 +14,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from llava_compodistill.about import __version__, commit
+from llava_compodistill.analysis.similarity import similarity
+
+from . import pictures
+from .evaluate import evaluate, load_for_evaluation, read_captions
 from .language import KINDS
-from .settings import METHODS, VERSION, Settings
-
-
-def load_for_evaluation(path: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a checkpoint, through the plugin's loader, ready for `eval.scoring`."""
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-
-    from ..hosts.llava import import_llava, register
-    from ..hosts.llava.templates import prepare_tokenizer, use_template
-
-    register(train=True)
-    loader = import_llava("llava.model.builder").load_pretrained_model
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer, model, _, _ = loader(str(path), None, path.name, device=device, torch_dtype=torch.float32)
-    prepare_tokenizer(tokenizer, use_template(VERSION))
-    return model.eval(), tokenizer
+from .settings import VERSION, Settings, label
 
 
 def evaluate_runs(
@@ -64,9 +50,6 @@ def evaluate_runs(
 
 
 def _evaluate(checkpoint: Path, teacher: Any, settings: Settings, root: Path, split: str) -> dict[str, Any]:
-    from ..analysis.similarity import similarity
-    from .evaluate import evaluate, read_captions
-
     model, tokenizer = load_for_evaluation(checkpoint)
     scores = evaluate(model, tokenizer, root / "data", split).as_dict()
     captions = read_captions(root / "data", split)
@@ -77,8 +60,6 @@ def _evaluate(checkpoint: Path, teacher: Any, settings: Settings, root: Path, sp
 
 def publish(results: list[dict[str, Any]], settings: Settings, root: Path, console: Console) -> None:
     """Write results.json and the pictures, and print the table."""
-    from . import pictures
-
     record = {"environment": environment(), "settings": asdict(settings), "results": results}
     (root / "results.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     for table in tables(results):
@@ -89,10 +70,6 @@ def publish(results: list[dict[str, Any]], settings: Settings, root: Path, conso
     for result in results:
         what = f"checkpoint of {label(result['method'])}, seed {result['seed']}"
         console.print(f"{what}: {result['checkpoint']}", soft_wrap=True)
-
-
-def label(method: str) -> str:
-    return "Teacher" if method == "teacher" else METHODS[method].label
 
 
 def tables(results: Sequence[dict[str, Any]]) -> list[Table]:
@@ -137,20 +114,12 @@ def environment() -> dict[str, Any]:
     import torch
     import transformers
 
-    from ..about import __version__
-
-    found = {
+    return {
         "llava_compodistill": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "commit": commit(),
     }
-    try:
-        from ..about import commit
-
-        found["commit"] = commit()
-    except ImportError:
-        pass
-    return found

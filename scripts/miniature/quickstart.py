@@ -29,7 +29,7 @@ console = Console()
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-compodistill miniature quickstart",
-        description="Distil a small student from a larger teacher on the built-in miniature world, and compare.",
+        description="Distil a small student from a larger teacher on the miniature world, and compare.",
     )
     parser.add_argument("--preset", default="default", choices=("default", "smoke", "gpu"))
     parser.add_argument("--smoke", dest="preset", action="store_const", const="smoke", help="the same in seconds")
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change a setting, such as learning_rate=1e-3 (miniature/settings.py has them; give a folder of its own)",
+        help="change a setting of scripts/miniature/settings.py, such as learning_rate=1e-3 (needs its own --output)",
     )
     parser.add_argument("--split", default="test", choices=("val", "test"), help="held-out split to report")
     parser.add_argument(

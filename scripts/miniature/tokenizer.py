@@ -84,7 +84,7 @@ def train_tokenizer(out: str | Path, texts: Iterable[str] | None = None, vocab_s
 
 
 def _save(tokenizer, out: Path) -> Path:
-    from .. import compat
+    from llava_compodistill import compat
 
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))

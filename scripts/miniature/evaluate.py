@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ..eval.scoring import Question, Score, score
+from llava_compodistill.eval.scoring import Question, Score, score
+
 from .compositional import KINDS
 from .language import CAPTION_PROMPT
 from .settings import VERSION
@@ -19,6 +20,25 @@ from .settings import VERSION
 #: The types that need a relation between objects; the others can be answered from the set of objects (the notes'
 #: pitfall: 80 % overall is chance on relations).
 RELATION_KINDS = ("swap_obj", "replace_rel")
+
+
+def load_for_evaluation(path: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a checkpoint, through the plugin's loader, ready for `eval.scoring`."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+    from llava_compodistill.hosts.llava import import_llava, register
+    from llava_compodistill.hosts.llava.templates import prepare_tokenizer, use_template
+
+    register(train=True)
+    loader = import_llava("llava.model.builder").load_pretrained_model
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer, model, _, _ = loader(str(path), None, path.name, device=device, torch_dtype=torch.float32)
+    prepare_tokenizer(tokenizer, use_template(VERSION))
+    return model.eval(), tokenizer
 
 
 @dataclass

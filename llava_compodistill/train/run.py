@@ -6,6 +6,7 @@ Reads top to bottom: arguments, tokenizer, teacher, student, data, trainer, chec
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from typing import Any
@@ -143,6 +144,31 @@ def report(trainer: CompoDistillTrainer) -> None:
         total / 1e6,
         compat.attention_implementation(core),
     )
+    trainer.add_callback(ReportSaving())
+
+
+class ReportSaving(transformers.TrainerCallback):
+    """Say before the first step how much a kill would cost. Only the started trainer knows its number of steps."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+        steps = {
+            "no": state.max_steps,
+            "steps": state.save_steps,
+            "epoch": math.ceil(state.max_steps / max(1, state.num_train_epochs)),
+        }.get(strategy)
+        if steps is None:  # "best" saves when an evaluation says so
+            return
+        setting = f"--save_steps {args.save_steps:g}" if strategy == "steps" else f"--save_strategy {strategy}"
+        if steps < state.max_steps:
+            logger.info(
+                "A checkpoint every %d of %d steps (%s): a kill loses at most %d steps.",
+                *(steps, state.max_steps, setting, steps),
+            )
+        else:
+            logger.info(
+                "No checkpoint before the last of %d steps (%s): a kill loses them all.", state.max_steps, setting
+            )
 
 
 def _set_up_logging(args: TrainingArguments) -> None:

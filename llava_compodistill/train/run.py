@@ -59,22 +59,7 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
         check_same_tokenizer(tokenizer, model_args)
 
     student = build_student(model_args, args, teacher)
-    core = llava_core(student)
-    core.config.tokenizer_padding_side = tokenizer.padding_side
-    core.config.tokenizer_model_max_length = tokenizer.model_max_length
-    core.config.image_aspect_ratio = data_args.image_aspect_ratio
-    core.config.mm_projector_lr = args.mm_projector_lr
-    core.config.tune_mm_mlp_adapter = args.tune_mm_mlp_adapter
-    core.config.freeze_mm_mlp_adapter = args.freeze_mm_mlp_adapter
-    core.generation_config.eos_token_id = tokenizer.eos_token_id
-    core.generation_config.pad_token_id = tokenizer.pad_token_id
-    add_image_tokens(core, tokenizer)
-    if args.gradient_checkpointing:
-        core.enable_input_require_grads()
-
-    data_args.is_multimodal = True
-    data_args.image_processor = core.get_vision_tower().image_processor
-    data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
+    configure(student, tokenizer, model_args, data_args, args)
     data_module = make_data_module(tokenizer, data_args)
     checkpoint.check_disk_space(student, args)
 
@@ -103,6 +88,32 @@ def load_tokenizer(model_args: ModelArguments, args: TrainingArguments, template
     )
     prepare_tokenizer(tokenizer, template)
     return tokenizer
+
+
+def configure(
+    student: torch.nn.Module,
+    tokenizer: Any,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+) -> None:
+    """Write what LLaVA's evaluation reads into the student's config, and what its data set reads into `data_args`."""
+    core = llava_core(student)
+    core.config.tokenizer_padding_side = tokenizer.padding_side
+    core.config.tokenizer_model_max_length = tokenizer.model_max_length
+    core.config.image_aspect_ratio = data_args.image_aspect_ratio
+    core.config.mm_projector_lr = args.mm_projector_lr
+    core.config.tune_mm_mlp_adapter = args.tune_mm_mlp_adapter
+    core.config.freeze_mm_mlp_adapter = args.freeze_mm_mlp_adapter
+    core.generation_config.eos_token_id = tokenizer.eos_token_id
+    core.generation_config.pad_token_id = tokenizer.pad_token_id
+    add_image_tokens(core, tokenizer)
+    if args.gradient_checkpointing:
+        core.enable_input_require_grads()
+
+    data_args.is_multimodal = True
+    data_args.image_processor = core.get_vision_tower().image_processor
+    data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
 
 
 def check_same_tokenizer(tokenizer: Any, model_args: ModelArguments) -> None:

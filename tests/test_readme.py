@@ -60,7 +60,7 @@ def test_the_training_example_trains_what_the_command_trains(world, teacher_path
         data_path=mixed,
         image_aspect_ratio="pad",
         per_device_train_batch_size=4,
-        gradient_accumulation_steps=4,
+        gradient_accumulation_steps=32,
         learning_rate=1e-4,
         num_train_epochs=1,
         max_steps=-1,

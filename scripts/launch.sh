@@ -20,7 +20,7 @@
 #   GRADIENT_CHECKPOINTING   True | False; False takes more memory and less time: True
 #   WORKERS          processes that load data, for each GPU: 4
 #   SELECT_LAYER     layer of the vision tower that is read: -2
-#   ASPECT_RATIO     pad | square | anyres, in fine-tuning stages: pad
+#   ASPECT_RATIO     pad | square, in fine-tuning stages: pad
 #   PYTHON           the interpreter: python
 #   DRY_RUN=1        print the command, one argument a line and an empty line after it, instead of running it
 # Flags given to a script are passed on and override its own: bash scripts/dft.sh --attention_weight 0.5

@@ -1,19 +1,21 @@
 #!/bin/bash
 # Stage 2, distilled fine-tuning (DFT): L_LM + L_KL + L_ADL train the LLM (full or LoRA) and MLP_S.
-# Before: dpt.sh. Next: sft.sh
+# Before: dpt.sh. Next: sft.sh. Settings of all stages are listed in launch.sh.
 set -euo pipefail
+
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 STUDENT=${STUDENT:-Qwen/Qwen1.5-1.8B} # or Qwen/Qwen1.5-0.5B
 TEACHER=${TEACHER:-./checkpoints/llava-qwen1.5-4b}
 TOWER=${TOWER:-google/siglip-so400m-patch14-384} # 729 visual tokens
-DPT=${DPT:-./checkpoints/llava-compodistill-qwen1.5-1.8b-dpt}
+DPT=${DPT:-./checkpoints/llava-compodistill-$(pair_name "$STUDENT" "$TEACHER")-dpt}
 DATA=${DATA:-./playground/data/llava_v1_5_mix665k.json} # Table 8: LLaVA-mix-665K
 IMAGES=${IMAGES:-./playground/data}
 LORA=${LORA:-0} # 1: LoRA of the language model, with the rank of the authors' release
 LORA_R=${LORA_R:-128}
 LORA_ALPHA=${LORA_ALPHA:-256}
-SUFFIX=$([[ $LORA != 1 ]] || echo -lora) # LLaVA's tools know a LoRA checkpoint by its folder's name
-OUTPUT=${OUTPUT:-./checkpoints/llava-compodistill-qwen1.5-1.8b-dft$SUFFIX}
+OUTPUT=${OUTPUT:-./checkpoints/llava-compodistill-$(pair_name "$STUDENT" "$TEACHER")-dft$(lora_suffix)}
 PROJECTOR=${PROJECTOR:-taf} # mlp2x_gelu: an ordinary adapter in place of the teacher's (Table 2)
 VAT=${VAT:-True} # False: no attention alignment (Table 2)
 VERSION=${VERSION:-qwen_1_5} # conversation template; v1 for Vicuna and MobileLLaMA
@@ -23,51 +25,19 @@ LR=${LR:-1e-4} # Appendix E.1. Table 8 prints 2e-4, the rate of the authors' LoR
 EPOCHS=${EPOCHS:-1} # Table 8
 MAX_LENGTH=${MAX_LENGTH:-2048} # Table 8
 
-# shellcheck source-path=SCRIPTDIR
-source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 need_model "The student's language model" "$STUDENT" "Set STUDENT."
-need_model "The teacher" "$TEACHER" "Set TEACHER, or train one with teacher_pretrain.sh and teacher_finetune.sh."
-need_path "The adapter of the DPT stage" "$DPT/mm_projector.bin" "Run dpt.sh, or set DPT to its output."
+need_checkpoint "The teacher" "$TEACHER" "Set TEACHER, or train one with teacher_pretrain.sh and teacher_finetune.sh."
+need_path "The adapter of the DPT stage" "$DPT/mm_projector.bin" \
+    "Run dpt.sh with the same STUDENT and TEACHER, or set DPT to its output."
 need_path "The instruction data" "$DATA" "Set DATA to a JSON file in LLaVA's format."
-LORA_FLAGS=()
-if [[ $LORA == 1 ]]; then
-    LORA_FLAGS=(
-        --lora_enable True
-        --lora_r "$LORA_R"
-        --lora_alpha "$LORA_ALPHA"
-    )
-fi
+lora_flags
 
-launch \
+train_on_instructions \
     --stage dft \
     --model_name_or_path "$STUDENT" \
     --teacher_model_path "$TEACHER" \
-    --version "$VERSION" \
-    --data_path "$DATA" \
-    --image_folder "$IMAGES" \
-    --vision_tower "$TOWER" \
-    --vat "$VAT" \
     --pretrain_mm_mlp_adapter "$DPT/mm_projector.bin" \
-    "${LORA_FLAGS[@]}" \
     --mm_projector_type "$PROJECTOR" \
-    --mm_vision_select_layer "${SELECT_LAYER:--2}" \
-    --mm_use_im_start_end False \
-    --mm_use_im_patch_token False \
-    --image_aspect_ratio "${ASPECT_RATIO:-pad}" \
-    --group_by_modality_length True \
-    --output_dir "$OUTPUT" \
-    --num_train_epochs "$EPOCHS" \
-    --save_strategy steps \
-    --save_steps "${SAVE_STEPS:-50000}" \
-    --save_total_limit 1 \
-    --learning_rate "$LR" \
-    --weight_decay 0. \
-    --warmup_ratio "${WARMUP_RATIO:-0.03}" \
-    --lr_scheduler_type cosine \
-    --logging_steps "${LOGGING_STEPS:-1}" \
-    --model_max_length "$MAX_LENGTH" \
-    --gradient_checkpointing "${GRADIENT_CHECKPOINTING:-True}" \
-    --dataloader_num_workers "${WORKERS:-4}" \
-    --lazy_preprocess True \
-    --report_to "${REPORT_TO:-none}" \
+    --vat "$VAT" \
+    "${LORA_FLAGS[@]}" \
     "$@"

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the training scripts: finds out what the machine has and starts llava_compodistill.train on it.
+# Sourced by the training scripts: finds out what the machine has and starts llava_compodistill.train on it, with the
+# flags that the stages share. What a stage has of its own stands in its script.
 #
 # Settings that every script understands (environment variables; the value after the colon is the default):
 #   LAUNCHER         auto | deepspeed | torchrun | python. auto: deepspeed or torchrun on several GPUs, python otherwise
@@ -11,6 +12,15 @@
 #   PRECISION        auto | bf16 | fp16 | fp32. auto: bf16 where the GPU has it, else fp16; fp32 on a CPU
 #                    (the paper trains in fp16)
 #   GLOBAL_BATCH     samples per optimizer step; ACCUM = GLOBAL_BATCH / (BATCH * NPROC * NNODES) unless ACCUM is given
+#   SAVE_STEPS       steps between two checkpoints, or below 1 the share of the run between them: 0.05. A killed run goes
+#                    on from the newest one in OUTPUT; it is the only one kept
+#   WARMUP_RATIO     share of the steps in which the rate rises: 0.03
+#   LOGGING_STEPS    steps between two lines of the log: 1
+#   REPORT_TO        none | tensorboard | wandb: none
+#   GRADIENT_CHECKPOINTING   True | False; False takes more memory and less time: True
+#   WORKERS          processes that load data, for each GPU: 4
+#   SELECT_LAYER     layer of the vision tower that is read: -2
+#   ASPECT_RATIO     pad | square, in fine-tuning stages: pad
 #   PYTHON           the interpreter: python
 #   DRY_RUN=1        print the command, one argument a line and an empty line after it, instead of running it
 # Flags given to a script are passed on and override its own: bash scripts/dft.sh --attention_weight 0.5
@@ -35,8 +45,45 @@ need_path() {
 }
 
 # A hub name has the form owner/name; anything else must exist.
+is_hub_name() {
+    [[ $1 =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$ ]]
+}
+
 need_model() {
-    [[ $2 =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$ ]] || need_path "$1" "$2" "$3"
+    is_hub_name "$2" || need_path "$1" "$2" "$3"
+}
+
+# need_checkpoint: as need_model, for what our scripts write: checkpoints/name is a missing folder, not a hub name, where
+# there is a folder checkpoints.
+need_checkpoint() {
+    if [[ -d ${2%%/*} ]] || ! is_hub_name "$2"; then
+        need_path "$1" "$2" "$3"
+    fi
+}
+
+# name_of MODEL: the last part of a path or hub name, as it appears in the names of output folders. LLaVA's tools take a
+# folder with "lora" in its name for a LoRA checkpoint, so that word is left to the suffix that LORA=1 adds.
+name_of() {
+    local LC_ALL=C name=$1
+    [[ ! -d $name ]] || name=$(cd "$name" && pwd)
+    name=$(basename "$name")
+    name=${name,,}
+    name=${name//[^a-z0-9._-]/-}
+    echo "${name//lora/adapter}"
+}
+
+# pair_name STUDENT TEACHER: what the folders of a pair are called. The teacher is named unless it is the default one.
+pair_name() {
+    local name teacher
+    name=$(name_of "$1")
+    teacher=$(name_of "$2")
+    [[ $teacher == llava-qwen1.5-4b ]] || name+=-from-$teacher
+    echo "$name"
+}
+
+# lora_suffix: LLaVA's tools know a LoRA checkpoint by its folder's name.
+lora_suffix() {
+    [[ ${LORA:-0} != 1 ]] || echo -lora
 }
 
 # One start of Python tells all about the machine: GPUs, bf16 and tf32 in hardware (0/1), deepspeed installed (0/1).
@@ -136,17 +183,67 @@ batch_flags() {
     )
 }
 
-# launch FLAGS...: run the training with these flags; flags later in the list win.
+# Flags of every stage, into COMMON.
+common_flags() {
+    COMMON=(
+        --data_path "$DATA"
+        --image_folder "$IMAGES"
+        --vision_tower "$TOWER"
+        --mm_vision_select_layer "${SELECT_LAYER:--2}"
+        --mm_use_im_start_end False
+        --mm_use_im_patch_token False
+        --output_dir "$OUTPUT"
+        --num_train_epochs "$EPOCHS"
+        --save_strategy steps
+        --save_steps "${SAVE_STEPS:-0.05}"
+        --save_total_limit 1
+        --learning_rate "$LR"
+        --weight_decay 0.
+        --warmup_ratio "${WARMUP_RATIO:-0.03}"
+        --lr_scheduler_type cosine
+        --logging_steps "${LOGGING_STEPS:-1}"
+        --model_max_length "$MAX_LENGTH"
+        --gradient_checkpointing "${GRADIENT_CHECKPOINTING:-True}"
+        --dataloader_num_workers "${WORKERS:-4}"
+        --lazy_preprocess True
+        --report_to "${REPORT_TO:-none}"
+    )
+}
+
+# LoRA of the language model, into LORA_FLAGS; empty unless LORA=1.
+lora_flags() {
+    # shellcheck disable=SC2034 # used by the scripts that source this file
+    LORA_FLAGS=()
+    # shellcheck disable=SC2034
+    [[ $LORA != 1 ]] || LORA_FLAGS=(--lora_enable True --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA")
+}
+
+# launch FLAGS...: run the training with these flags beside the common ones; flags later in the list win.
 launch() {
     probe
     choose_launcher
     machine_flags
     batch_flags
-    COMMAND+=("${MACHINE[@]}" "${BATCHES[@]}" "$@")
+    common_flags
+    COMMAND+=("${MACHINE[@]}" "${BATCHES[@]}" "${COMMON[@]}" "$@")
     if [[ $DRY_RUN == 1 ]]; then
         printf '%s\n' "${COMMAND[@]}" ''
     else
         echo "${0##*/}: ${COMMAND[*]}" >&2
         "${COMMAND[@]}"
     fi
+}
+
+# Pre-training on captions, without a conversation template.
+train_on_captions() {
+    launch --version plain "$@"
+}
+
+# Fine-tuning on instruction data, under the template VERSION.
+train_on_instructions() {
+    launch \
+        --version "$VERSION" \
+        --image_aspect_ratio "${ASPECT_RATIO:-pad}" \
+        --group_by_modality_length True \
+        "$@"
 }

@@ -70,6 +70,38 @@ def test_scripts_are_copied_and_a_second_run_changes_nothing(package, capsys):
     assert "up to date" in capsys.readouterr().out
 
 
+def test_only_scripts_for_a_checkout_are_copied(package, tmp_path, monkeypatch):
+    """scripts/ of the repository holds more: benchmarks, the miniature with its weights, notes for readers."""
+    source = tmp_path / "repository" / "scripts"
+    shutil.copytree(about.folder("scripts"), source, ignore=shutil.ignore_patterns("miniature", "benchmark"))
+    for name in ("miniature/weights/config.json", "miniature/run.sh", "benchmark/results.json", "eval/README.md"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("{}")
+    monkeypatch.setattr(about, "folder", lambda name: source.parent / name)
+    report = checkout.copy_scripts(package)
+    assert {path.name for path in (package / "scripts").iterdir() if path.is_dir()} == {"eval"}
+    assert {path.suffix for path in (package / "scripts").rglob("*") if path.is_file()} == {".sh", ".json"}
+    assert {"scripts/dft.sh", "scripts/launch.sh", "scripts/eval/pope.sh", "scripts/eval/common.sh"} <= set(
+        report.copied
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ((".git/HEAD", "pyproject.toml"), "git checkout of LLaVA"),
+        (("pyproject.toml",), "LLaVA's sources, without git"),
+        ((), "unpacked package of LLaVA"),
+    ],
+)
+def test_a_folder_is_called_what_it_is(package, capsys, files, words):
+    for name in files:
+        (package / name).parent.mkdir(exist_ok=True)
+        (package / name).touch()
+    assert checkout.main([str(package)]) == 0
+    assert capsys.readouterr().out.startswith(f"{package} ({words})\n")
+
+
 def test_files_of_the_user_stay_unless_forced(clone, capsys):
     (clone / "scripts" / "dpt.sh").write_text("echo mine\n")
     assert checkout.main([str(clone)]) == 0

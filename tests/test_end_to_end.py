@@ -18,6 +18,10 @@ import torch
 
 pytestmark = pytest.mark.slow
 
+# What the scripts call the folders of models named qwen-student and qwen-teacher.
+TEACHER = "llava-qwen-teacher"
+STUDENT = f"llava-compodistill-qwen-student-from-{TEACHER}"
+
 
 @pytest.fixture(scope="module")
 def checkout(world, tmp_path_factory) -> Path:
@@ -63,9 +67,10 @@ def trained(checkout, world) -> Path:
 
     script("teacher_pretrain.sh", TEACHER_LLM=world["qwen-teacher"], **captions)
     script("teacher_finetune.sh", TEACHER_LLM=world["qwen-teacher"], **instructions)
-    script("dpt.sh", STUDENT=world["qwen-student"], **captions)
-    script("dft.sh", STUDENT=world["qwen-student"], **instructions)
-    script("sft.sh", **instructions)
+    pair = {"STUDENT": world["qwen-student"], "TEACHER": f"./checkpoints/{TEACHER}"}
+    script("dpt.sh", **pair, **captions)
+    script("dft.sh", **pair, **instructions)
+    script("sft.sh", **pair, **instructions)
     return checkout / "checkpoints"
 
 
@@ -78,9 +83,9 @@ def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_teacher_adapter_is_the_same_bits_from_teacher_to_student(trained):
-    teacher = read_adapter(trained / "llava-qwen1.5-4b")
+    teacher = read_adapter(trained / TEACHER)
     for stage in ("-dpt", "-dft", ""):
-        student = read_adapter(trained / f"llava-compodistill-qwen1.5-1.8b{stage}")
+        student = read_adapter(trained / f"{STUDENT}{stage}")
         for name, value in teacher.items():
             assert torch.equal(student[f"teacher_adapter.{name}"], value), (stage, name)
 
@@ -88,7 +93,7 @@ def test_teacher_adapter_is_the_same_bits_from_teacher_to_student(trained):
 def test_stages_log_their_terms(trained):
     terms = {}
     for stage in ("-dpt", "-dft", ""):
-        state = json.loads((trained / f"llava-compodistill-qwen1.5-1.8b{stage}" / "trainer_state.json").read_text())
+        state = json.loads((trained / f"{STUDENT}{stage}" / "trainer_state.json").read_text())
         terms[stage] = set(state["log_history"][0]) & {"lm", "kl", "attention", "attention_similarity"}
     assert terms == {"-dpt": {"lm", "kl"}, "-dft": {"lm", "kl", "attention", "attention_similarity"}, "": {"lm"}}
 
@@ -104,7 +109,7 @@ def test_llavas_own_evaluation_answers_with_the_student(trained, checkout, world
         for question in questions
     ]
     (checkout / "annotations.json").write_text(json.dumps({"data": annotations}))
-    student = trained / "llava-compodistill-qwen1.5-1.8b"
+    student = trained / STUDENT
     run(
         checkout,
         *(sys.executable, "-m", "llava_compodistill.cli", "run", "llava.eval.model_vqa_loader"),

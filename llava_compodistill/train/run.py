@@ -6,6 +6,7 @@ Reads top to bottom: arguments, tokenizer, teacher, student, data, trainer, chec
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from typing import Any
@@ -58,22 +59,7 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
         check_same_tokenizer(tokenizer, model_args)
 
     student = build_student(model_args, args, teacher)
-    core = llava_core(student)
-    core.config.tokenizer_padding_side = tokenizer.padding_side
-    core.config.tokenizer_model_max_length = tokenizer.model_max_length
-    core.config.image_aspect_ratio = data_args.image_aspect_ratio
-    core.config.mm_projector_lr = args.mm_projector_lr
-    core.config.tune_mm_mlp_adapter = args.tune_mm_mlp_adapter
-    core.config.freeze_mm_mlp_adapter = args.freeze_mm_mlp_adapter
-    core.generation_config.eos_token_id = tokenizer.eos_token_id
-    core.generation_config.pad_token_id = tokenizer.pad_token_id
-    add_image_tokens(core, tokenizer)
-    if args.gradient_checkpointing:
-        core.enable_input_require_grads()
-
-    data_args.is_multimodal = True
-    data_args.image_processor = core.get_vision_tower().image_processor
-    data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
+    configure(student, tokenizer, model_args, data_args, args)
     data_module = make_data_module(tokenizer, data_args)
     checkpoint.check_disk_space(student, args)
 
@@ -102,6 +88,32 @@ def load_tokenizer(model_args: ModelArguments, args: TrainingArguments, template
     )
     prepare_tokenizer(tokenizer, template)
     return tokenizer
+
+
+def configure(
+    student: torch.nn.Module,
+    tokenizer: Any,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+) -> None:
+    """Write what LLaVA's evaluation reads into the student's config, and what its data set reads into `data_args`."""
+    core = llava_core(student)
+    core.config.tokenizer_padding_side = tokenizer.padding_side
+    core.config.tokenizer_model_max_length = tokenizer.model_max_length
+    core.config.image_aspect_ratio = data_args.image_aspect_ratio
+    core.config.mm_projector_lr = args.mm_projector_lr
+    core.config.tune_mm_mlp_adapter = args.tune_mm_mlp_adapter
+    core.config.freeze_mm_mlp_adapter = args.freeze_mm_mlp_adapter
+    core.generation_config.eos_token_id = tokenizer.eos_token_id
+    core.generation_config.pad_token_id = tokenizer.pad_token_id
+    add_image_tokens(core, tokenizer)
+    if args.gradient_checkpointing:
+        core.enable_input_require_grads()
+
+    data_args.is_multimodal = True
+    data_args.image_processor = core.get_vision_tower().image_processor
+    data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
 
 
 def check_same_tokenizer(tokenizer: Any, model_args: ModelArguments) -> None:
@@ -143,6 +155,31 @@ def report(trainer: CompoDistillTrainer) -> None:
         total / 1e6,
         compat.attention_implementation(core),
     )
+    trainer.add_callback(ReportSaving())
+
+
+class ReportSaving(transformers.TrainerCallback):
+    """Say before the first step how much a kill would cost. Only the started trainer knows its number of steps."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+        steps = {
+            "no": state.max_steps,
+            "steps": state.save_steps,
+            "epoch": math.ceil(state.max_steps / max(1, state.num_train_epochs)),
+        }.get(strategy)
+        if steps is None:  # "best" saves when an evaluation says so
+            return
+        setting = f"--save_steps {args.save_steps:g}" if strategy == "steps" else f"--save_strategy {strategy}"
+        if steps < state.max_steps:
+            logger.info(
+                "A checkpoint every %d of %d steps (%s): a kill loses at most %d steps.",
+                *(steps, state.max_steps, setting, steps),
+            )
+        else:
+            logger.info(
+                "No checkpoint before the last of %d steps (%s): a kill loses them all.", state.max_steps, setting
+            )
 
 
 def _set_up_logging(args: TrainingArguments) -> None:

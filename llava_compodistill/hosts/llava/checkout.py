@@ -15,7 +15,9 @@ from .patching import Patch, plan, read_patch, write_all
 
 #: Files by which a LLaVA checkout is known, whether cloned or unpacked from the registry's wheel.
 LANDMARKS = ("llava/__init__.py", "llava/model/__init__.py", "llava/model/builder.py", "llava/train/train.py")
-#: Scripts that serve this project's own repository and have no meaning in a LLaVA checkout.
+#: The folders of scripts/ that are copied; benchmark/ and miniature/ serve this project's own repository.
+COPIED_FOLDERS = (".", "eval")
+#: Scripts beside the copied ones that have no meaning in a LLaVA checkout either.
 REPOSITORY_ONLY = {"quickstart.sh", "setup_env.sh", "test.sh"}
 #: DeepSpeed settings that LLaVA ships under the same name: LLaVA's are left alone, and ours, which pass
 #: --max_grad_norm on, get a longer name.
@@ -62,15 +64,24 @@ def verify(root: Path) -> None:
 
 
 def is_clone(root: Path) -> bool:
-    """Whether the checkout comes from LLaVA's repository rather than from the registry's wheel."""
+    """Whether the files come from LLaVA's repository (cloned, or downloaded without git) rather than from the
+    registry's wheel."""
     return (root / ".git").exists() or (root / "pyproject.toml").exists()
+
+
+def describe(root: Path) -> str:
+    """What kind of checkout it is, in words."""
+    if (root / ".git").exists():
+        return "git checkout of LLaVA"
+    return "LLaVA's sources, without git" if is_clone(root) else "unpacked package of LLaVA"
 
 
 def copy_scripts(root: Path, force: bool = False, dry_run: bool = False) -> Report:
     """Copy our scripts into `root/scripts`; a file there that differs is the user's and stays, unless `force`."""
     report = Report()
     source = about.folder("scripts")
-    for path in sorted(path for path in source.rglob("*") if path.suffix in (".sh", ".json")):
+    files = [path for folder in COPIED_FOLDERS for path in (source / folder).glob("*")]
+    for path in sorted(path for path in files if path.suffix in (".sh", ".json")):
         name = path.relative_to(source).as_posix()
         if name in REPOSITORY_ONLY:
             continue
@@ -182,8 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.patch or arguments.unpatch
         else []
     )
-    kind = "git checkout" if is_clone(root) else "unpacked package"
-    print(f"{root} ({kind} of LLaVA)")
+    print(f"{root} ({describe(root)})")
     if not arguments.unpatch:
         report = copy_scripts(root, force=arguments.force, dry_run=arguments.dry_run)
         for verb, names in (("copied", report.copied), ("replaced", report.replaced)):

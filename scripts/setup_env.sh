@@ -130,11 +130,10 @@ install_env() {
     stamp=$(printf '%s\n' "$TORCH_PIN" "$LLAVA_PIN" "$@" | cat - "$ROOT/setup.py" | digest "$python")
     if [[ $(cat "$dir/compodistill-stamp" 2>/dev/null) != "$stamp" ]]; then
         say "installing packages into ${dir##*/}: $TORCH_PIN $* (a few minutes the first time)"
-        # --no-compile: of some ten thousand modules few are imported, and Python compiles those by itself.
-        "$python" -m pip install -qq --no-compile "$TORCH_PIN"
-        "$python" -m pip install -qq --no-compile "$TORCH_PIN" "$@" "${WHEEL}[dev,tensorboard]"
+        "$python" -m pip install -qq "$TORCH_PIN"
+        "$python" -m pip install -qq "$TORCH_PIN" "$@" "${WHEEL}[dev,tensorboard]"
         # LLaVA pins torch 2.1 and a web server; it needs neither.
-        "$python" -m pip install -qq --no-compile --no-deps "$LLAVA_PIN"
+        "$python" -m pip install -qq --no-deps "$LLAVA_PIN"
         rm -f "$dir/compodistill-wheel-hash"
         echo "$stamp" >"$dir/compodistill-stamp"
     fi

@@ -30,9 +30,14 @@ sys.path.insert(0, str(SCRIPTS))
 LONGEST = (
     "test_eval_scripts",
     "test_end_to_end",
-    "test_pinned_runs",
     "test_distributed",
+    "test_pinned_runs",
+    "test_visual_attention_triton",
+    "test_eval_suite",
+    "test_training_steps",
     "test_benchmark",
+    "test_training_terms",
+    "test_resume",
     "test_runner",
 )
 

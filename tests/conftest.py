@@ -25,6 +25,28 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 
+#: The files that take longest, longest first. scripts/test.sh hands out whole files in this order, so that no process
+#: is left with one of them at the end.
+LONGEST = (
+    "test_eval_scripts",
+    "test_end_to_end",
+    "test_distributed",
+    "test_pinned_runs",
+    "test_visual_attention_triton",
+    "test_eval_suite",
+    "test_training_steps",
+    "test_benchmark",
+    "test_training_terms",
+    "test_resume",
+    "test_runner",
+)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
     """The folder that `make` fills, once for all processes of pytest-xdist: the others wait for the first. For what is
     expensive, and not changed by the tests that use it."""

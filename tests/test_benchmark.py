@@ -45,7 +45,7 @@ def measured(tmp_path_factory):
         "--threads",
         1,
         "--limit",
-        0.02,
+        0.01,
         "--output",
         path,
     )

@@ -11,6 +11,7 @@ import miniature
 from miniature import pictures
 from miniature.settings import METHODS
 
+pytestmark = pytest.mark.once
 LAYERS = 6
 
 

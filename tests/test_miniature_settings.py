@@ -11,6 +11,8 @@ from miniature import quickstart, report
 from miniature.settings import METHODS, override, preset
 from miniature.stages import StageFailed
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("name", ["default", "smoke", "gpu"])
 def test_presets_name_known_methods_and_sum_their_steps(name):

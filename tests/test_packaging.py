@@ -81,6 +81,7 @@ def test_resources_are_found_in_a_checkout_and_missed_with_a_clear_error(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_an_editable_install_finds_the_folders(tmp_path):
     if not (SOURCE / "setup.py").is_file():
         pytest.skip("needs the sources")
@@ -97,6 +98,7 @@ def test_an_editable_install_finds_the_folders(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_a_built_wheel_holds_the_folders_and_one_license(tmp_path):
     if not (SOURCE / "setup.py").is_file():
         pytest.skip("needs the sources")

@@ -121,7 +121,7 @@ def student_dtype(training_args: Any) -> torch.dtype:
 
 
 def _describe_taf(config: Any, model_args: Any, teacher: nn.Module | None) -> None:
-    from transformers import AutoConfig
+    from ..hosts.llava.loader import read_config
 
     if teacher is not None:
         entries = taf_config(teacher.config, model_args.taf_depth)
@@ -132,7 +132,7 @@ def _describe_taf(config: Any, model_args: Any, teacher: nn.Module | None) -> No
                 "--mm_projector_type taf without a teacher needs --pretrain_mm_mlp_adapter from a DPT folder, beside "
                 "its config.json; or give --teacher_model_path."
             )
-        source = AutoConfig.from_pretrained(folder)
+        source = read_config(folder)
         entries = {name: getattr(source, name, None) for name in taf_config(config_stub())}
     for name, value in entries.items():
         setattr(config, name, value)

@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .. import compat
-from ..hosts.llava.host import import_llava_train
+from ..hosts.llava import training as llava_training
 from ..pair.layers import visual_understanding_layers
-
-_llava_train = import_llava_train()
 
 STAGES = ("pt", "dpt", "dft", "sft")
 #: Stages in which the teacher is loaded, and those that train the adapter alone (method.md, "Three stages").
@@ -22,7 +20,7 @@ ADAPTER_STAGES = ("pt", "dpt")
 
 
 @dataclass
-class ModelArguments(_llava_train.ModelArguments):
+class ModelArguments(llava_training.ModelArguments):
     """LLaVA's model arguments, with the teacher and the TAF adapter (paper, Section 4.2)."""
 
     mm_use_im_patch_token: bool = field(default=False)
@@ -50,7 +48,7 @@ class ModelArguments(_llava_train.ModelArguments):
 
 
 @dataclass
-class DataArguments(_llava_train.DataArguments):
+class DataArguments(llava_training.DataArguments):
     """LLaVA's data arguments."""
 
     bad_samples: Literal["error", "skip"] = field(
@@ -65,7 +63,7 @@ class DataArguments(_llava_train.DataArguments):
 
 
 @dataclass
-class TrainingArguments(_llava_train.TrainingArguments):
+class TrainingArguments(llava_training.TrainingArguments):
     """LLaVA's training arguments, with the stage and the loss (paper, Sections 4.1 and 4.3)."""
 
     stage: Literal["pt", "dpt", "dft", "sft"] = field(

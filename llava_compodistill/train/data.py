@@ -12,15 +12,14 @@ from collections import Counter
 from typing import Any
 
 from ..errors import DataError, SampleError
-from ..hosts.llava.host import import_llava_train
+from ..hosts.llava.training import DataCollatorForSupervisedDataset, LazySupervisedDataset
 
-_llava_train = import_llava_train()
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5
 
 
-class CheckedDataset(_llava_train.LazySupervisedDataset):
+class CheckedDataset(LazySupervisedDataset):
     """LLaVA's lazy data set; bad samples are found at the start, and those that hide until they are read name
     themselves.
 
@@ -155,5 +154,5 @@ def make_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any]:
     """The Trainer's data arguments: a checked data set and LLaVA's own collator."""
     return {
         "train_dataset": CheckedDataset(data_args.data_path, tokenizer, data_args),
-        "data_collator": _llava_train.DataCollatorForSupervisedDataset(tokenizer=tokenizer),
+        "data_collator": DataCollatorForSupervisedDataset(tokenizer=tokenizer),
     }

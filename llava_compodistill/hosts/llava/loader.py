@@ -1,7 +1,8 @@
 """Loading LLaVA checkpoints by what their config says, on any device and in any precision.
 
 LLaVA's `load_pretrained_model` decides by the last folder's name, shrinks padded vocabularies and is bound to fp16 on
-CUDA. This one takes its place for the model types in `language_models`; anything else goes to the original.
+CUDA. This one takes its place for the model types in `language_models`. Nothing here runs code from a checkpoint's
+folder, and what LLaVA's own loader would run is refused instead of being handed over to it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,40 @@ def checkpoint_kind(path: str) -> str:
         raise CheckpointError(f"{path} has a config.json but no weights: training may have stopped before saving.")
     with open(os.path.join(path, "config.json")) as file:
         return "full" if json.load(file).get("model_type", "").startswith("llava") else "base"
+
+
+def read_config(path: str) -> Any:
+    """The config of a checkpoint (folder or hub name), read without running code that its `auto_map` names.
+
+    Raises:
+        CheckpointError: for an architecture that the installed transformers and the plugin do not have.
+        OSError: when there is no config.json, or it is no JSON.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: transformers and LLaVA have no model of the type in its config.json, and code that comes with a "
+            f"checkpoint (auto_map) is never run here. ({error})"
+        ) from error
+
+
+def read_tokenizer(path: str, **options: Any) -> Any:
+    """The slow tokenizer of a checkpoint (folder or hub name), as LLaVA loads it, without running code from there.
+
+    Raises:
+        CheckpointError: when the tokenizer is code in the folder.
+        OSError, ValueError: as transformers says when its files are missing or damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, use_fast=False, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{path}: its tokenizer_config.json names code in the folder (auto_map), which is never run here. Save "
+            "the tokenizer as one of transformers' own classes."
+        ) from error
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:
@@ -85,7 +120,7 @@ def load_model(
         **kwargs: for `from_pretrained`.
     """
     kind = checkpoint_kind(path) if os.path.isdir(path) else "full"
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     cls = model_class(config.model_type)
     _find_tower(config, path, vision_tower)
     if kind in ("full", "base"):
@@ -155,9 +190,9 @@ def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:
         use_flash_attn=False,
         **kwargs,
     ):
-        config = _read_config(model_path)
-        known = {f"llava_{name}" for name in MODEL_CLASSES} | {"llava"}
-        if config is None or config.model_type not in known:
+        kind = _model_type(model_path)
+        if kind not in {f"llava_{name}" for name in MODEL_CLASSES} | {"llava"}:
+            _check_for_llava(model_path, model_base, model_name, kind)
             return original(
                 model_path,
                 model_base,
@@ -189,7 +224,7 @@ def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:
             model.to(device)
         has_tokenizer = any(os.path.isfile(os.path.join(model_path, name)) for name in _TOKENIZER_FILES)
         source = model_path if has_tokenizer or model_base is None else model_base
-        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
+        tokenizer = read_tokenizer(source)
         add_image_tokens(model, tokenizer)
         suppress_padded_vocabulary(model, tokenizer)
         tower = model.get_vision_tower()
@@ -223,11 +258,52 @@ def suppress_padded_vocabulary(model: torch.nn.Module, tokenizer: Any) -> None:
         model.generation_config.suppress_tokens = padded
 
 
-def _read_config(path: str) -> Any:
+def _model_type(path: str) -> str:
+    """`model_type` of a checkpoint; of a folder it is read as text, since transformers may not know the type."""
+    if not os.path.isdir(path):
+        return read_config(path).model_type
+    return str(_read_json(os.path.join(path, "config.json")).get("model_type", ""))
+
+
+def _read_json(path: str) -> dict[str, Any]:
     try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError):
-        return None  # MPT's remote code and the like: LLaVA's own loader says what is wrong
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): it is not a finished checkpoint.") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object.")
+    return content
+
+
+def _check_for_llava(path: str, base: str | None, name: str, model_type: str) -> None:
+    """Refuse what LLaVA's own loader would run code for. That loader goes by the name: with "mpt" in it, it trusts
+    remote code; with "llava" and a base model it unpickles `.bin` files.
+
+    Raises:
+        CheckpointError: naming the folder and the reason.
+    """
+    for folder in (path, base):
+        for file in ("config.json", "tokenizer_config.json"):
+            there = folder is not None and os.path.isfile(os.path.join(folder, file))
+            if there and "auto_map" in _read_json(os.path.join(folder, file)):
+                raise CheckpointError(
+                    f"{os.path.join(folder, file)} names code in the folder (auto_map), which is never run here "
+                    f"(model_type {model_type!r})."
+                )
+    name = name.lower()
+    if model_type == "llava_mpt" and "llava" in name and base is None:
+        return
+    if "llava" in model_type or "llava" in name:
+        known = ", ".join(sorted(f"llava_{known}" for known in MODEL_CLASSES))
+        raise CheckpointError(f"{path}: model_type {model_type!r} in its config.json is no LLaVA model ({known}).")
+    if "mpt" in name:
+        raise CheckpointError(
+            f'{path}: by the letters "mpt" in its name LLaVA\'s own loader takes it for MPT, and would run code that '
+            "comes with it. Rename the folder."
+        )
 
 
 def _quantization(four_bit: bool, dtype: torch.dtype) -> Any:

@@ -249,22 +249,6 @@ def test_resuming_refuses_a_folder_of_another_kind(trained):
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders of a killed run, and the disk
 # ---------------------------------------------------------------------------------------------------------------------
-def test_an_incomplete_checkpoint_is_named_and_passed_over(tmp_path, caplog):
-    assert checkpoint.last_complete(str(tmp_path / "none")) is None
-    for step in (5, 10, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    for name in ("checkpoint-final", "tmp-checkpoint-200", "checkpoint-7.bak"):  # not the trainer's
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").write_text("{}")
-    for step in (5, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert checkpoint.last_complete(str(tmp_path)) == str(tmp_path / "checkpoint-10")
-    assert "checkpoint-100 is incomplete" in caplog.text
-    for step in (5, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
-    assert checkpoint.last_complete(str(tmp_path)) is None
-
-
 def test_a_finished_run_that_is_started_again_trains_no_step(world, tmp_path):
     options = {"mm_projector_type": "mlp2x_gelu", "save_strategy": "steps", "save_steps": 2}
     first = tiny.run(world, "pt", tmp_path / "out", **options)

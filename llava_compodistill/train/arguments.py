@@ -7,7 +7,7 @@ Every flag of `llava.train.train` keeps its name and meaning; the fields below a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from .. import compat
 from ..hosts.llava import training as llava_training
@@ -113,6 +113,12 @@ class TrainingArguments(llava_training.TrainingArguments):
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Precision of the frozen teacher. auto: the student's compute precision."}
     )
+    resume_anyway: bool = field(
+        default=False,
+        metadata={"help": "Go on from a checkpoint in --output_dir although it was made with other settings."},
+    )
+    #: What `resume.describe` gives for this run; every checkpoint is saved with it. No flag.
+    made_with: ClassVar[dict[str, Any] | None] = None
     if not compat.HAS_WARMUP_RATIO:
         warmup_ratio: float = field(
             default=0.0, metadata={"help": "Share of the steps spent warming up (transformers 5 folds it into steps)."}
@@ -186,6 +192,13 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         raise ValueError(f"--taf_depth {model.taf_depth}: MLP_S has 1 or 2 linear layers.")
     if training.stage in ADAPTER_STAGES and training.lora_enable:
         raise ValueError(f"--stage {training.stage} trains the adapter alone: --lora_enable does not go with it.")
+    if model.mm_use_im_start_end and (training.stage in ADAPTER_STAGES or training.lora_enable):
+        what = "the adapter alone" if training.stage in ADAPTER_STAGES else "the adapter and LoRA weights"
+        raise ValueError(
+            f"--mm_use_im_start_end True adds two tokens to the language model, and this run trains and saves {what}: "
+            "their embeddings would stay random. Leave the flag out (a checkpoint that has the tokens keeps them), or "
+            "train the whole language model with --stage dft or sft and without --lora_enable."
+        )
     if training.shuffle_attention_targets and training.per_device_train_batch_size < 2:
         raise ValueError("--shuffle_attention_targets needs --per_device_train_batch_size of at least 2.")
     if not data.data_path:

@@ -4,6 +4,8 @@ pt, dpt        config.json + mm_projector.bin
 dft, sft full  a Hugging Face folder (safetensors)
 dft, sft LoRA  adapter_config.json + adapter_model.safetensors + non_lora_trainables.bin + config.json
 
+Beside them lie the tokenizer and compodistill_run.json, the settings that they were made with (see `resume`).
+
 LLaVA's own saver keeps trainable parameters only, so a frozen teacher adapter would be lost and its loader's
 strict=False would hide it; here the adapter is always saved whole.
 """
@@ -22,6 +24,7 @@ from torch import nn
 from .. import compat
 from ..about import __version__
 from ..hosts.llava.model import llava_core
+from .resume import write_description
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +75,8 @@ def save(
         tokenizer.save_pretrained(output_dir)
         compat.make_tokenizer_portable(output_dir, sentencepiece=getattr(tokenizer, "vocab_file", None))
     torch.save(args, os.path.join(output_dir, "training_args.bin"))
+    if getattr(args, "made_with", None) is not None:
+        write_description(output_dir, args.made_with, getattr(args, "save_only_model", False))
 
 
 def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -106,17 +111,6 @@ def load_into(model: nn.Module, folder: str) -> None:
         load_extra_weights(core, os.path.join(folder, LORA_EXTRA_FILE))
     else:
         _load_full(core, folder)
-
-
-def last_complete(output_dir: str) -> str | None:
-    """The newest `checkpoint-N` that was written to its end, or None. Half-written ones are named and passed over."""
-    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
-    folders = [path for path, step in steps.items() if step.isdecimal()]
-    for folder in sorted(folders, key=lambda path: int(steps[path]), reverse=True):
-        if (folder / "trainer_state.json").is_file():  # the trainer writes it last
-            return str(folder)
-        logger.warning("%s is incomplete (killed while saving?) and is passed over.", folder)
-    return None
 
 
 def check_disk_space(model: nn.Module, args: Any) -> None:

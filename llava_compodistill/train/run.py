@@ -21,7 +21,7 @@ from ..hosts.llava.model import llava_core
 from ..hosts.llava.templates import prepare_tokenizer, use_template
 from ..pair.student import build_student, compute_dtype
 from ..pair.teacher import load_teacher
-from . import checkpoint
+from . import checkpoint, resume
 from .arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
 from .data import make_data_module
 from .trainer import CompoDistillTrainer
@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
     model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
     _set_up_logging(args)
     check_arguments(model_args, data_args, args)
+    args.made_with = resume.describe(model_args, data_args, args)
+    start = resume.checkpoint_to_resume(args.output_dir, args.made_with, args.resume_anyway)
     register(train=True)
     transformers.set_seed(args.seed)
 
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
 
     trainer = CompoDistillTrainer(model=student, teacher=teacher, args=args, tokenizer=tokenizer, **data_module)
     report(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint.last_complete(args.output_dir))
+    trainer.train(resume_from_checkpoint=start)
     trainer.save_state()
     trainer.save_model(args.output_dir)
     return trainer

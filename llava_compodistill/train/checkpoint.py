@@ -93,7 +93,7 @@ def load_into(model: nn.Module, folder: str) -> None:
         CheckpointError: when the folder's kind or names do not fit the model.
     """
     from ..errors import CheckpointError
-    from ..hosts.llava.loader import checkpoint_kind, load_extra_weights
+    from ..hosts.llava.loader import checkpoint_kind, load_extra_weights, load_lora_weights
 
     kind = checkpoint_kind(folder)
     core = llava_core(model)
@@ -105,10 +105,7 @@ def load_into(model: nn.Module, folder: str) -> None:
     if kind == "adapter":
         load_extra_weights(core, os.path.join(folder, ADAPTER_FILE))
     elif kind == "lora":
-        from peft import set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, _read_folder(folder, "adapter_model"))
-        load_extra_weights(core, os.path.join(folder, LORA_EXTRA_FILE))
+        load_lora_weights(model, folder)
     else:
         _load_full(core, folder)
 
@@ -167,24 +164,16 @@ def _save_config(core: nn.Module, output_dir: str) -> None:
         core.config.use_cache = use_cache
 
 
-def _read_folder(folder: str, stem: str) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    from ..hosts.llava.loader import read_weights
-
-    path = os.path.join(folder, f"{stem}.safetensors")
-    return load_file(path) if os.path.isfile(path) else read_weights(os.path.join(folder, f"{stem}.bin"))
-
-
 def _load_full(core: nn.Module, folder: str) -> None:
     from ..errors import CheckpointError
+    from ..hosts.llava.loader import read_tensors
 
     shards = sorted(path for path in Path(folder).glob("model*.safetensors"))
     if not shards:
         shards = sorted(Path(folder).glob("pytorch_model*.bin"))
     weights: dict[str, torch.Tensor] = {}
     for shard in shards:
-        weights.update(_read_folder(folder, shard.stem))
+        weights.update(read_tensors(folder, shard.stem))
     names = set(core.state_dict())
     missing, unexpected = sorted(names - set(weights)), sorted(set(weights) - names)
     tied = set() if not core.config.tie_word_embeddings else {"lm_head.weight"}

@@ -15,11 +15,16 @@ from typing import Any
 
 import torch
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from ... import compat
 from ...errors import CheckpointError
 from .language_models import MODEL_CLASSES, model_class
+from .model import llava_core
+
+ADAPTER_FILE = "mm_projector.bin"
+LORA_EXTRA_FILE = "non_lora_trainables.bin"
 
 
 def checkpoint_kind(path: str) -> str:
@@ -37,7 +42,7 @@ def checkpoint_kind(path: str) -> str:
         return "lora"
     weights = any(name.endswith((".safetensors", ".index.json")) or name.startswith("pytorch_model") for name in names)
     if not weights:
-        if "mm_projector.bin" in names:
+        if ADAPTER_FILE in names:
             return "adapter"
         raise CheckpointError(f"{path} has a config.json but no weights: training may have stopped before saving.")
     with open(os.path.join(path, "config.json")) as file:
@@ -78,6 +83,15 @@ def read_tokenizer(path: str, **options: Any) -> Any:
         ) from error
 
 
+def read_lora_config(path: str) -> dict[str, Any]:
+    """adapter_config.json of a LoRA checkpoint.
+
+    Raises:
+        CheckpointError: when it is missing or no JSON object.
+    """
+    return _read_json(os.path.join(path, "adapter_config.json"))
+
+
 def read_weights(path: str) -> dict[str, torch.Tensor]:
     """Read a `.bin` of tensors without running any code that a pickle may hide."""
     if not os.path.isfile(path):
@@ -85,8 +99,28 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def read_tensors(folder: str, stem: str) -> dict[str, torch.Tensor]:
+    """Read STEM.safetensors of a folder, or STEM.bin where there is none."""
+    path = os.path.join(folder, f"{stem}.safetensors")
+    return load_file(path) if os.path.isfile(path) else read_weights(os.path.join(folder, f"{stem}.bin"))
+
+
+def load_lora_weights(model: torch.nn.Module, folder: str) -> None:
+    """Load the LoRA and adapter weights of a LoRA checkpoint into a PeftModel, in the precision it holds them in.
+
+    Raises:
+        CheckpointError: when the adapter does not fit.
+    """
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, read_tensors(folder, "adapter_model"))
+    load_extra_weights(llava_core(model), os.path.join(folder, LORA_EXTRA_FILE))
+
+
 def load_extra_weights(model: torch.nn.Module, path: str) -> None:
     """Load the weights beside the language model's (the adapter) and insist that all of them found their place.
+
+    Under ZeRO-3 all ranks call it: `from_pretrained` has partitioned the adapter with the rest.
 
     Raises:
         CheckpointError: when the file's names and the model's do not agree, which LLaVA's strict=False would hide.
@@ -101,8 +135,10 @@ def load_extra_weights(model: torch.nn.Module, path: str) -> None:
             f"{path} does not fit the model in config.json: "
             + "; ".join(f"{what} {found[:3]}" for what, found in (("unknown", unknown), ("missing", missing)) if found)
         )
+    parameters = [parameter for name, parameter in model.named_parameters() if name in names]
     try:
-        model.load_state_dict(names, strict=False)
+        with compat.gathered(parameters, modify=True):
+            model.load_state_dict(names, strict=False)
     except RuntimeError as error:  # shapes
         raise CheckpointError(f"{path} does not fit the model in config.json: {error}") from error
 
@@ -130,15 +166,14 @@ def load_model(
             config = cls.config_class(**values)
         return _from_pretrained(cls, path, config, **kwargs)
     if kind == "lora" and base is None:
-        with open(os.path.join(path, "adapter_config.json")) as file:
-            base = json.load(file).get("base_model_name_or_path")
+        base = read_lora_config(path).get("base_model_name_or_path")
     if base is None:
         raise CheckpointError(
             f"{path} holds {'a LoRA' if kind == 'lora' else 'an adapter'} only: name its language model "
             "(--model-base)."
         )
     model = _from_pretrained(cls, base, config, new=("mm_projector", "image_newline"), **kwargs)
-    extra = "non_lora_trainables.bin" if kind == "lora" else "mm_projector.bin"
+    extra = LORA_EXTRA_FILE if kind == "lora" else ADAPTER_FILE
     load_extra_weights(model, os.path.join(path, extra))
     if kind == "lora":
         from peft import PeftModel

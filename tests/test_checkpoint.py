@@ -12,6 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from llava_compodistill.about import __version__
 from llava_compodistill.errors import CheckpointError
 from llava_compodistill.hosts.llava import register, registration
 from llava_compodistill.hosts.llava.host import import_llava
@@ -109,7 +110,8 @@ def test_a_checkpoint_answers_as_the_model_that_was_saved(world, teacher_path, t
     torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
     assert found_tokens == tokens
     assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id or kind == "adapter"
-    assert loaded.config.compodistill["stage"] == KINDS[kind]
+    template = {} if kind == "adapter" else {"template": "qwen_1_5"}
+    assert loaded.config.compodistill == {"stage": KINDS[kind], "version": __version__, **template}
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -153,6 +155,38 @@ def test_a_lora_that_continues_one_is_complete(world, teacher_path, trained, que
     torch.testing.assert_close(
         answer(loaded, question)[1], answer(llava_core(model), question)[1], atol=1e-5, rtol=1e-5
     )
+
+
+def test_a_lora_keeps_its_weights_in_fp32_on_the_way(world, trained, tmp_path):
+    """The base is held in bf16; what is trained is neither saved nor loaded in it."""
+    options = {"lora_enable": True, "lora_r": 4, "bf16": True}
+    _, folder = trained("qwen", "lora")
+    tiny.run(world, "sft", tmp_path / "next", model_name_or_path=folder, learning_rate=0, **options)
+    for read, name in ((torch.load, "non_lora_trainables.bin"), (load_file, "adapter_model.safetensors")):
+        before, after = read(folder / name), read(tmp_path / "next" / name)
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            if "teacher_adapter" in key:
+                continue
+            assert not torch.equal(value, value.bfloat16().float()), "nothing to lose"
+            assert after[key].dtype == torch.float32 and torch.equal(after[key], value), key
+
+
+@pytest.mark.parametrize("flag, kept", [("lora_r", 4), ("lora_alpha", 16), ("lora_dropout", 0.05)])
+def test_a_lora_is_not_continued_as_another_one(world, trained, tmp_path, flag, kept):
+    _, folder = trained("qwen", "lora")
+    options = {"model_name_or_path": folder, "lora_enable": True, "lora_r": 4, flag: 0.5 if "drop" in flag else 8}
+    message = rf"--{flag} {options[flag]}: the LoRA in .* has {'r' if flag == 'lora_r' else flag} {kept}"
+    with pytest.raises(CheckpointError, match=message):
+        tiny.run(world, "sft", tmp_path / "out", **options)
+
+
+def test_a_lora_goes_on_without_its_flags(world, trained, tmp_path, caplog):
+    _, folder = trained("qwen", "lora")
+    caplog.set_level(logging.INFO)
+    tiny.run(world, "sft", tmp_path / "out", model_name_or_path=folder, lora_enable=True)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+    assert "The LoRA keeps its r 4 (not --lora_r 64)" in caplog.text
 
 
 def test_a_student_stands_alone(world, trained, question, tmp_path):

@@ -292,6 +292,14 @@ def test_too_few_teacher_layers_is_refused(stage):
         ({"version": "qwen"}, "'qwen' is no conversation template .*Known: .*qwen_1_5"),
         ({"mm_projector_type": "taf", "name": "sft"}, "--mm_projector_type taf without a teacher needs"),
         ({"name": "dpt", "lora_enable": True}, "--stage dpt trains the adapter alone: --lora_enable"),
+        (
+            {"name": "dpt", "mm_use_im_start_end": True},
+            "--mm_use_im_start_end True adds two tokens .* saves the adapter alone: .*would stay random",
+        ),
+        (
+            {"lora_enable": True, "mm_use_im_start_end": True},
+            "saves the adapter and LoRA weights: .*Leave the flag out",
+        ),
     ],
 )
 def test_flags_that_cannot_be(stage, changes, message):

@@ -5,6 +5,8 @@ dft, sft full  a Hugging Face folder (safetensors)
 dft, sft LoRA  adapter_config.json + adapter_model.safetensors + non_lora_trainables.bin + config.json
 
 Beside them lie the tokenizer and compodistill_run.json, the settings that they were made with (see `resume`).
+config.json has an entry `compodistill`: the stage, the version of this package and, for dft and sft, the conversation
+template to evaluate with.
 
 LLaVA's own saver keeps trainable parameters only, so a frozen teacher adapter would be lost and its loader's
 strict=False would hide it; here the adapter is always saved whole.
@@ -54,10 +56,15 @@ def save(
         from ..errors import CheckpointError
 
         raise CheckpointError('ZeRO-3 gathered no weights: set "stage3_gather_16bit_weights_on_model_save" to true.')
+    from ..hosts.llava.templates import current_template
+
     os.makedirs(output_dir, exist_ok=True)
     core = llava_core(model)
     adapter = adapter_weights(model) if adapter is None else adapter
     core.config.compodistill = {"stage": args.stage, "version": __version__}
+    if args.stage not in ("pt", "dpt"):
+        # An adapter is trained under `plain`, in which nothing can be asked: it would mislead an evaluation.
+        core.config.compodistill["template"] = current_template()
     if args.stage in ("pt", "dpt"):
         torch.save(_prefixed("model.", adapter), os.path.join(output_dir, ADAPTER_FILE))
     elif hasattr(model, "peft_config"):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llava_compodistill.about import __version__
 from llava_compodistill.errors import CheckpointError
@@ -189,6 +189,25 @@ def test_a_lora_goes_on_without_its_flags(world, trained, tmp_path, caplog):
     assert "The LoRA keeps its r 4 (not --lora_r 64)" in caplog.text
 
 
+def test_nothing_frightens_without_cause(world, trained, tmp_path, caplog, recwarn):
+    """An adapter that is loaded next is not "newly initialized", and saving a LoRA asks nobody for the base's type."""
+    for kind, base in (("lora", None), ("adapter", str(world["qwen-student"]))):
+        load(trained("qwen", kind)[1], base)
+    tiny.run(world, "sft", tmp_path / "out", model_name_or_path=trained("qwen", "lora")[1], lora_enable=True)
+    printed = caplog.text + "".join(str(warning.message) for warning in recwarn)
+    for words in ("MISSING", "newly initialized", "to instantiate a model", "assume that the vocabulary"):
+        assert words not in printed
+
+
+def test_weights_that_no_model_has_are_still_reported(world, trained, tmp_path, caplog):
+    base = tmp_path / "base"
+    shutil.copytree(world["qwen-student"], base)
+    weights = load_file(base / "model.safetensors")
+    save_file({**weights, "model.layers.9.extra": torch.zeros(1)}, base / "model.safetensors", {"format": "pt"})
+    load(trained("qwen", "adapter")[1], str(base))
+    assert "model.layers.9.extra" in caplog.text
+
+
 def test_a_student_stands_alone(world, trained, question, tmp_path):
     """SFT from DFT needs no teacher and no DPT folder, and neither does loading."""
     folder = tmp_path / "llava-moved"
@@ -310,29 +329,68 @@ def test_a_full_disk_stops_before_training(world, monkeypatch, tmp_path, strateg
     assert not list(tmp_path.rglob("*.safetensors")) and asked[0].startswith(str(tmp_path))
 
 
-def test_the_space_needed_grows_with_what_is_kept(world, trained, monkeypatch, tmp_path):
+def space_needed(model, args, monkeypatch):
+    """The free space, in bytes, from which on the check passes."""
+    low, high = -1, 2**40
+    while high - low > 1:
+        middle = (low + high) // 2
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=middle: SimpleNamespace(free=free))
+        try:
+            checkpoint.check_disk_space(model, args)
+            high = middle
+        except OSError:
+            low = middle
+    return high
+
+
+def space_options(output, **changes):
+    values = {"stage": "dft", "save_strategy": "steps", "save_total_limit": 1, "save_only_model": False}
+    return SimpleNamespace(output_dir=str(output), **{**values, "deepspeed": None, **changes})
+
+
+def test_the_space_needed_grows_with_what_is_kept(trained, monkeypatch, tmp_path):
     model = trained("qwen", "full")[0]
-    needed = {}
-    for strategy, limit in (("no", None), ("steps", 1), ("steps", 3)):
-        args = SimpleNamespace(
-            stage="dft",
-            save_strategy=strategy,
-            save_total_limit=limit,
-            output_dir=str(tmp_path),
-            save_only_model=False,
-        )
-        low, high = 0, 2**40
-        while high - low > 1:  # the free space at which the error goes away
-            middle = (low + high) // 2
-            monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=middle: SimpleNamespace(free=free))
-            try:
-                checkpoint.check_disk_space(model, args)
-                high = middle
-            except OSError:
-                low = middle
-        needed[strategy, limit] = high
     weights = sum(p.numel() * 4 for n, p in model.named_parameters() if "vision_tower" not in n)
     trained_size = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    assert needed["no", None] == weights
-    assert needed["steps", 1] == weights + 2 * (weights + 2 * trained_size)
-    assert needed["steps", 3] == weights + 4 * (weights + 2 * trained_size)
+
+    def needed(**changes):
+        return space_needed(model, space_options(tmp_path, **changes), monkeypatch)
+
+    assert needed(save_strategy="no") == weights
+    assert needed() == weights + 2 * (weights + 2 * trained_size)
+    assert needed(save_total_limit=3) == weights + 4 * (weights + 2 * trained_size)
+    assert needed(save_only_model=True) == 3 * weights
+    assert needed(deepspeed="zero2.json") == weights + 2 * (weights + 3 * trained_size), "ZeRO's fp32 weights"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "lora"])
+def test_the_frozen_adapter_takes_space_too(trained, monkeypatch, tmp_path, kind):
+    model = trained("qwen", kind)[0]
+    adapter = llava_core(model).get_model().mm_projector
+    saved = {*adapter.parameters(), *(p for p in model.parameters() if p.requires_grad)}
+    options = space_options(tmp_path, stage=KINDS[kind], save_strategy="no")
+    assert space_needed(model, options, monkeypatch) == sum(p.numel() * 4 for p in saved)
+
+
+def test_what_a_killed_run_has_written_is_not_asked_for_again(trained, monkeypatch, tmp_path):
+    model = trained("qwen", "full")[0]
+    options = space_options(tmp_path)
+    weights = space_needed(model, space_options(tmp_path, save_strategy="no"), monkeypatch)
+    before = space_needed(model, options, monkeypatch)
+    each = (before - weights) // 2
+    for step, size in ((5, each), (10, 100)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_bytes(bytes(size))
+        # Room for the next checkpoint and the result is always asked for.
+        assert space_needed(model, options, monkeypatch) == weights + each
+
+
+def test_a_finished_run_names_what_it_leaves(world, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    options = {"mm_projector_type": "mlp2x_gelu", "save_strategy": "steps", "save_steps": 2}
+    tiny.run(world, "pt", tmp_path / "out", **options)
+    assert "checkpoint-2 (0.00 GiB, optimizer state included) stays beside it" in caplog.text
+    assert f"rm -r {tmp_path / 'out' / 'checkpoint-2'}" in caplog.text
+    caplog.clear()
+    tiny.run(world, "pt", tmp_path / "none", **{**options, "save_strategy": "no"})
+    assert "rm -r" not in caplog.text

@@ -70,7 +70,9 @@ def save(
     elif hasattr(model, "peft_config"):
         names = [n for n, p in model.named_parameters() if "lora_" in n or _trained_bias(n, p)]
         source = dict(model.named_parameters()) if state_dict is None else state_dict
-        model.save_pretrained(output_dir, state_dict={name: _copy(source[name]) for name in names})
+        weights = {name: _copy(source[name]) for name in names}
+        # Left to itself PEFT reads the base's config, to see whether the embedding has grown, and warns of its type.
+        model.save_pretrained(output_dir, state_dict=weights, save_embedding_layers=False)
         torch.save(_prefixed("base_model.model.model.", adapter), os.path.join(output_dir, LORA_EXTRA_FILE))
     else:
         weights = core.state_dict() if state_dict is None else state_dict
@@ -118,23 +120,27 @@ def load_into(model: nn.Module, folder: str) -> None:
 
 
 def check_disk_space(model: nn.Module, args: Any) -> None:
-    """Stop before training when the checkpoints cannot fit on the disk.
+    """Stop before training when the checkpoints cannot fit on the disk, beside those that are there already.
 
     Raises:
         OSError: with the space needed, the space free, and the folder.
     """
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    core = llava_core(model)
     if args.stage in ("pt", "dpt") or hasattr(model, "peft_config"):
-        weights = trained + sum(
-            p.numel() * p.element_size() for p in llava_core(model).get_model().mm_projector.parameters()
-        )
+        frozen = [p for p in core.get_model().mm_projector.parameters() if not p.requires_grad]
+        weights = _size([p for p in model.parameters() if p.requires_grad] + frozen)
     else:
-        weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "vision_tower" not in n)
+        weights = _size([p for n, p in model.named_parameters() if "vision_tower" not in n])
     needed = weights
     if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
-        kept = (args.save_total_limit or 1) + 1  # a new checkpoint is written before an old one is deleted
-        optimizer = 2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-        needed += kept * (weights + (0 if getattr(args, "save_only_model", False) else optimizer))
+        # Adam's two moments; ZeRO writes the fp32 copy of the weights as well.
+        moments = 4 * (3 if getattr(args, "deepspeed", None) else 2)
+        optimizer = moments * sum(_count(p) for p in model.parameters() if p.requires_grad)
+        each = weights + (0 if getattr(args, "save_only_model", False) else optimizer)
+        limit = args.save_total_limit or 1
+        needed += (limit + 1) * each  # a new checkpoint is written before an old one is deleted
+        present = sum(folder_size(folder) for folder in Path(args.output_dir).glob("checkpoint-*"))
+        needed -= min(present, limit * each)
     folder = Path(args.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -144,6 +150,34 @@ def check_disk_space(model: nn.Module, args: Any) -> None:
             f"--output_dir {args.output_dir}: the checkpoints need about {needed / 2**30:.1f} GiB and "
             f"{free / 2**30:.1f} GiB are free. Free some space, lower --save_total_limit, or name another folder."
         )
+
+
+def report_leftovers(output_dir: str) -> None:
+    """At the end of training, name the checkpoints that were kept for resuming, and what deleting them means."""
+    folders = sorted(path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir())
+    if folders:
+        logger.info(
+            "The result is in %s. %s (%.2f GiB, optimizer state included) stays beside it, so that this command is "
+            "recognised as finished when it is run again; without it, it would train anew. To free the space: "
+            "rm -r %s",
+            output_dir,
+            ", ".join(path.name for path in folders),
+            sum(folder_size(path) for path in folders) / 2**30,
+            " ".join(str(path) for path in folders),
+        )
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _count(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves a partitioned one empty
+
+
+def _size(parameters: list[nn.Parameter]) -> int:
+    return sum(_count(parameter) * parameter.element_size() for parameter in parameters)
 
 
 def _prefixed(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

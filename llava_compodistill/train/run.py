@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
     trainer.train(resume_from_checkpoint=start)
     trainer.save_state()
     trainer.save_model(args.output_dir)
+    checkpoint.report_leftovers(args.output_dir)
     return trainer
 
 

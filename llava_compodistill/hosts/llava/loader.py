@@ -7,13 +7,16 @@ folder, and what LLaVA's own loader would run is refused instead of being handed
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import transformers
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
@@ -187,7 +190,8 @@ def load_model(
 def _from_pretrained(cls: type, path: str, config: Any, new: tuple[str, ...] = (), **kwargs: Any) -> torch.nn.Module:
     """`from_pretrained` that insists on every weight but those of the `new` modules, where transformers would start
     from random ones and warn."""
-    model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    with _expecting_missing_weights() if new else contextlib.nullcontext():
+        model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     missing = sorted(name for name in info["missing_keys"] if not any(part in name for part in (*new, "vision_tower")))
     if missing:
         raise CheckpointError(
@@ -195,6 +199,23 @@ def _from_pretrained(cls: type, path: str, config: Any, new: tuple[str, ...] = (
             f"incomplete, or its config.json names another architecture (model_type {config.model_type})."
         )
     return model
+
+
+@contextlib.contextmanager
+def _expecting_missing_weights() -> Iterator[None]:
+    """Inside the context transformers does not warn of weights that are missing and nothing else: the adapter's, which
+    are loaded next. A report that also names unknown or unfitting weights is shown whole."""
+
+    def is_worth_showing(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "newly initialized" not in text or "UNEXPECTED" in text or "MISMATCH" in text
+
+    logger = logging.getLogger(transformers.modeling_utils.__name__)
+    logger.addFilter(is_worth_showing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_worth_showing)
 
 
 def _find_tower(config: Any, path: str, substitute: str | None) -> None:

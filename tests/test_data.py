@@ -7,6 +7,7 @@ import logging
 import pickle
 import re
 import shutil
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +113,17 @@ def test_samples_are_what_json_reads_whatever_their_form(tmp_path, monkeypatch, 
     assert [records[index] for index in (2, -1, 0)] == [expected[index] for index in (2, -1, 0)]
     with pytest.raises(IndexError):
         records[len(expected)]
+
+
+def test_samples_take_no_memory(tmp_path):
+    path = tmp_path / "long.json"
+    entry = {"conversations": [{"from": "human", "value": "x " * 5_000}, {"from": "gpt", "value": "y"}]}
+    path.write_text(json.dumps([entry] * 1_000))
+    tracemalloc.start()
+    records = Records(str(path), None, "error")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(records) == 1_000 and held < 200_000 < path.stat().st_size / 20
 
 
 def test_samples_stay_on_the_disk_and_a_changed_file_is_noticed(tmp_path):

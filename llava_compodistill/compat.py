@@ -272,15 +272,19 @@ def outside_zero3() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gathered(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Inside the context the parameters are whole, also under ZeRO-3."""
+def gathered(parameters: list[torch.nn.Parameter], modify: bool = False) -> Iterator[None]:
+    """Inside the context the parameters are whole, also under ZeRO-3, where all ranks have to enter it.
+
+    Args:
+        modify: keep what rank 0 writes into them.
+    """
     partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not partitioned:
         yield
         return
     from deepspeed import zero
 
-    with zero.GatheredParameters(partitioned):
+    with zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None):
         yield
 
 

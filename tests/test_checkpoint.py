@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from llava_compodistill.about import __version__
 from llava_compodistill.errors import CheckpointError
 from llava_compodistill.hosts.llava import register, registration
 from llava_compodistill.hosts.llava.host import import_llava
@@ -109,7 +110,8 @@ def test_a_checkpoint_answers_as_the_model_that_was_saved(world, teacher_path, t
     torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
     assert found_tokens == tokens
     assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id or kind == "adapter"
-    assert loaded.config.compodistill["stage"] == KINDS[kind]
+    template = {} if kind == "adapter" else {"template": "qwen_1_5"}
+    assert loaded.config.compodistill == {"stage": KINDS[kind], "version": __version__, **template}
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -153,6 +155,57 @@ def test_a_lora_that_continues_one_is_complete(world, teacher_path, trained, que
     torch.testing.assert_close(
         answer(loaded, question)[1], answer(llava_core(model), question)[1], atol=1e-5, rtol=1e-5
     )
+
+
+def test_a_lora_keeps_its_weights_in_fp32_on_the_way(world, trained, tmp_path):
+    """The base is held in bf16; what is trained is neither saved nor loaded in it."""
+    options = {"lora_enable": True, "lora_r": 4, "bf16": True}
+    _, folder = trained("qwen", "lora")
+    tiny.run(world, "sft", tmp_path / "next", model_name_or_path=folder, learning_rate=0, **options)
+    for read, name in ((torch.load, "non_lora_trainables.bin"), (load_file, "adapter_model.safetensors")):
+        before, after = read(folder / name), read(tmp_path / "next" / name)
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            if "teacher_adapter" in key:
+                continue
+            assert not torch.equal(value, value.bfloat16().float()), "nothing to lose"
+            assert after[key].dtype == torch.float32 and torch.equal(after[key], value), key
+
+
+@pytest.mark.parametrize("flag, kept", [("lora_r", 4), ("lora_alpha", 16), ("lora_dropout", 0.05)])
+def test_a_lora_is_not_continued_as_another_one(world, trained, tmp_path, flag, kept):
+    _, folder = trained("qwen", "lora")
+    options = {"model_name_or_path": folder, "lora_enable": True, "lora_r": 4, flag: 0.5 if "drop" in flag else 8}
+    message = rf"--{flag} {options[flag]}: the LoRA in .* has {'r' if flag == 'lora_r' else flag} {kept}"
+    with pytest.raises(CheckpointError, match=message):
+        tiny.run(world, "sft", tmp_path / "out", **options)
+
+
+def test_a_lora_goes_on_without_its_flags(world, trained, tmp_path, caplog):
+    _, folder = trained("qwen", "lora")
+    caplog.set_level(logging.INFO)
+    tiny.run(world, "sft", tmp_path / "out", model_name_or_path=folder, lora_enable=True)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+    assert "The LoRA keeps its r 4 (not --lora_r 64)" in caplog.text
+
+
+def test_nothing_frightens_without_cause(world, trained, tmp_path, caplog, recwarn):
+    """An adapter that is loaded next is not "newly initialized", and saving a LoRA asks nobody for the base's type."""
+    for kind, base in (("lora", None), ("adapter", str(world["qwen-student"]))):
+        load(trained("qwen", kind)[1], base)
+    tiny.run(world, "sft", tmp_path / "out", model_name_or_path=trained("qwen", "lora")[1], lora_enable=True)
+    printed = caplog.text + "".join(str(warning.message) for warning in recwarn)
+    for words in ("MISSING", "newly initialized", "to instantiate a model", "assume that the vocabulary"):
+        assert words not in printed
+
+
+def test_weights_that_no_model_has_are_still_reported(world, trained, tmp_path, caplog):
+    base = tmp_path / "base"
+    shutil.copytree(world["qwen-student"], base)
+    weights = load_file(base / "model.safetensors")
+    save_file({**weights, "model.layers.9.extra": torch.zeros(1)}, base / "model.safetensors", {"format": "pt"})
+    load(trained("qwen", "adapter")[1], str(base))
+    assert "model.layers.9.extra" in caplog.text
 
 
 def test_a_student_stands_alone(world, trained, question, tmp_path):
@@ -249,22 +302,6 @@ def test_resuming_refuses_a_folder_of_another_kind(trained):
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders of a killed run, and the disk
 # ---------------------------------------------------------------------------------------------------------------------
-def test_an_incomplete_checkpoint_is_named_and_passed_over(tmp_path, caplog):
-    assert checkpoint.last_complete(str(tmp_path / "none")) is None
-    for step in (5, 10, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    for name in ("checkpoint-final", "tmp-checkpoint-200", "checkpoint-7.bak"):  # not the trainer's
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").write_text("{}")
-    for step in (5, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert checkpoint.last_complete(str(tmp_path)) == str(tmp_path / "checkpoint-10")
-    assert "checkpoint-100 is incomplete" in caplog.text
-    for step in (5, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
-    assert checkpoint.last_complete(str(tmp_path)) is None
-
-
 def test_a_finished_run_that_is_started_again_trains_no_step(world, tmp_path):
     options = {"mm_projector_type": "mlp2x_gelu", "save_strategy": "steps", "save_steps": 2}
     first = tiny.run(world, "pt", tmp_path / "out", **options)
@@ -292,29 +329,68 @@ def test_a_full_disk_stops_before_training(world, monkeypatch, tmp_path, strateg
     assert not list(tmp_path.rglob("*.safetensors")) and asked[0].startswith(str(tmp_path))
 
 
-def test_the_space_needed_grows_with_what_is_kept(world, trained, monkeypatch, tmp_path):
+def space_needed(model, args, monkeypatch):
+    """The free space, in bytes, from which on the check passes."""
+    low, high = -1, 2**40
+    while high - low > 1:
+        middle = (low + high) // 2
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=middle: SimpleNamespace(free=free))
+        try:
+            checkpoint.check_disk_space(model, args)
+            high = middle
+        except OSError:
+            low = middle
+    return high
+
+
+def space_options(output, **changes):
+    values = {"stage": "dft", "save_strategy": "steps", "save_total_limit": 1, "save_only_model": False}
+    return SimpleNamespace(output_dir=str(output), **{**values, "deepspeed": None, **changes})
+
+
+def test_the_space_needed_grows_with_what_is_kept(trained, monkeypatch, tmp_path):
     model = trained("qwen", "full")[0]
-    needed = {}
-    for strategy, limit in (("no", None), ("steps", 1), ("steps", 3)):
-        args = SimpleNamespace(
-            stage="dft",
-            save_strategy=strategy,
-            save_total_limit=limit,
-            output_dir=str(tmp_path),
-            save_only_model=False,
-        )
-        low, high = 0, 2**40
-        while high - low > 1:  # the free space at which the error goes away
-            middle = (low + high) // 2
-            monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=middle: SimpleNamespace(free=free))
-            try:
-                checkpoint.check_disk_space(model, args)
-                high = middle
-            except OSError:
-                low = middle
-        needed[strategy, limit] = high
     weights = sum(p.numel() * 4 for n, p in model.named_parameters() if "vision_tower" not in n)
     trained_size = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    assert needed["no", None] == weights
-    assert needed["steps", 1] == weights + 2 * (weights + 2 * trained_size)
-    assert needed["steps", 3] == weights + 4 * (weights + 2 * trained_size)
+
+    def needed(**changes):
+        return space_needed(model, space_options(tmp_path, **changes), monkeypatch)
+
+    assert needed(save_strategy="no") == weights
+    assert needed() == weights + 2 * (weights + 2 * trained_size)
+    assert needed(save_total_limit=3) == weights + 4 * (weights + 2 * trained_size)
+    assert needed(save_only_model=True) == 3 * weights
+    assert needed(deepspeed="zero2.json") == weights + 2 * (weights + 3 * trained_size), "ZeRO's fp32 weights"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "lora"])
+def test_the_frozen_adapter_takes_space_too(trained, monkeypatch, tmp_path, kind):
+    model = trained("qwen", kind)[0]
+    adapter = llava_core(model).get_model().mm_projector
+    saved = {*adapter.parameters(), *(p for p in model.parameters() if p.requires_grad)}
+    options = space_options(tmp_path, stage=KINDS[kind], save_strategy="no")
+    assert space_needed(model, options, monkeypatch) == sum(p.numel() * 4 for p in saved)
+
+
+def test_what_a_killed_run_has_written_is_not_asked_for_again(trained, monkeypatch, tmp_path):
+    model = trained("qwen", "full")[0]
+    options = space_options(tmp_path)
+    weights = space_needed(model, space_options(tmp_path, save_strategy="no"), monkeypatch)
+    before = space_needed(model, options, monkeypatch)
+    each = (before - weights) // 2
+    for step, size in ((5, each), (10, 100)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_bytes(bytes(size))
+        # Room for the next checkpoint and the result is always asked for.
+        assert space_needed(model, options, monkeypatch) == weights + each
+
+
+def test_a_finished_run_names_what_it_leaves(world, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    options = {"mm_projector_type": "mlp2x_gelu", "save_strategy": "steps", "save_steps": 2}
+    tiny.run(world, "pt", tmp_path / "out", **options)
+    assert "checkpoint-2 (0.00 GiB, optimizer state included) stays beside it" in caplog.text
+    assert f"rm -r {tmp_path / 'out' / 'checkpoint-2'}" in caplog.text
+    caplog.clear()
+    tiny.run(world, "pt", tmp_path / "none", **{**options, "save_strategy": "no"})
+    assert "rm -r" not in caplog.text

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import pickle
+import re
 import shutil
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +16,9 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from llava_compodistill.errors import DataError
-from llava_compodistill.train.data import CheckedDataset, check_records, read_records
+from llava_compodistill.train import records as reading
+from llava_compodistill.train.data import CheckedDataset
+from llava_compodistill.train.records import Records
 
 HUMAN = {"from": "human", "value": "<image>\nWhat is this?"}
 GPT = {"from": "gpt", "value": "Red"}
@@ -36,7 +42,9 @@ def record(image="a.png", turns=(HUMAN, GPT), **more):
 
 
 def check(records, images, mode="error", check_images=True):
-    return check_records(records, "data.json", str(images), mode, check_images)
+    path = images.parent / "data.json"
+    path.write_text(json.dumps(records))
+    return list(Records(str(path), str(images), mode, check_images))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,20 +55,96 @@ def check(records, images, mode="error", check_images=True):
     [
         ('[\n{"id": 1,\n"conversations": [}\n]', r"bad\.json, line 3: not valid JSON"),
         ("", r"bad\.json, line 1: not valid JSON"),
+        ('[{"id": 1}', r"bad\.json, line 1: not valid JSON"),
+        ('[{"id": 1}\n{"id": 2}]', r"bad\.json, line 2: not valid JSON"),
+        ('[{"id": 1},\n]', r"bad\.json, line [12]: not valid JSON"),
+        ('[{"id": 1}]\n\n]', r"bad\.json, line 3: not valid JSON"),
+        ('\ufeff[{"id": 1}]', r"bad\.json, line 1: not valid JSON"),
         ('{"id": 1}', r"bad\.json: must hold a non-empty JSON list"),
         ("[]", r"bad\.json: must hold a non-empty JSON list"),
+        (" [ ] ", r"bad\.json: must hold a non-empty JSON list"),
+        ("[" * 100_000, r"bad\.json: a sample is nested too deeply"),
+        ('[{"id": ' + "1" * 5_000 + "}]", r"bad\.json: .*5000 digits"),
     ],
 )
-def test_a_file_that_is_no_list_of_samples(tmp_path, text, message):
+@pytest.mark.parametrize("chunk", [1, 1 << 22])
+def test_a_file_that_is_no_list_of_samples(tmp_path, monkeypatch, text, message, chunk):
+    monkeypatch.setattr(reading, "_CHUNK", chunk)
     path = tmp_path / "bad.json"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
-        read_records(str(path))
+        Records(str(path), None, "skip")
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "bad.json").write_bytes(b'[{"id": "\xff"}]')
+    with pytest.raises(DataError, match=r"bad\.json: not UTF-8 text"):
+        Records(str(tmp_path / "bad.json"), None, "error")
 
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(DataError, match=r"--data_path .*none\.json: there is no such file"):
-        read_records(str(tmp_path / "none.json"))
+        Records(str(tmp_path / "none.json"), None, "error")
+
+
+ODD = [
+    {
+        "id": 1,
+        "conversations": [{"from": "human", "value": "Größe? 日本 \U0001f600 \r\n x"}, {"from": "gpt", "value": "é"}],
+    },
+    {
+        "conversations": [{"value": "a  b\tc", "from": "human"}, {"from": "gpt", "value": "d"}],
+        "more": [1.5, {"x": None}],
+    },
+    {"id": None, "image": None, "conversations": [{"from": "human", "value": "["}, {"from": "gpt", "value": '"]}\\'}]},
+    {"id": "last", "conversations": [{"from": "human", "value": "]"}, {"from": "gpt", "value": "2"}]},
+]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 22])
+@pytest.mark.parametrize("form", [{}, {"ensure_ascii": False}, {"indent": 3, "ensure_ascii": False}], ids=str)
+def test_samples_are_what_json_reads_whatever_their_form(tmp_path, monkeypatch, chunk, form):
+    monkeypatch.setattr(reading, "_CHUNK", chunk)
+    path = tmp_path / "odd.json"
+    path.write_bytes(("\r\n " + json.dumps(ODD, **form).replace("\n", "\r\n") + "\n\n").encode())
+    records = Records(str(path), None, "error")
+    expected = [{k: v for k, v in entry.items() if (k, v) != ("image", None)} for entry in ODD]
+    assert len(records) == len(expected) and list(records) == expected
+    assert [records[index] for index in (2, -1, 0)] == [expected[index] for index in (2, -1, 0)]
+    with pytest.raises(IndexError):
+        records[len(expected)]
+
+
+def test_samples_take_no_memory(tmp_path):
+    path = tmp_path / "long.json"
+    entry = {"conversations": [{"from": "human", "value": "x " * 5_000}, {"from": "gpt", "value": "y"}]}
+    path.write_text(json.dumps([entry] * 1_000))
+    tracemalloc.start()
+    records = Records(str(path), None, "error")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(records) == 1_000 and held < 200_000 < path.stat().st_size / 20
+
+
+def test_samples_stay_on_the_disk_and_a_changed_file_is_noticed(tmp_path):
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(ODD))
+    records = Records(str(path), None, "error")
+    copy = pickle.loads(pickle.dumps(records))  # for a worker that is not forked
+    assert list(copy) == list(records)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(ODD[::-1]))
+    other.replace(path)
+    assert records[3]["id"] == "last", "a new file in its place does no harm"
+    with pytest.raises(DataError, match=r"odd\.json has been changed while it was in use"):
+        pickle.loads(pickle.dumps(records))[0]
+    path.write_text(json.dumps(ODD))
+    records = Records(str(path), None, "error")
+    path.write_text(json.dumps(ODD))
+    assert list(records) == list(Records(str(path), None, "error")), "written again, but not changed"
+    path.write_text(json.dumps(ODD[:1]))
+    with pytest.raises(DataError, match=r"odd\.json has been changed while it was in use"):
+        records[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,6 +166,7 @@ BAD = {
     "two markers": (record(turns=[HUMAN, GPT, HUMAN, GPT]), "2 <image> markers for one image"),
     "several images": (record(["a.png", "b.png"]), "image must be one file name"),
     "missing image": (record("none.png"), r"missing image: .*none\.png"),
+    "half a character": (record(turns=[HUMAN, {**GPT, "value": "\ud83d"}]), "a turn with half a character"),
 }
 
 
@@ -164,6 +249,57 @@ def test_skipping_an_unreadable_image_takes_the_next_sample_and_says_so(world, i
     nothing = dataset(world, images, tmp_path, [record("broken.png")], "skip")
     with pytest.raises(DataError, match="No sample of the data can be used"):
         nothing[0]
+
+
+@pytest.mark.parametrize(
+    "error", [SyntaxError("broken PNG file"), NotImplementedError(), RuntimeError("x"), TypeError(), KeyError("x")]
+)
+def test_whatever_the_decoder_raises_names_the_sample(world, images, tmp_path, monkeypatch, error):
+    data = dataset(world, images, tmp_path, [record("b.png"), record(id="the one")])
+    skipping = dataset(world, images, tmp_path, [record("b.png"), record(id="the one")], "skip")
+
+    def convert(image, *args, original=Image.Image.convert, **options):
+        if image.filename.endswith("a.png"):
+            raise error
+        return original(image, *args, **options)
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.convert", convert)
+    with pytest.raises(DataError, match=rf"sample 'the one' .*cannot be decoded \({type(error).__name__}"):
+        data[1]
+    assert skipping[1]["input_ids"].tolist() == data[0]["input_ids"].tolist()
+
+
+def test_a_decompression_bomb_is_a_bad_sample(world, images, tmp_path, monkeypatch):
+    data = dataset(world, images, tmp_path, [record(..., turns=[TEXT, GPT]), record(id="bomb")], "skip")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert data[1]["input_ids"].tolist() == data[0]["input_ids"].tolist()
+    data.data_args.bad_samples = "error"
+    with pytest.raises(DataError, match="'bomb'.*DecompressionBombError"):
+        data[1]
+
+
+def test_an_error_that_is_not_the_samples_is_not_passed_over(world, images, tmp_path, monkeypatch):
+    data = dataset(world, images, tmp_path, [record("b.png"), record()], "skip")
+    monkeypatch.setattr(data.data_args.image_processor, "preprocess", None)
+    with pytest.raises(TypeError, match="not callable"):
+        data[0]
+
+
+def test_lengths_are_llavas(world, images, tmp_path):
+    from llava_compodistill.hosts.llava.training import LazySupervisedDataset
+
+    more = [record(), record(..., turns=[TEXT, GPT]), record(None, turns=[TEXT, {**GPT, "value": "a  b\nc"}])]
+    data = dataset(world, images, tmp_path, more)
+    for name in ("lengths", "modality_lengths"):
+        assert getattr(data, name) == getattr(LazySupervisedDataset, name).fget(data)
+    assert len(set(data.modality_lengths)) == 3
+
+
+def test_reading_says_how_much_and_how_long(world, images, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="llava_compodistill")
+    dataset(world, images, tmp_path, [record(), record(..., turns=[TEXT, GPT])])
+    assert re.search(r"Reading the samples of .*data\.json \(0\.0 MiB\)", caplog.text)
+    assert re.search(r"2 samples, 1 with an image, checked in \d+\.\d s", caplog.text)
 
 
 def test_a_null_image_is_a_sample_of_text(world, images, tmp_path):
@@ -292,6 +428,14 @@ def test_too_few_teacher_layers_is_refused(stage):
         ({"version": "qwen"}, "'qwen' is no conversation template .*Known: .*qwen_1_5"),
         ({"mm_projector_type": "taf", "name": "sft"}, "--mm_projector_type taf without a teacher needs"),
         ({"name": "dpt", "lora_enable": True}, "--stage dpt trains the adapter alone: --lora_enable"),
+        (
+            {"name": "dpt", "mm_use_im_start_end": True},
+            "--mm_use_im_start_end True adds two tokens .* saves the adapter alone: .*would stay random",
+        ),
+        (
+            {"lora_enable": True, "mm_use_im_start_end": True},
+            "saves the adapter and LoRA weights: .*Leave the flag out",
+        ),
     ],
 )
 def test_flags_that_cannot_be(stage, changes, message):

@@ -230,3 +230,75 @@ def test_weights_without_biases_are_noticed(checkpoints, tmp_path):
     )
     with pytest.raises(CheckpointError, match="q_proj.bias"):
         load_model(str(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code in a checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+CODE = """
+import os
+os.mkdir(os.environ["PAYLOAD_FOLDER"])
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizer
+class Config(PretrainedConfig):
+    model_type = "llava_evil"
+class Model(PreTrainedModel):
+    config_class = Config
+class Tokenizer(PreTrainedTokenizer):
+    pass
+"""
+
+
+def evil(path, model_type, source):
+    """A folder whose config, model and tokenizer ask for code that makes a marker when it is imported."""
+    shutil.copytree(source, path)
+    config = json.loads((path / "config.json").read_text())
+    config["model_type"] = model_type
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}})
+    )
+    (path / "code.py").write_text(CODE)
+    return path
+
+
+@pytest.fixture
+def marker(tmp_path, monkeypatch):
+    """Where the code leaves its marker; whoever is asked for consent gives it."""
+    monkeypatch.setenv("PAYLOAD_FOLDER", str(tmp_path / "executed"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    return tmp_path / "executed"
+
+
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("name", ["prompt-tuned-7b", "llava-mpt-7b", "llava-lora", "plain"])
+@pytest.mark.parametrize("model_type", ["llava_evil", "evil", "llava_mpt", "qwen2", "llava_qwen2"])
+def test_a_folder_with_code_is_refused(checkpoints, world, marker, tmp_path, model_type, name, base):
+    path = evil(tmp_path / name, model_type, checkpoints["qwen2"])
+    with pytest.raises(CheckpointError, match="auto_map|is no LLaVA model"):
+        load(path, str(world["qwen-student"]) if base else None)
+    assert not marker.exists()
+
+
+def test_training_does_not_run_code_either(checkpoints, siglip, marker, tmp_path):
+    from llava_compodistill.hosts.llava.loader import read_tokenizer
+    from llava_compodistill.hosts.llava.vision_towers import is_siglip
+
+    path = str(evil(tmp_path / "teacher", "llava_evil", checkpoints["qwen2"]))
+    for read in (load_teacher, load_model, read_tokenizer):
+        with pytest.raises(CheckpointError, match="auto_map"):
+            read(path)
+    with pytest.raises(ValueError):
+        is_siglip(str(evil(tmp_path / "tower", "evil", siglip)))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["prompt-tuned-7b", "llava-like"])
+def test_a_name_that_makes_llavas_loader_trust_is_refused(world, tmp_path, name):
+    """ "mpt" in it: remote code; "llava": LlavaLlama whatever the type, and pickles beside a base model."""
+    calls = []
+    loader = dispatching_loader(lambda *args, **kwargs: calls.append(args))
+    (tmp_path / name).symlink_to(world["qwen-student"])
+    with pytest.raises(CheckpointError, match="Rename the folder|'qwen2' in its config.json is no LLaVA model"):
+        loader(str(tmp_path / name), None, name, device="cpu")
+    assert not calls

@@ -16,7 +16,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
 from llava.mm_utils import tokenizer_image_token  # noqa: E402
 
 from llava_compodistill.errors import SampleError  # noqa: E402
-from llava_compodistill.hosts.llava.templates import prepare_tokenizer, use_template  # noqa: E402
+from llava_compodistill.hosts.llava.templates import current_template, prepare_tokenizer, use_template  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,5 +195,32 @@ def test_a_tokenizer_with_nothing_to_pad_with_is_an_error(template):
     from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}))
-    with pytest.raises(ValueError, match="no token to pad with .* end token '</s>': set pad_token"):
+    with pytest.raises(ValueError, match="no special token to pad with .* end token '</s>': set pad_token"):
         prepare_tokenizer(PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>"), use_template("v1"))
+
+
+def test_padding_is_no_ordinary_entry_of_the_vocabulary(template):
+    """`<unk>` is one in Qwen's, and may stand in a text; under `plain` the end token is not to be had either."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1, "<pad>": 2, "<|endoftext|>": 3, "<|im_end|>": 4}))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = "<|endoftext|>"
+    out = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=special, pad_token=special, unk_token=special)
+    out.add_tokens(["<|im_end|>"], special_tokens=True)
+    prepare_tokenizer(out, use_template("plain"))
+    assert (out.eos_token, out.pad_token) == (special, "<|im_end|>")
+    assert out.pad_token_id not in out("a <unk> <pad>").input_ids
+
+
+@pytest.mark.parametrize("name", ["qwen_1_5", "qwen_base", "v1", "mistral_instruct", "llava_llama_2", "plain"])
+def test_the_template_in_use_is_known_by_a_name_that_finds_it(template, name):
+    used = use_template(name)
+    assert conversation.conv_templates[current_template()] is used
+    assert current_template() == name or name == "plain"
+
+
+def test_a_template_with_several_names_is_known_by_its_version(template):
+    use_template("qwen_2_5")
+    assert current_template() == "qwen_1_5"

@@ -30,6 +30,8 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
         CheckpointError, ValueError: naming the flag, the folder and the way out.
     """
     register()
+    from ..hosts.llava.loader import load_lora_weights
+
     model = _load_student(model_args, training_args)
     core = llava_core(model)
     core.config.use_cache = False
@@ -39,14 +41,13 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
     elif model_args.mm_projector_type == PROJECTOR_TYPE:
         _describe_taf(core.config, model_args, teacher)
     _initialize_vision(core, model_args, training_args)
-    if model_args.pretrain_mm_mlp_adapter:
-        _load_adapter(core, model_args.pretrain_mm_mlp_adapter)
-    elif not continued:
+    if not model_args.pretrain_mm_mlp_adapter and not continued:
         if isinstance(projector(core), TAFProjector):
             fetch_teacher_adapter(projector(core), projector(teacher))
         if training_args.stage not in ("pt", "dpt"):
             logger.warning("The adapter starts from random weights: --pretrain_mm_mlp_adapter names a trained one.")
-    if training_args.lora_enable and not _is_peft(model):
+    continues_lora = _is_peft(model)
+    if training_args.lora_enable and not continues_lora:
         model = _add_lora(model, training_args)
     set_trainable(
         model,
@@ -58,6 +59,10 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        if continues_lora:  # so far rounded to the precision of the frozen base
+            load_lora_weights(model, model_args.model_name_or_path)
+    if model_args.pretrain_mm_mlp_adapter:
+        _load_adapter(core, model_args.pretrain_mm_mlp_adapter)
     return model
 
 
@@ -91,6 +96,8 @@ def _load_student(model_args: Any, training_args: Any) -> nn.Module:
         )
     if kind == "lora" and not training_args.lora_enable:
         raise CheckpointError(f"--model_name_or_path {path} is a LoRA checkpoint: go on with --lora_enable True.")
+    if kind == "lora":
+        _keep_lora(path, training_args)
     options = compat.dtype_argument(student_dtype(training_args))
     if model_args.attn_implementation is not None:
         options["attn_implementation"] = model_args.attn_implementation
@@ -100,6 +107,31 @@ def _load_student(model_args: Any, training_args: Any) -> nn.Module:
         options["quantization_config"] = _quantization(training_args.bits == 4, compute_dtype(training_args))
         options["device_map"] = {"": training_args.device}
     return load_model(path, merge_lora=False, vision_tower=model_args.vision_tower, **options)
+
+
+def _keep_lora(path: str, training_args: Any) -> None:
+    """A LoRA goes on with the rank it has. A flag that asks for another one is refused, its default is not.
+
+    Raises:
+        CheckpointError: naming the flag and both values.
+    """
+    from ..errors import CheckpointError
+    from ..hosts.llava.loader import read_lora_config
+
+    config = read_lora_config(path)
+    for flag, key in _LORA_FLAGS.items():
+        kept, given = config.get(key), getattr(training_args, flag)
+        if kept is None or kept == given:
+            continue
+        if given != getattr(type(training_args), flag, None):
+            raise CheckpointError(
+                f"--{flag} {given}: the LoRA in {path} has {key} {kept}, and goes on as it is. Give --{flag} {kept}, "
+                "leave the flag out, or start a new LoRA from a full checkpoint."
+            )
+        logger.info("The LoRA keeps its %s %s (not --%s %s).", key, kept, flag, given)
+
+
+_LORA_FLAGS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_bias": "bias"}
 
 
 def compute_dtype(training_args: Any) -> torch.dtype:
@@ -121,7 +153,7 @@ def student_dtype(training_args: Any) -> torch.dtype:
 
 
 def _describe_taf(config: Any, model_args: Any, teacher: nn.Module | None) -> None:
-    from transformers import AutoConfig
+    from ..hosts.llava.loader import read_config
 
     if teacher is not None:
         entries = taf_config(teacher.config, model_args.taf_depth)
@@ -132,7 +164,7 @@ def _describe_taf(config: Any, model_args: Any, teacher: nn.Module | None) -> No
                 "--mm_projector_type taf without a teacher needs --pretrain_mm_mlp_adapter from a DPT folder, beside "
                 "its config.json; or give --teacher_model_path."
             )
-        source = AutoConfig.from_pretrained(folder)
+        source = read_config(folder)
         entries = {name: getattr(source, name, None) for name in taf_config(config_stub())}
     for name, value in entries.items():
         setattr(config, name, value)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import compat
 from ..hosts.llava.model import llava_core, projector
 from .taf import TAFProjector
 
@@ -33,17 +34,22 @@ def share_tower(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def has_adapter_of(student: nn.Module, teacher: nn.Module) -> bool:
-    """Whether the student's TAF adapter was fetched from this very teacher. Decided once for a pair."""
+    """Whether the student's TAF adapter was fetched from this very teacher. Decided once for a pair.
+
+    Under ZeRO-3 all ranks call it.
+    """
     adapter = projector(student)
     if not isinstance(adapter, TAFProjector):
         return False
     if getattr(adapter, "_fetched_from", None) != id(teacher):
-        mine, theirs = adapter.teacher_adapter.state_dict(), projector(teacher).state_dict()
+        theirs = projector(teacher).state_dict()
         adapter._fetched_from = id(teacher)
-        adapter._same_weights = mine.keys() == theirs.keys() and all(
-            mine[name].shape == value.shape and torch.equal(mine[name].to(value), value)
-            for name, value in theirs.items()
-        )
+        with compat.gathered(list(adapter.teacher_adapter.parameters())):
+            mine = adapter.teacher_adapter.state_dict()
+            adapter._same_weights = mine.keys() == theirs.keys() and all(
+                mine[name].shape == value.shape and torch.equal(mine[name].to(value), value)
+                for name, value in theirs.items()
+            )
     return adapter._same_weights
 
 

@@ -7,14 +7,12 @@ Every flag of `llava.train.train` keeps its name and meaning; the fields below a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from .. import compat
-from ..hosts.llava.host import import_llava_train
+from ..hosts.llava import training as llava_training
 from ..methods import find_method
 from ..pair.layers import parse_band
-
-_llava_train = import_llava_train()
 
 STAGES = ("pt", "dpt", "dft", "sft")
 #: Stages that train the adapter alone (method.md, "Three stages").
@@ -22,7 +20,7 @@ ADAPTER_STAGES = ("pt", "dpt")
 
 
 @dataclass
-class ModelArguments(_llava_train.ModelArguments):
+class ModelArguments(llava_training.ModelArguments):
     """LLaVA's model arguments, with the teacher and the TAF adapter (paper, Section 4.2)."""
 
     mm_use_im_patch_token: bool = field(default=False)
@@ -50,7 +48,7 @@ class ModelArguments(_llava_train.ModelArguments):
 
 
 @dataclass
-class DataArguments(_llava_train.DataArguments):
+class DataArguments(llava_training.DataArguments):
     """LLaVA's data arguments."""
 
     bad_samples: Literal["error", "skip"] = field(
@@ -65,7 +63,7 @@ class DataArguments(_llava_train.DataArguments):
 
 
 @dataclass
-class TrainingArguments(_llava_train.TrainingArguments):
+class TrainingArguments(llava_training.TrainingArguments):
     """LLaVA's training arguments, with the stage and the loss (paper, Sections 4.1 and 4.3)."""
 
     stage: Literal["pt", "dpt", "dft", "sft"] = field(
@@ -119,6 +117,12 @@ class TrainingArguments(_llava_train.TrainingArguments):
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Precision of the frozen teacher. auto: the student's compute precision."}
     )
+    resume_anyway: bool = field(
+        default=False,
+        metadata={"help": "Go on from a checkpoint in --output_dir although it was made with other settings."},
+    )
+    #: What `resume.describe` gives for this run; every checkpoint is saved with it. No flag.
+    made_with: ClassVar[dict[str, Any] | None] = None
     if not compat.HAS_WARMUP_RATIO:
         warmup_ratio: float = field(
             default=0.0, metadata={"help": "Share of the steps spent warming up (transformers 5 folds it into steps)."}
@@ -170,6 +174,13 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         raise ValueError(f"--taf_depth {model.taf_depth}: MLP_S has 1 or 2 linear layers.")
     if training.stage in ADAPTER_STAGES and training.lora_enable:
         raise ValueError(f"--stage {training.stage} trains the adapter alone: --lora_enable does not go with it.")
+    if model.mm_use_im_start_end and (training.stage in ADAPTER_STAGES or training.lora_enable):
+        what = "the adapter alone" if training.stage in ADAPTER_STAGES else "the adapter and LoRA weights"
+        raise ValueError(
+            f"--mm_use_im_start_end True adds two tokens to the language model, and this run trains and saves {what}: "
+            "their embeddings would stay random. Leave the flag out (a checkpoint that has the tokens keeps them), or "
+            "train the whole language model with --stage dft or sft and without --lora_enable."
+        )
     if training.shuffle_attention_targets and training.per_device_train_batch_size < 2:
         raise ValueError("--shuffle_attention_targets needs --per_device_train_batch_size of at least 2.")
     if not data.data_path:

@@ -4,6 +4,10 @@ pt, dpt        config.json + mm_projector.bin
 dft, sft full  a Hugging Face folder (safetensors)
 dft, sft LoRA  adapter_config.json + adapter_model.safetensors + non_lora_trainables.bin + config.json
 
+Beside them lie the tokenizer and compodistill_run.json, the settings that they were made with (see `resume`).
+config.json has an entry `compodistill`: the stage, the version of this package and, for dft and sft, the conversation
+template to evaluate with.
+
 LLaVA's own saver keeps trainable parameters only, so a frozen teacher adapter would be lost and its loader's
 strict=False would hide it; here the adapter is always saved whole.
 """
@@ -23,6 +27,7 @@ from torch import nn
 from .. import compat
 from ..about import __version__
 from ..hosts.llava.model import llava_core
+from .resume import write_description
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +59,8 @@ def save(
         from ..errors import CheckpointError
 
         raise CheckpointError('ZeRO-3 gathered no weights: set "stage3_gather_16bit_weights_on_model_save" to true.')
+    from ..hosts.llava.templates import current_template
+
     os.makedirs(output_dir, exist_ok=True)
     core = llava_core(model)
     adapter = adapter_weights(model) if adapter is None else adapter
@@ -61,12 +68,17 @@ def save(
     if modules:
         torch.save(modules, os.path.join(output_dir, MODULES_FILE))
     core.config.compodistill = {"stage": args.stage, "version": __version__}
+    if args.stage not in ("pt", "dpt"):
+        # An adapter is trained under `plain`, in which nothing can be asked: it would mislead an evaluation.
+        core.config.compodistill["template"] = current_template()
     if args.stage in ("pt", "dpt"):
         torch.save(_prefixed("model.", adapter), os.path.join(output_dir, ADAPTER_FILE))
     elif hasattr(model, "peft_config"):
         names = [n for n, p in model.named_parameters() if "lora_" in n or _trained_bias(n, p)]
         source = dict(model.named_parameters()) if state_dict is None else state_dict
-        model.save_pretrained(output_dir, state_dict={name: _copy(source[name]) for name in names})
+        weights = {name: _copy(source[name]) for name in names}
+        # Left to itself PEFT reads the base's config, to see whether the embedding has grown, and warns of its type.
+        model.save_pretrained(output_dir, state_dict=weights, save_embedding_layers=False)
         torch.save(_prefixed("base_model.model.model.", adapter), os.path.join(output_dir, LORA_EXTRA_FILE))
     else:
         weights = core.state_dict() if state_dict is None else state_dict
@@ -78,6 +90,8 @@ def save(
         tokenizer.save_pretrained(output_dir)
         compat.make_tokenizer_portable(output_dir, sentencepiece=getattr(tokenizer, "vocab_file", None))
     torch.save(args, os.path.join(output_dir, "training_args.bin"))
+    if getattr(args, "made_with", None) is not None:
+        write_description(output_dir, args.made_with, getattr(args, "save_only_model", False))
 
 
 #: Where the terms' own trained weights hang on a student, and the file that they are saved in.
@@ -118,7 +132,7 @@ def load_into(model: nn.Module, folder: str) -> None:
         CheckpointError: when the folder's kind or names do not fit the model.
     """
     from ..errors import CheckpointError
-    from ..hosts.llava.loader import checkpoint_kind, load_extra_weights, read_weights
+    from ..hosts.llava.loader import checkpoint_kind, load_extra_weights, load_lora_weights, read_weights
 
     kind = checkpoint_kind(folder)
     core = llava_core(model)
@@ -130,10 +144,7 @@ def load_into(model: nn.Module, folder: str) -> None:
     if kind == "adapter":
         load_extra_weights(core, os.path.join(folder, ADAPTER_FILE))
     elif kind == "lora":
-        from peft import set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, _read_folder(folder, "adapter_model"))
-        load_extra_weights(core, os.path.join(folder, LORA_EXTRA_FILE))
+        load_lora_weights(model, folder)
     else:
         _load_full(core, folder)
     attached = getattr(core, MODULES, None)
@@ -141,35 +152,28 @@ def load_into(model: nn.Module, folder: str) -> None:
         attached.load_state_dict(read_weights(os.path.join(folder, MODULES_FILE)))
 
 
-def last_complete(output_dir: str) -> str | None:
-    """The newest `checkpoint-N` that was written to its end, or None. Half-written ones are named and passed over."""
-    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
-    folders = [path for path, step in steps.items() if step.isdecimal()]
-    for folder in sorted(folders, key=lambda path: int(steps[path]), reverse=True):
-        if (folder / "trainer_state.json").is_file():  # the trainer writes it last
-            return str(folder)
-        logger.warning("%s is incomplete (killed while saving?) and is passed over.", folder)
-    return None
-
-
 def check_disk_space(model: nn.Module, args: Any) -> None:
-    """Stop before training when the checkpoints cannot fit on the disk.
+    """Stop before training when the checkpoints cannot fit on the disk, beside those that are there already.
 
     Raises:
         OSError: with the space needed, the space free, and the folder.
     """
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    core = llava_core(model)
     if args.stage in ("pt", "dpt") or hasattr(model, "peft_config"):
-        weights = trained + sum(
-            p.numel() * p.element_size() for p in llava_core(model).get_model().mm_projector.parameters()
-        )
+        frozen = [p for p in core.get_model().mm_projector.parameters() if not p.requires_grad]
+        weights = _size([p for p in model.parameters() if p.requires_grad] + frozen)
     else:
-        weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "vision_tower" not in n)
+        weights = _size([p for n, p in model.named_parameters() if "vision_tower" not in n])
     needed = weights
     if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
-        kept = (args.save_total_limit or 1) + 1  # a new checkpoint is written before an old one is deleted
-        optimizer = 2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-        needed += kept * (weights + (0 if getattr(args, "save_only_model", False) else optimizer))
+        # Adam's two moments; ZeRO writes the fp32 copy of the weights as well.
+        moments = 4 * (3 if getattr(args, "deepspeed", None) else 2)
+        optimizer = moments * sum(_count(p) for p in model.parameters() if p.requires_grad)
+        each = weights + (0 if getattr(args, "save_only_model", False) else optimizer)
+        limit = args.save_total_limit or 1
+        needed += (limit + 1) * each  # a new checkpoint is written before an old one is deleted
+        present = sum(folder_size(folder) for folder in Path(args.output_dir).glob("checkpoint-*"))
+        needed -= min(present, limit * each)
     folder = Path(args.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -179,6 +183,34 @@ def check_disk_space(model: nn.Module, args: Any) -> None:
             f"--output_dir {args.output_dir}: the checkpoints need about {needed / 2**30:.1f} GiB and "
             f"{free / 2**30:.1f} GiB are free. Free some space, lower --save_total_limit, or name another folder."
         )
+
+
+def report_leftovers(output_dir: str) -> None:
+    """At the end of training, name the checkpoints that were kept for resuming, and what deleting them means."""
+    folders = sorted(path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir())
+    if folders:
+        logger.info(
+            "The result is in %s. %s (%.2f GiB, optimizer state included) stays beside it, so that this command is "
+            "recognised as finished when it is run again; without it, it would train anew. To free the space: "
+            "rm -r %s",
+            output_dir,
+            ", ".join(path.name for path in folders),
+            sum(folder_size(path) for path in folders) / 2**30,
+            " ".join(str(path) for path in folders),
+        )
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _count(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves a partitioned one empty
+
+
+def _size(parameters: list[nn.Parameter]) -> int:
+    return sum(_count(parameter) * parameter.element_size() for parameter in parameters)
 
 
 def _prefixed(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -206,24 +238,16 @@ def _save_config(core: nn.Module, output_dir: str) -> None:
         core.config.use_cache = use_cache
 
 
-def _read_folder(folder: str, stem: str) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    from ..hosts.llava.loader import read_weights
-
-    path = os.path.join(folder, f"{stem}.safetensors")
-    return load_file(path) if os.path.isfile(path) else read_weights(os.path.join(folder, f"{stem}.bin"))
-
-
 def _load_full(core: nn.Module, folder: str) -> None:
     from ..errors import CheckpointError
+    from ..hosts.llava.loader import read_tensors
 
     shards = sorted(path for path in Path(folder).glob("model*.safetensors"))
     if not shards:
         shards = sorted(Path(folder).glob("pytorch_model*.bin"))
     weights: dict[str, torch.Tensor] = {}
     for shard in shards:
-        weights.update(_read_folder(folder, shard.stem))
+        weights.update(read_tensors(folder, shard.stem))
     names = set(core.state_dict())
     missing, unexpected = sorted(names - set(weights)), sorted(set(weights) - names)
     tied = set() if not core.config.tie_word_embeddings else {"lm_head.weight"}

@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 
-from ..hosts.base import IGNORE_INDEX
-from ..hosts.llava.host import import_llava
+from ..hosts.llava.training import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
-IMAGE_TOKEN_INDEX = import_llava("llava.constants").IMAGE_TOKEN_INDEX
 #: The key of a batch's facts beside its tensors.
 KEY = "facts"
 

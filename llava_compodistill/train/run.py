@@ -17,12 +17,12 @@ import transformers
 from .. import compat
 from ..errors import CheckpointError
 from ..hosts.llava import register
-from ..hosts.llava.loader import add_image_tokens, checkpoint_kind
+from ..hosts.llava.loader import add_image_tokens, checkpoint_kind, read_tokenizer
 from ..hosts.llava.model import llava_core
 from ..hosts.llava.templates import prepare_tokenizer, use_template
 from ..pair.student import build_student, compute_dtype
 from ..pair.teacher import load_teacher
-from . import checkpoint
+from . import checkpoint, resume
 from .arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
 from .data import make_data_module
 from .trainer import CompoDistillTrainer
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
     model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
     _set_up_logging(args)
     check_arguments(model_args, data_args, args)
+    args.made_with = resume.describe(model_args, data_args, args)
+    start = resume.checkpoint_to_resume(args.output_dir, args.made_with, args.resume_anyway)
     register(train=True)
     transformers.set_seed(args.seed)
 
@@ -65,9 +67,10 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
 
     trainer = CompoDistillTrainer(model=student, teacher=teacher, args=args, tokenizer=tokenizer, **data_module)
     report(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint.last_complete(args.output_dir))
+    trainer.train(resume_from_checkpoint=start)
     trainer.save_state()
     trainer.save_model(args.output_dir)
+    checkpoint.report_leftovers(args.output_dir)
     return trainer
 
 
@@ -79,12 +82,8 @@ def load_tokenizer(model_args: ModelArguments, args: TrainingArguments, template
             f"--model_name_or_path {path} holds an adapter only: name the language model there, and the adapter with "
             f"--pretrain_mm_mlp_adapter {os.path.join(path, 'mm_projector.bin')}."
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        path,
-        cache_dir=args.cache_dir,
-        model_max_length=args.model_max_length,
-        padding_side="right",
-        use_fast=False,
+    tokenizer = read_tokenizer(
+        path, cache_dir=args.cache_dir, model_max_length=args.model_max_length, padding_side="right"
     )
     prepare_tokenizer(tokenizer, template)
     return tokenizer
@@ -126,7 +125,7 @@ def check_same_tokenizer(tokenizer: Any, model_args: ModelArguments) -> None:
     names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
     own = not os.path.isdir(path) or any(os.path.isfile(os.path.join(path, name)) for name in names)
     source = path if own else model_args.teacher_model_base
-    teacher = transformers.AutoTokenizer.from_pretrained(source, use_fast=False)
+    teacher = read_tokenizer(source)
     ours, theirs = tokenizer.get_vocab(), teacher.get_vocab()
     different = [token for token in ours if theirs.get(token) != ours[token]]
     if different:

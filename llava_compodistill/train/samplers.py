@@ -8,9 +8,7 @@ import torch
 import transformers
 from torch.utils.data import Sampler
 
-from ..hosts.llava.host import import_llava
-
-_LengthGroupedSampler = import_llava("llava.train.llava_trainer").LengthGroupedSampler
+from ..hosts.llava.training import LengthGroupedSampler
 
 
 class SeededRandomSampler(Sampler):
@@ -33,7 +31,7 @@ class SeededRandomSampler(Sampler):
         )
 
 
-class SeededLengthGroupedSampler(_LengthGroupedSampler):
+class SeededLengthGroupedSampler(LengthGroupedSampler):
     """LLaVA's grouping by modality and length, drawn from the seed and the epoch instead of the global state, so that
     a resumed run sees the order of an unbroken one."""
 

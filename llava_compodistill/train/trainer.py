@@ -18,8 +18,8 @@ from torch import nn
 from transformers.trainer_utils import TrainOutput
 
 from .. import compat
-from ..hosts.llava.host import import_llava
 from ..hosts.llava.model import count_visual_tokens, llava_core
+from ..hosts.llava.training import LLaVATrainer
 from ..methods import Sums, find_method
 from ..methods.base import COUNTS
 from ..pair.student import compute_dtype
@@ -31,12 +31,10 @@ from .objective import Objective
 from .samplers import SeededLengthGroupedSampler, SeededRandomSampler, TellEpoch
 from .terms_log import TermsLog
 
-_llava_trainer = import_llava("llava.train.llava_trainer")
-
 logger = logging.getLogger(__name__)
 
 
-class CompoDistillTrainer(_llava_trainer.LLaVATrainer):
+class CompoDistillTrainer(LLaVATrainer):
     """Trains a student in one of the stages pt, dpt, dft, sft by the method that `args.method` names.
 
     Args:

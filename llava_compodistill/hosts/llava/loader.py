@@ -1,24 +1,33 @@
 """Loading LLaVA checkpoints by what their config says, on any device and in any precision.
 
 LLaVA's `load_pretrained_model` decides by the last folder's name, shrinks padded vocabularies and is bound to fp16 on
-CUDA. This one takes its place for the model types in `language_models`; anything else goes to the original.
+CUDA. This one takes its place for the model types in `language_models`. Nothing here runs code from a checkpoint's
+folder, and what LLaVA's own loader would run is refused instead of being handed over to it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import transformers
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from ... import compat
 from ...errors import CheckpointError
 from .language_models import MODEL_CLASSES, model_class
+from .model import llava_core
+
+ADAPTER_FILE = "mm_projector.bin"
+LORA_EXTRA_FILE = "non_lora_trainables.bin"
 
 
 def checkpoint_kind(path: str) -> str:
@@ -36,11 +45,54 @@ def checkpoint_kind(path: str) -> str:
         return "lora"
     weights = any(name.endswith((".safetensors", ".index.json")) or name.startswith("pytorch_model") for name in names)
     if not weights:
-        if "mm_projector.bin" in names:
+        if ADAPTER_FILE in names:
             return "adapter"
         raise CheckpointError(f"{path} has a config.json but no weights: training may have stopped before saving.")
     with open(os.path.join(path, "config.json")) as file:
         return "full" if json.load(file).get("model_type", "").startswith("llava") else "base"
+
+
+def read_config(path: str) -> Any:
+    """The config of a checkpoint (folder or hub name), read without running code that its `auto_map` names.
+
+    Raises:
+        CheckpointError: for an architecture that the installed transformers and the plugin do not have.
+        OSError: when there is no config.json, or it is no JSON.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: transformers and LLaVA have no model of the type in its config.json, and code that comes with a "
+            f"checkpoint (auto_map) is never run here. ({error})"
+        ) from error
+
+
+def read_tokenizer(path: str, **options: Any) -> Any:
+    """The slow tokenizer of a checkpoint (folder or hub name), as LLaVA loads it, without running code from there.
+
+    Raises:
+        CheckpointError: when the tokenizer is code in the folder.
+        OSError, ValueError: as transformers says when its files are missing or damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, use_fast=False, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{path}: its tokenizer_config.json names code in the folder (auto_map), which is never run here. Save "
+            "the tokenizer as one of transformers' own classes."
+        ) from error
+
+
+def read_lora_config(path: str) -> dict[str, Any]:
+    """adapter_config.json of a LoRA checkpoint.
+
+    Raises:
+        CheckpointError: when it is missing or no JSON object.
+    """
+    return _read_json(os.path.join(path, "adapter_config.json"))
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:
@@ -50,8 +102,28 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def read_tensors(folder: str, stem: str) -> dict[str, torch.Tensor]:
+    """Read STEM.safetensors of a folder, or STEM.bin where there is none."""
+    path = os.path.join(folder, f"{stem}.safetensors")
+    return load_file(path) if os.path.isfile(path) else read_weights(os.path.join(folder, f"{stem}.bin"))
+
+
+def load_lora_weights(model: torch.nn.Module, folder: str) -> None:
+    """Load the LoRA and adapter weights of a LoRA checkpoint into a PeftModel, in the precision it holds them in.
+
+    Raises:
+        CheckpointError: when the adapter does not fit.
+    """
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, read_tensors(folder, "adapter_model"))
+    load_extra_weights(llava_core(model), os.path.join(folder, LORA_EXTRA_FILE))
+
+
 def load_extra_weights(model: torch.nn.Module, path: str) -> None:
     """Load the weights beside the language model's (the adapter) and insist that all of them found their place.
+
+    Under ZeRO-3 all ranks call it: `from_pretrained` has partitioned the adapter with the rest.
 
     Raises:
         CheckpointError: when the file's names and the model's do not agree, which LLaVA's strict=False would hide.
@@ -66,8 +138,10 @@ def load_extra_weights(model: torch.nn.Module, path: str) -> None:
             f"{path} does not fit the model in config.json: "
             + "; ".join(f"{what} {found[:3]}" for what, found in (("unknown", unknown), ("missing", missing)) if found)
         )
+    parameters = [parameter for name, parameter in model.named_parameters() if name in names]
     try:
-        model.load_state_dict(names, strict=False)
+        with compat.gathered(parameters, modify=True):
+            model.load_state_dict(names, strict=False)
     except RuntimeError as error:  # shapes
         raise CheckpointError(f"{path} does not fit the model in config.json: {error}") from error
 
@@ -85,7 +159,7 @@ def load_model(
         **kwargs: for `from_pretrained`.
     """
     kind = checkpoint_kind(path) if os.path.isdir(path) else "full"
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     cls = model_class(config.model_type)
     _find_tower(config, path, vision_tower)
     if kind in ("full", "base"):
@@ -95,15 +169,14 @@ def load_model(
             config = cls.config_class(**values)
         return _from_pretrained(cls, path, config, **kwargs)
     if kind == "lora" and base is None:
-        with open(os.path.join(path, "adapter_config.json")) as file:
-            base = json.load(file).get("base_model_name_or_path")
+        base = read_lora_config(path).get("base_model_name_or_path")
     if base is None:
         raise CheckpointError(
             f"{path} holds {'a LoRA' if kind == 'lora' else 'an adapter'} only: name its language model "
             "(--model-base)."
         )
     model = _from_pretrained(cls, base, config, new=("mm_projector", "image_newline"), **kwargs)
-    extra = "non_lora_trainables.bin" if kind == "lora" else "mm_projector.bin"
+    extra = LORA_EXTRA_FILE if kind == "lora" else ADAPTER_FILE
     load_extra_weights(model, os.path.join(path, extra))
     if kind == "lora":
         from peft import PeftModel
@@ -117,7 +190,8 @@ def load_model(
 def _from_pretrained(cls: type, path: str, config: Any, new: tuple[str, ...] = (), **kwargs: Any) -> torch.nn.Module:
     """`from_pretrained` that insists on every weight but those of the `new` modules, where transformers would start
     from random ones and warn."""
-    model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    with _expecting_missing_weights() if new else contextlib.nullcontext():
+        model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     missing = sorted(name for name in info["missing_keys"] if not any(part in name for part in (*new, "vision_tower")))
     if missing:
         raise CheckpointError(
@@ -125,6 +199,23 @@ def _from_pretrained(cls: type, path: str, config: Any, new: tuple[str, ...] = (
             f"incomplete, or its config.json names another architecture (model_type {config.model_type})."
         )
     return model
+
+
+@contextlib.contextmanager
+def _expecting_missing_weights() -> Iterator[None]:
+    """Inside the context transformers does not warn of weights that are missing and nothing else: the adapter's, which
+    are loaded next. A report that also names unknown or unfitting weights is shown whole."""
+
+    def is_worth_showing(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "newly initialized" not in text or "UNEXPECTED" in text or "MISMATCH" in text
+
+    logger = logging.getLogger(transformers.modeling_utils.__name__)
+    logger.addFilter(is_worth_showing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_worth_showing)
 
 
 def _find_tower(config: Any, path: str, substitute: str | None) -> None:
@@ -155,9 +246,9 @@ def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:
         use_flash_attn=False,
         **kwargs,
     ):
-        config = _read_config(model_path)
-        known = {f"llava_{name}" for name in MODEL_CLASSES} | {"llava"}
-        if config is None or config.model_type not in known:
+        kind = _model_type(model_path)
+        if kind not in {f"llava_{name}" for name in MODEL_CLASSES} | {"llava"}:
+            _check_for_llava(model_path, model_base, model_name, kind)
             return original(
                 model_path,
                 model_base,
@@ -189,7 +280,7 @@ def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:
             model.to(device)
         has_tokenizer = any(os.path.isfile(os.path.join(model_path, name)) for name in _TOKENIZER_FILES)
         source = model_path if has_tokenizer or model_base is None else model_base
-        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
+        tokenizer = read_tokenizer(source)
         add_image_tokens(model, tokenizer)
         suppress_padded_vocabulary(model, tokenizer)
         tower = model.get_vision_tower()
@@ -223,11 +314,52 @@ def suppress_padded_vocabulary(model: torch.nn.Module, tokenizer: Any) -> None:
         model.generation_config.suppress_tokens = padded
 
 
-def _read_config(path: str) -> Any:
+def _model_type(path: str) -> str:
+    """`model_type` of a checkpoint; of a folder it is read as text, since transformers may not know the type."""
+    if not os.path.isdir(path):
+        return read_config(path).model_type
+    return str(_read_json(os.path.join(path, "config.json")).get("model_type", ""))
+
+
+def _read_json(path: str) -> dict[str, Any]:
     try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError):
-        return None  # MPT's remote code and the like: LLaVA's own loader says what is wrong
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): it is not a finished checkpoint.") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object.")
+    return content
+
+
+def _check_for_llava(path: str, base: str | None, name: str, model_type: str) -> None:
+    """Refuse what LLaVA's own loader would run code for. That loader goes by the name: with "mpt" in it, it trusts
+    remote code; with "llava" and a base model it unpickles `.bin` files.
+
+    Raises:
+        CheckpointError: naming the folder and the reason.
+    """
+    for folder in (path, base):
+        for file in ("config.json", "tokenizer_config.json"):
+            there = folder is not None and os.path.isfile(os.path.join(folder, file))
+            if there and "auto_map" in _read_json(os.path.join(folder, file)):
+                raise CheckpointError(
+                    f"{os.path.join(folder, file)} names code in the folder (auto_map), which is never run here "
+                    f"(model_type {model_type!r})."
+                )
+    name = name.lower()
+    if model_type == "llava_mpt" and "llava" in name and base is None:
+        return
+    if "llava" in model_type or "llava" in name:
+        known = ", ".join(sorted(f"llava_{known}" for known in MODEL_CLASSES))
+        raise CheckpointError(f"{path}: model_type {model_type!r} in its config.json is no LLaVA model ({known}).")
+    if "mpt" in name:
+        raise CheckpointError(
+            f'{path}: by the letters "mpt" in its name LLaVA\'s own loader takes it for MPT, and would run code that '
+            "comes with it. Rename the folder."
+        )
 
 
 def _quantization(four_bit: bool, dtype: torch.dtype) -> Any:

@@ -60,7 +60,8 @@ TEMPLATES = {
     "qwen_qa": QWEN_QA,
 }
 
-#: Tokens that never occur in a conversation, from which a padding token may be taken.
+#: Tokens from which a padding token may be taken, where the tokenizer has them as special tokens: a text cannot
+#: contain those, while an ordinary entry of the vocabulary, as `<unk>` is in Qwen's, may occur in a conversation.
 _SPARE_TOKENS = ("<|endoftext|>", "<pad>", "[PAD]", "<|fim_pad|>", "<unk>", "<|im_end|>")
 
 
@@ -178,15 +179,22 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Any) -> None
     for token in candidates:
         if token is None or token == tokenizer.eos_token:
             continue
-        index = tokenizer.convert_tokens_to_ids(token)
-        if index is None or (index == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        if not _is_special(tokenizer, token):
             continue
         tokenizer.pad_token = token
         return
     raise ValueError(
-        f"{type(tokenizer).__name__} of {tokenizer.name_or_path} has no token to pad with that differs from its end "
-        f"token {tokenizer.eos_token!r}: set pad_token in its tokenizer_config.json."
+        f"{type(tokenizer).__name__} of {tokenizer.name_or_path} has no special token to pad with that differs from "
+        f"its end token {tokenizer.eos_token!r}: set pad_token in its tokenizer_config.json."
     )
+
+
+def _is_special(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    index = tokenizer.convert_tokens_to_ids(token)
+    if index is None or (index == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        return False
+    added = tokenizer.added_tokens_decoder.get(index)
+    return token in tokenizer.all_special_tokens if added is None else added.special
 
 
 def use_template(version: str) -> Any:
@@ -200,3 +208,11 @@ def use_template(version: str) -> Any:
         raise TemplateError(f"{version!r} is no conversation template (--version, --conv-mode). Known: {known}.")
     conversation_lib.default_conversation = conversation_lib.conv_templates[version]
     return conversation_lib.default_conversation
+
+
+def current_template() -> str:
+    """The name under which LLaVA's default template, with which data are tokenized now, can be asked for again."""
+    current = conversation_lib.default_conversation
+    names = [name for name, template in conversation_lib.conv_templates.items() if template is current]
+    # Templates with two names have the better one as their version; but the version of some is another's name.
+    return current.version if current.version in names or not names else names[0]

@@ -97,5 +97,6 @@ def tower_name(config: Any) -> str | None:
 def is_siglip(name: str) -> bool:
     """Whether a tower is SigLIP: by the config of a local folder, else by its name on the hub."""
     if os.path.isdir(name):
-        return AutoConfig.from_pretrained(name).model_type in ("siglip", "siglip_vision_model")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return config.model_type in ("siglip", "siglip_vision_model")
     return "siglip" in name.lower()

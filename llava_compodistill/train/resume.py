@@ -1,0 +1,237 @@
+"""Going on with a run that was killed: which checkpoint is whole, and whether it comes from the same command.
+
+Every checkpoint holds `compodistill_run.json`, the settings that its weights depend on. A command with other settings
+is refused in a folder that has a checkpoint, also where the run there is finished and nothing would be trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import logging
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "compodistill_run.json"
+
+#: Flags of LLaVA and of this package that do not change what is learned: where things lie, how they are computed,
+#: what is logged, and what happens to samples that cannot be read. All others count.
+WITHOUT_EFFECT = {
+    "attention_map_impl",
+    "attn_implementation",
+    "bad_samples",
+    "cache_dir",
+    "check_images",
+    "evaluation_strategy",
+    "image_folder",
+    "is_multimodal",
+    "lazy_preprocess",
+    "measure_attention",
+    "mpt_attn_impl",
+    "remove_unused_columns",
+    "resume_anyway",
+}
+#: The flags of transformers that do.
+OF_TRANSFORMERS = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "data_seed",
+    "dataloader_drop_last",
+    "fp16",
+    "group_by_length",
+    "label_smoothing_factor",
+    "learning_rate",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "max_steps",
+    "neftune_noise_alpha",
+    "num_train_epochs",
+    "optim_args",
+    "seed",
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+)
+#: Flags whose value may be a path, written in more than one way.
+_PATHS = {
+    "data_path",
+    "model_name_or_path",
+    "pretrain_mm_mlp_adapter",
+    "teacher_model_base",
+    "teacher_model_path",
+    "vision_tower",
+}
+
+
+def describe(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
+    """What a run's weights depend on: flags by name, the samples of an optimizer step, and the size of the data.
+
+    The number of processes counts by way of `global_batch` alone.
+    """
+    values: dict[str, Any] = {}
+    for group in (model_args, data_args, args):
+        values |= {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    ordinary = {field.name for field in dataclasses.fields(transformers.TrainingArguments)} - {"optim"}
+    kept = {
+        name: _plain(name, value)
+        for name, value in values.items()
+        if name not in WITHOUT_EFFECT and (name not in ordinary or name in OF_TRANSFORMERS)
+    }
+    kept["deepspeed"] = bool(args.deepspeed)
+    kept["global_batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if os.path.isfile(data_args.data_path):
+        kept["data_bytes"] = os.path.getsize(data_args.data_path)
+    return json.loads(json.dumps(kept))
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name in _PATHS and value is not None and os.path.exists(value):
+        return os.path.realpath(value)
+    if isinstance(value, enum.Enum):
+        value = value.value
+    return value if isinstance(value, (str, int, float, list, dict, type(None))) else str(value)
+
+
+def write_description(folder: str | os.PathLike, run: dict[str, Any], save_only_model: bool) -> None:
+    """Leave the settings of a run beside its weights."""
+    content = {"settings": run, "save_only_model": save_only_model, "transformers": transformers.__version__}
+    text = json.dumps(content, indent=2, sort_keys=True)
+    (Path(folder) / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def checkpoint_to_resume(output_dir: str, run: dict[str, Any], anyway: bool = False) -> str | None:
+    """The checkpoint that a run goes on from: the newest whole one in its folder, None where there is none.
+
+    Args:
+        run: what `describe` gives for the command at hand.
+        anyway: go on in spite of different settings.
+
+    Raises:
+        CheckpointError: naming each setting that was different when the checkpoint was made.
+    """
+    folder = last_complete(output_dir)
+    if folder is None:
+        return None
+    if not os.path.isfile(os.path.join(folder, RUN_FILE)):
+        logger.warning(
+            "%s was saved by an earlier release: whether it was made with this command's settings cannot be checked.",
+            folder,
+        )
+        return folder
+    made_with = _read_json(Path(folder) / RUN_FILE)["settings"]
+    apart = [name for name in sorted(run) if name in made_with and made_with[name] != run[name]]
+    if not apart:
+        return folder
+    lines = "\n".join(f"  {name}: {made_with[name]!r} there, {run[name]!r} in this command" for name in apart)
+    if not anyway:
+        raise CheckpointError(
+            f"{folder} was made with other settings:\n{lines}\nGive the settings of the checkpoint to go on with that "
+            "run, name another --output_dir for a new one, or go on in spite of the difference with "
+            "--resume_anyway True."
+        )
+    logger.warning("%s was made with other settings (--resume_anyway):\n%s", folder, lines)
+    return folder
+
+
+def last_complete(output_dir: str) -> str | None:
+    """The newest `checkpoint-N` that is whole, or None. The others are named with their damage and passed over."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
+    folders = [path for path, step in steps.items() if step.isdecimal()]
+    for folder in sorted(folders, key=lambda path: int(steps[path]), reverse=True):
+        problem = damage(folder)
+        if problem is None:
+            return str(folder)
+        logger.warning("%s is incomplete (killed while saving?) and is passed over: %s.", folder, problem)
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What keeps a checkpoint from being resumed: a missing, torn or unreadable file; None when it is whole.
+
+    Weights are not read: the formats tell by their ends whether they were written to the end.
+    """
+    try:
+        state = _read_json(folder / "trainer_state.json")  # the trainer writes it last
+        if not isinstance(state.get("global_step"), int):
+            return "trainer_state.json has no global_step"
+        _read_json(folder / "config.json")
+        with_optimizer = False
+        if (folder / RUN_FILE).is_file():
+            run = _read_json(folder / RUN_FILE)
+            if not isinstance(run.get("settings"), dict):
+                return f"{RUN_FILE} has no settings"
+            with_optimizer = not run.get("save_only_model") and state["global_step"] < state.get("max_steps", 0)
+        for path in _weight_files(folder):
+            _check_file(path)
+        if with_optimizer and not any(folder.glob("global_step*")):  # DeepSpeed's, which hold all of it
+            if not any(folder.glob("optimizer*")):
+                return "optimizer.pt is missing"
+            _check_file(folder / "scheduler.pt")
+        for path in [*folder.rglob("*.pt"), *folder.glob("*.pth")]:
+            _check_file(path)
+    except _Damaged as problem:
+        return str(problem)
+    return None
+
+
+class _Damaged(Exception):
+    """A file of a checkpoint is missing or torn; the text names it."""
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / "adapter_config.json").exists():
+        _read_json(folder / "adapter_config.json")
+        tensors = folder / "adapter_model.bin"  # of older releases of PEFT
+        if not tensors.exists():
+            tensors = folder / "adapter_model.safetensors"
+        return [tensors, folder / "non_lora_trainables.bin"]
+    if (folder / "mm_projector.bin").exists():
+        return [folder / "mm_projector.bin"]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / f"{name}.index.json").exists():
+            shards = _read_json(folder / f"{name}.index.json").get("weight_map")
+            if not isinstance(shards, dict):
+                raise _Damaged(f"{name}.index.json has no weight_map")
+            return sorted({folder / str(shard) for shard in shards.values()})
+        if (folder / name).exists():
+            return [folder / name]
+    raise _Damaged("there are no weights")
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):  # compares the header with the file's size
+                pass
+        else:
+            with zipfile.ZipFile(path):  # a torch file; its table of contents stands at the end
+                pass
+    except FileNotFoundError:
+        raise _Damaged(f"{path.name} is missing") from None
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        raise _Damaged(f"{path.name} is damaged ({error})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _Damaged(f"{path.name} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _Damaged(f"{path.name} is damaged ({error})") from None
+    if not isinstance(content, dict):
+        raise _Damaged(f"{path.name} is damaged (no JSON object)")
+    return content

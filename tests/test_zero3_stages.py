@@ -1,0 +1,52 @@
+"""Stages that go on from a checkpoint under ZeRO-3, where `from_pretrained` has partitioned every weight already."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import accelerate
+import pytest
+import tiny
+import torch
+from checks import PLAIN, assert_same_log, assert_same_weights
+from packaging.version import Version
+from safetensors.torch import load_file
+from test_distributed import launch, parallel_flags, zero_config
+
+pytestmark = [
+    pytest.mark.invariant,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+]
+
+ENTRY = """
+import deepspeed, runpy
+deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)  # compiled on first use, not needed
+deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+runpy.run_module("llava_compodistill.train", run_name="__main__")
+"""
+
+
+def test_a_stage_goes_on_from_a_lora_checkpoint(dft, world, dpt_path, teacher_path, mixed, tmp_path):
+    """The adapter takes the checkpoint's weights, and its frozen part is known as the teacher's."""
+    lora = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0, "teacher_model_path": teacher_path}
+    lora |= {"mm_projector_type": "taf", "pretrain_mm_mlp_adapter": dpt_path / "mm_projector.bin"}
+    dft("first", learning_rate=1e-2, **lora)
+    lora |= {"model_name_or_path": tmp_path / "first", "pretrain_mm_mlp_adapter": None, "max_steps": 2, **PLAIN}
+    _, expected = dft("one", **lora)
+    # Told to use the CPU, accelerate before 1.0 forgets DeepSpeed; newer ones stay with one process unless told.
+    modern = Version(accelerate.__version__) >= Version("1.0")
+    device = {"ddp_backend": "gloo"} if modern else {"use_cpu": None}
+    (tmp_path / "entry.py").write_text(ENTRY)
+    flags = parallel_flags(
+        world, teacher_path, mixed, tmp_path / "two", deepspeed=zero_config(tmp_path, 3), **device,
+        **{**lora, "per_device_train_batch_size": 1},
+    )  # fmt: skip
+    printed = launch(flags, entry=[str(tmp_path / "entry.py")], DS_ACCELERATOR="cpu")
+    assert "the encoder and teacher adapter run once a batch for both models" in printed
+    assert "is not this teacher's" not in printed
+    assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-4)
+    one, two = (torch.load(tmp_path / name / "non_lora_trainables.bin") for name in ("one", "two"))
+    assert_same_weights(two, one, 1e-4)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert_same_weights(two, one, 1e-4)

@@ -14,6 +14,8 @@ from llava_compodistill.about import __version__
 
 STORED = Path(__file__).resolve().parent / "weights"
 FOLDERS = ("tokenizer", "siglip", "qwen-student", "llava-teacher")
+#: Files that a run leaves beside a model. A stored evaluation would pass for that of every later run's teacher.
+OF_A_RUN = ("trainer_state.", "evaluation-")
 
 
 def have_stored_weights() -> bool:
@@ -49,7 +51,7 @@ def store(models: Path, manifest: dict, out: Path = STORED) -> None:
             if path.suffix == ".safetensors":
                 weights = {key: value.half().contiguous() for key, value in load_file(path).items()}
                 save_file(weights, target / path.name, metadata={"format": "pt"})
-            elif path.suffix in (".json", ".txt") and path.name != "trainer_state.json":
+            elif path.suffix in (".json", ".txt") and not path.name.startswith(OF_A_RUN):
                 shutil.copy(path, target / path.name)
     # The world's own tokenizer files, which both generations of transformers read, instead of one version's dialect.
     for path in (models / "tokenizer").iterdir():

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from llava_compodistill.eval.formats import LOADERS
 from PIL import Image
 from safetensors.torch import save_file
 
 from llava_compodistill.errors import DataError, RecordsError
 from llava_compodistill.eval import formats
-from llava_compodistill.eval.formats import LOADERS
 from llava_compodistill.eval.hub import fetch
 from llava_compodistill.eval.records import RecordFile, fingerprint, read_records, weights_of
 from llava_compodistill.miniature.benchmarks import write_benchmarks

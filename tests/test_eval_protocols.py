@@ -7,12 +7,12 @@ import random
 
 import numpy as np
 import pytest
+from llava_compodistill.eval.formats import Item
+from llava_compodistill.eval.suite import BENCHMARKS, PAPER_MODELS, Run
 from rich.console import Console
 
 from llava_compodistill.eval import llava_suite, protocols
-from llava_compodistill.eval.formats import Item
 from llava_compodistill.eval.requests import Answer, FirstWord, Likelihood
-from llava_compodistill.eval.suite import BENCHMARKS, PAPER_MODELS, Run
 from llava_compodistill.eval.summaries import show, table
 from llava_compodistill.miniature.benchmarks import write_benchmarks
 

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+from llava_compodistill.eval.suite import BENCHMARKS
 
 from llava_compodistill import about
 from llava_compodistill.cli import main
-from llava_compodistill.eval.suite import BENCHMARKS
 from llava_compodistill.eval.summaries import EVERY
 from llava_compodistill.miniature import weights
 from llava_compodistill.miniature.benchmarks import write_benchmarks

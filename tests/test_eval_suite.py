@@ -8,10 +8,10 @@ import shutil
 
 import numpy as np
 import pytest
+from llava_compodistill.eval.suite import BENCHMARKS
 
 from llava_compodistill.cli import main
 from llava_compodistill.eval import protocols, shares
-from llava_compodistill.eval.suite import BENCHMARKS
 from llava_compodistill.miniature import weights
 from llava_compodistill.miniature.benchmarks import write_benchmarks
 from llava_compodistill.miniature.language import CAPTION_PROMPT

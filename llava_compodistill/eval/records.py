@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import RecordsError
 
-#: Of a checkpoint's and a run's parts, where the name alone says too little.
-_SAID = {"weights": "weights that give", "fingerprint": "questions that give"}
+#: A run's parts whose names alone say too little.
+_WORDS = {"weights": "weights that give", "fingerprint": "questions that give"}
 #: Bytes read at both ends of a tensor.
 _PIECE = 16 * 1024
 
@@ -127,7 +127,7 @@ def check_run(path: Path, run: dict[str, Any], way_out: str) -> None:
     known = {"model"} if run.get("weights") else set()
     changed = [name for name in run if before.get(name) != run[name] and name not in known]
     if changed:
-        apart = "; ".join(f"{_SAID.get(name, name)} {before.get(name)!r}, not {run[name]!r}" for name in changed)
+        apart = "; ".join(f"{_WORDS.get(name, name)} {before.get(name)!r}, not {run[name]!r}" for name in changed)
         raise RecordsError(f"{path} holds records of another run: {apart}. {way_out}")
 
 
@@ -158,7 +158,11 @@ def weights_of(model: str) -> str:
 
 
 def _pieces(path: Path) -> list[tuple[int, int]]:
-    """The tensors of a safetensors file as (begin, end); of another file a thousand stretches of equal length."""
+    """The tensors of a safetensors file as (begin, end); of another file a thousand stretches of equal length.
+
+    The header is read here because `safetensors.safe_open` hands out slices by a tensor's shape, not stretches of
+    bytes, and bfloat16 only through torch, whose import would take seconds in every step of scripts/eval.
+    """
     size = path.stat().st_size
     if path.suffix == ".safetensors":
         try:

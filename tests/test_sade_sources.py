@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from llava_compodistill.eval.formats import sade
 from PIL import Image
 
 from llava_compodistill.cli import main
+from llava_compodistill.eval.benchmarks.sade import load as sade
 
 
 @pytest.fixture

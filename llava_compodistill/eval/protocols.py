@@ -1,4 +1,4 @@
-"""How an item is put to a model: its requests, and the record that their responses make.
+"""How a model is asked about an item: its requests, and the record that their responses make.
 
 likelihood      mean log-probability per token of each caption, given the image
 yes             log P("Yes") to `Does this figure show "…"?`

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MissingData
-from ..reading import letter, says, yes_or_no
+from ..reading import contains, letter, yes_or_no
 from . import figures, files, register
 from .base import EngineBenchmark, Item, Record
 from .sums import Sums, mean_of_means
@@ -94,7 +94,7 @@ def right(record: Record, judge: Callable[[str, str], bool] | None = None) -> bo
     if record["task"] == "multichoice":
         picked = letter(answer, len(record["options"]) if "options" in record else 4)
         return picked is not None and chr(65 + picked) == str(figures.field(record, "label")).strip().upper()[:1]
-    return (judge or says)(answer, figures.field(record, "label"))
+    return (judge or contains)(answer, figures.field(record, "label"))
 
 
 def sums(records: Sequence[Record]) -> Sums:

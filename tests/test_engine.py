@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_compodistill.eval.engine import Engine, WholeSequences
+from llava_compodistill.eval.engine import Engine
 from llava_compodistill.eval.requests import Answer, Continuation, FirstWord, Likelihood
+from llava_compodistill.eval.sequences import WholeSequences
 
 VERSION = "qwen_1_5"
 PROMPTS = ["What is this?", "Is the red circle left of the blue square? Answer yes or no.", "Describe the image."]

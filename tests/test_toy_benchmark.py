@@ -134,6 +134,8 @@ def test_what_the_registry_refuses(place, monkeypatch, capsys):
     assert benchmarks.register(colors) is colors and list(benchmarks.registered())[-1] == "colors"
     with pytest.raises(DataError, match="benchmark 'colors': there is another one of this name"):
         benchmarks.register(type(colors)(name="colors", title="", headline="", load=colors.load, protocols=()))
+    with pytest.raises(DataError, match="benchmark 'My Colors': its name must be of small letters"):
+        benchmarks.register(type(colors)(name="My Colors", title="", headline="", load=colors.load, protocols=()))
     with pytest.raises(DataError, match="benchmark 'colours': there are sugarcrepe, .*, pope, colors; COMPODISTILL"):
         benchmarks.get("colours")
 

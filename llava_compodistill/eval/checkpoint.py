@@ -76,7 +76,7 @@ def template_of(model_path: str, report: Callable[[str], None] = lambda text: No
     template = made_with.get("template") if isinstance(made_with, dict) else None
     if isinstance(template, str) and template not in ("", _CAPTIONS_ALONE):
         return template
-    guess = TEMPLATES.get(kind, "v1")
+    guess = TEMPLATES[kind]
     report(
         f"{path / 'config.json'} names no conversation template: {guess} is taken, that of the model type {kind}. "
         "--conv-mode (CONV_MODE) names another."

@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         '(the likelier letter), likelihood (log-probability per token), yes (P("Yes") to a question); default: choice '
         "for SugarCrepe and Winoground, likelihood for SADE and BiVLC",
     )
-    parser.add_argument("--conv-mode", help="conversation template (default: by the model's type)")
+    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's, else by its type)")
     parser.add_argument("--caption-prompt", default=protocols.CAPTION_PROMPT, help="of the likelihood protocol")
     parser.add_argument("--batch-size", type=_positive, default=16, help="sequences at a time (default: %(default)s)")
     parser.add_argument("--device", type=_device, help="cuda, cuda:N or cpu (default: cuda where there is one)")

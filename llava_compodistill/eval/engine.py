@@ -7,7 +7,6 @@ behind it. LLaVA's own evaluation runs every question by itself, image included.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,6 @@ from ..hosts.llava.host import import_llava, import_llava_train
 from ..hosts.llava.model import llava_core
 from ..hosts.llava.templates import prepare_tokenizer, use_template
 from ..record.answers import dense_head
-from ..record.merge import MergeRecorder, record_merge
 from .requests import Answer, Continuation, FirstWord, Likelihood, Request
 
 logger = logging.getLogger(__name__)
@@ -34,7 +32,7 @@ _LOGITS_AT_ONCE = 2**26
 
 
 @dataclass
-class _Row:
+class Row:
     """A request as tokens: a whole sequence, one of them the image, and which of it is to be predicted."""
 
     index: int
@@ -110,7 +108,7 @@ class Engine:
                     done(row.index, response)
         return responses
 
-    def _answered(self, rows: list[_Row]) -> Iterator[tuple[list[_Row], list[Any]]]:
+    def _answered(self, rows: list[Row]) -> Iterator[tuple[list[Row], list[Any]]]:
         """Rows in batches, with their responses."""
         for group, caches in self._prefixes(rows):
             for kind in self.kinds:
@@ -144,7 +142,7 @@ class Engine:
     # -----------------------------------------------------------------------------------------------------------------
     # Tokens and images
     # -----------------------------------------------------------------------------------------------------------------
-    def _tokens(self, index: int, request: Request) -> _Row:
+    def _tokens(self, index: int, request: Request) -> Row:
         """The sequence of a request: with its answer where it has one, else up to where an answer would begin."""
         if not isinstance(request, self.kinds):
             raise ValueError(f"{type(self).__name__} cannot answer {type(request).__name__}.")
@@ -155,14 +153,14 @@ class Engine:
         if not given:
             ids = ids[: next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)]
             labels = labels[: len(ids)]
-        return _Row(index, request, ids, labels, ids.index(IMAGE_TOKEN_INDEX))
+        return Row(index, request, ids, labels, ids.index(IMAGE_TOKEN_INDEX))
 
     def _preprocessed(self, request: Request, answer: str) -> tuple[list[int], list[int]]:
         turns = [{"from": "human", "value": f"{self._marker}\n{request.prompt}"}, {"from": "gpt", "value": answer}]
         batch = self._preprocess([turns], self.tokenizer, has_image=True)
         return batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
 
-    def _first_token(self, row: _Row, word: str) -> int:
+    def _first_token(self, row: Row, word: str) -> int:
         """The token that an answer beginning with a word begins with, under the template."""
         _, labels = self._preprocessed(row.request, word)
         return next(label for label in labels if label != IGNORE_INDEX)
@@ -177,9 +175,9 @@ class Engine:
     # -----------------------------------------------------------------------------------------------------------------
     # Prefixes
     # -----------------------------------------------------------------------------------------------------------------
-    def _prefixes(self, rows: list[_Row]) -> Iterator[tuple[list[_Row], _Caches]]:
+    def _prefixes(self, rows: list[Row]) -> Iterator[tuple[list[Row], _Caches]]:
         """Rows in groups of images, with the keys and values of what stands before their own tokens."""
-        groups: dict[tuple[tuple[int, ...], str], list[_Row]] = defaultdict(list)
+        groups: dict[tuple[tuple[int, ...], str], list[Row]] = defaultdict(list)
         for row in rows:
             groups[row.before, row.request.image].append(row)
         by_text: dict[tuple[int, ...], list[str]] = defaultdict(list)
@@ -202,7 +200,7 @@ class Engine:
         numbers = {image: number for number, image in enumerate(images)}
         return _Caches(compat.read_cache(outputs.past_key_values), numbers, embeds.shape[1])
 
-    def _forward(self, rows: list[_Row], caches: _Caches):
+    def _forward(self, rows: list[Row], caches: _Caches):
         """(last hidden states [R, N, D], past_key_values, lengths [R]) of the rows' own tokens, padded on the right,
         where nothing that is real sees it."""
         device = self.model.device
@@ -223,7 +221,7 @@ class Engine:
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_model().embed_tokens(ids)
 
-    def _log_probabilities(self, rows: list[_Row], caches: _Caches) -> list[Any]:
+    def _log_probabilities(self, rows: list[Row], caches: _Caches) -> list[Any]:
         hidden, _, lengths = self._forward(rows, caches)
         if isinstance(rows[0].request, FirstWord):
             return self._first_words(rows, hidden[torch.arange(len(rows), device=hidden.device), lengths - 1])
@@ -238,7 +236,7 @@ class Engine:
     # -----------------------------------------------------------------------------------------------------------------
     # From hidden states to responses
     # -----------------------------------------------------------------------------------------------------------------
-    def _first_words(self, rows: list[_Row], hidden: torch.Tensor) -> list[list[float]]:
+    def _first_words(self, rows: list[Row], hidden: torch.Tensor) -> list[list[float]]:
         """Responses from the hidden states [R, D] that predict each row's first token."""
         log_probs = torch.log_softmax(self._logits(hidden), dim=-1)
         return [
@@ -247,7 +245,7 @@ class Engine:
         ]
 
     def _likelihoods(
-        self, rows: list[_Row], hidden: torch.Tensor, targets: torch.Tensor, counts: list[int]
+        self, rows: list[Row], hidden: torch.Tensor, targets: torch.Tensor, counts: list[int]
     ) -> list[Any]:
         """Responses from the hidden states [A, D] that predict the answers' tokens [A], row by row, `counts` each."""
         values, greedy = [], []
@@ -278,7 +276,7 @@ class Engine:
         """Of the tokens that the tokenizer has: rows that pad the vocabulary cannot be decoded."""
         return self.model.get_output_embeddings()(hidden)[:, : len(self.tokenizer)].argmax(dim=-1)
 
-    def _generate(self, rows: list[_Row], caches: _Caches) -> list[str]:
+    def _generate(self, rows: list[Row], caches: _Caches) -> list[str]:
         model, device = self.model, self.model.device
         hidden, cache, lengths = self._forward(rows, caches)
         width, count = hidden.shape[1], len(rows)
@@ -312,68 +310,6 @@ class Engine:
             kept = tokens[: tokens.index(stop)] if stop in tokens else tokens
             texts.append(self.tokenizer.decode(kept, skip_special_tokens=True).strip())
         return texts
-
-
-class WholeSequences(Engine):
-    """Answers from forwards of whole sequences, image included, in the order of the requests: for analyses that
-    intervene in the model. It generates nothing (`Answer`).
-
-    Args:
-        inside: makes the context that every forward runs in.
-    """
-
-    kinds = (Likelihood, Continuation, FirstWord)
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        inside: Callable[[MergeRecorder], contextlib.AbstractContextManager] | None = None,
-        **options: Any,
-    ):
-        super().__init__(model, tokenizer, **options)
-        self._inside = inside or (lambda recorder: contextlib.nullcontext())
-        self._collate = import_llava_train().DataCollatorForSupervisedDataset(tokenizer=tokenizer)
-
-    def collate(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
-        """One batch of the requests' sequences as LLaVA's collator makes it, on the model's device: input_ids [B, N],
-        labels [B, N], attention_mask [B, N], images [B, 3, H, W]."""
-        use_template(self.version)
-        return self._collated([self._tokens(index, request) for index, request in enumerate(requests)])[0]
-
-    def _collated(self, rows: list[_Row]) -> tuple[dict[str, torch.Tensor], list[tuple[int, int]]]:
-        pixels, sizes = self._pixels([row.request.image for row in rows])
-        batch = self._collate(
-            [
-                {"input_ids": torch.tensor(row.ids), "labels": torch.tensor(row.labels), "image": image}
-                for row, image in zip(rows, pixels, strict=True)
-            ]
-        )
-        return {name: value.to(self.model.device) for name, value in batch.items()}, sizes
-
-    def _answered(self, rows: list[_Row]) -> Iterator[tuple[list[_Row], list[Any]]]:
-        for kind in self.kinds:
-            chosen = [row for row in rows if isinstance(row.request, kind)]
-            yield from self._in_batches(chosen, self._whole, 1 if self._crops else None)
-
-    def _whole(self, rows: list[_Row]) -> list[Any]:
-        inputs, sizes = self._collated(rows)
-        images = inputs["images"].to(self.model.dtype)
-        ids, mask, labels = (inputs[name] for name in ("input_ids", "attention_mask", "labels"))
-        with record_merge(self.model) as recorder, self._inside(recorder):
-            _, positions, mask, _, embeds, _ = self.model.prepare_inputs_labels_for_multimodal(
-                ids, None, mask, None, labels, images, sizes
-            )
-            hidden = self.model.get_model()(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-            ).last_hidden_state
-        batch = recorder.batch
-        if isinstance(rows[0].request, FirstWord):
-            last = batch.real.long().cumsum(dim=1).argmax(dim=1)  # whichever side is padded
-            return self._first_words(rows, hidden[torch.arange(len(rows), device=hidden.device), last])
-        asked = batch.answer_mask()
-        return self._likelihoods(rows, hidden[asked], batch.answer_targets(), asked.sum(dim=1).tolist())
 
 
 class _Caches:

@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=Path)
     parser.add_argument("--model", default="", help="checkpoint folder")
     parser.add_argument("--model-base", default="")
-    parser.add_argument("--template", default="", help="default: by the model's type")
+    parser.add_argument("--template", default="", help="default: the checkpoint's, else by the model's type")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--overwrite", type=int, choices=(0, 1), default=0)
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(join(args.questions, args.answers))
         else:
             if args.model:
-                check_checkpoint(args.model)
+                check_checkpoint(args.model, args.model_base)
             # Standard output is what the script reads.
             template = args.template or template_of(args.model, lambda text: print(text, file=sys.stderr))
             more = {"model_base": args.model_base, "max_new_tokens": args.max_new_tokens}

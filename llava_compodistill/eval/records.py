@@ -29,7 +29,6 @@ class RecordFile:
 
     Attributes:
         done: id -> record of what is there.
-        cut: whether a line that a kill had left unfinished was taken away.
 
     Raises:
         RecordsError: for records of another run, of unknown or repeated items, that are no JSON, or that another
@@ -37,7 +36,7 @@ class RecordFile:
     """
 
     def __init__(self, path: Path, run: dict[str, Any], ids: Sequence[str], overwrite: bool = False):
-        self.path, self.done, self.cut = path, {}, False
+        self.path, self.done = path, {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
         try:
@@ -69,7 +68,6 @@ class RecordFile:
         whole = data.rfind(b"\n") + 1
         if whole < len(data):  # a kill came in the middle of a line
             self._file.truncate(whole)
-            self.cut = True
         for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
             try:
                 record = json.loads(line)

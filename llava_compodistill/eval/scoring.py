@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..record.merge import MergeRecorder
-from .engine import WholeSequences
 from .requests import Continuation
+from .sequences import WholeSequences
 
 #: An image file, what is asked about it (without <image>), and the answer to score.
 Question = Continuation

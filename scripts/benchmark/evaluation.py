@@ -19,7 +19,8 @@ from PIL import Image
 from llava_compodistill.eval import protocols
 from llava_compodistill.eval.benchmarks import sugarcrepe
 from llava_compodistill.eval.benchmarks.base import Item
-from llava_compodistill.eval.engine import Engine, WholeSequences
+from llava_compodistill.eval.engine import Engine
+from llava_compodistill.eval.sequences import WholeSequences
 from llava_compodistill.hosts.llava import import_llava
 from llava_compodistill.miniature import weights
 from llava_compodistill.miniature.benchmarks import write_benchmarks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import re
 from typing import TypeVar
 
 from ...errors import DataError
@@ -25,8 +26,10 @@ def register(benchmark: B) -> B:
     """Make a benchmark known to `eval`, `compare` and the tables; returns it.
 
     Raises:
-        DataError: when another benchmark has its name.
+        DataError: when another benchmark has its name, or the name is none for a file.
     """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", benchmark.name):
+        raise DataError(f"benchmark {benchmark.name!r}: its name must be of small letters, digits, - and _.")
     if _registry.setdefault(benchmark.name, benchmark) is not benchmark:
         raise DataError(f"benchmark {benchmark.name!r}: there is another one of this name.")
     return benchmark

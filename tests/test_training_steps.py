@@ -11,8 +11,8 @@ import torch
 from checks import PLAIN, TERMS, assert_same_log, assert_same_weights, trained_weights
 from safetensors.torch import load_file
 
-from llava_compodistill.hosts.llava.model import llava_core, projector
 from llava_compodistill.train import run as train
+from llava_compodistill.hosts.llava.model import llava_core, projector
 from llava_compodistill.train.trainer import CompoDistillTrainer
 
 pytestmark = pytest.mark.invariant

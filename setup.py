@@ -28,6 +28,7 @@ REQUIRES = [
     "requests",
     "rich",
     "safetensors",
+    "scipy>=1.15",
     "sentencepiece",
     "shortuuid",
     "tqdm",
@@ -101,7 +102,7 @@ setup(
     entry_points={
         "console_scripts": ["llava-compodistill = llava_compodistill.cli:main"],
         # Read by lmms-eval alone, where it is installed.
-        "lmms_eval.models": ["llava_compodistill = llava_compodistill.eval.lmms_bridge:MANIFEST"],
+        "lmms_eval.models": ["llava_compodistill = llava_compodistill.eval.lmms:MANIFEST"],
     },
     cmdclass={"build_py": BuildWithCommit},
     zip_safe=False,

@@ -7,15 +7,17 @@ import random
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from llava_compodistill.cli import main
 from llava_compodistill.errors import DataError
-from llava_compodistill.eval.compare import bootstrap, compare, parts, short_names
-from llava_compodistill.eval.scorers import SADE, SUGARCREPE
-from llava_compodistill.eval.summaries import EVERY
+from llava_compodistill.eval.benchmarks import get, registered
+from llava_compodistill.eval.benchmarks.sade import CATEGORIES
+from llava_compodistill.eval.benchmarks.sugarcrepe import SUBSETS
+from llava_compodistill.eval.compare import bootstrap, compare, paired_p, short_names
 
 #: Those whose answers can be counted without a server.
-COUNTED = [name for name, benchmark in EVERY.items() if benchmark.score]
+COUNTED = [name for name, benchmark in registered().items() if benchmark.score]
 
 
 def records(name, size=300, skill=0.7, seed=0):
@@ -32,9 +34,9 @@ def records(name, size=300, skill=0.7, seed=0):
     for number in range(size):
         record = {"id": str(number)}
         if name == "sugarcrepe":
-            record |= {"subset": SUGARCREPE[number % 3], "scores": pair()}  # of unequal worth
+            record |= {"subset": SUBSETS[number % 3], "scores": pair()}  # of unequal worth
         elif name == "sade":
-            category = SADE[number % 6 if number % 5 else 0]
+            category = CATEGORIES[number % 6 if number % 5 else 0]
             record |= {"category": category, "scores": square() if category == "comprehensive" else pair()}
         elif name in ("bivlc", "winoground"):
             record |= {"type": "swap", "scores": square()}
@@ -62,7 +64,7 @@ def records(name, size=300, skill=0.7, seed=0):
 
 def write(folder, name, made, **changes):
     folder.mkdir(parents=True, exist_ok=True)
-    benchmark = EVERY[name]
+    benchmark = get(name)
     figures = benchmark.score(made)
     summary = {
         "benchmark": name,
@@ -82,26 +84,63 @@ def write(folder, name, made, **changes):
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_headlines_are_those_of_the_scorer(name):
+    benchmark = get(name)
     for seed in range(3):
         made = records(name, seed=seed)
-        found = parts(name, made)
-        whole = found.value(found.sums(np.ones((1, len(found.strata)))))
-        assert whole == pytest.approx([EVERY[name].score(made)[EVERY[name].headline]])
+        found = benchmark.sums(made)
+        assert found.headline() == pytest.approx(benchmark.score(made)[benchmark.headline])
         # A sample in which an item is drawn twice is that of a record that stands there twice.
-        counts = np.ones((1, len(found.strata)))
-        counts[0, 7], counts[0, 8] = 2, 0
         if name in ("bivlc", "winoground", "rbench", "gqa", "textvqa"):  # units are items
-            drawn = [*made[:8], made[7], *made[9:]]
-            expected = EVERY[name].score(drawn)[EVERY[name].headline]
-            assert found.value(found.sums(counts)) == pytest.approx([expected])
+            drawn = [np.where(units == 8, 7, units) for units in found.by_stratum()]
+            expected = benchmark.score([*made[:8], made[7], *made[9:]])[benchmark.headline]
+            assert found.headline(drawn) == pytest.approx(expected)
 
 
 def test_the_interval_of_a_share_is_the_binomials():
     made = [{"id": n, "subset": "swap_obj", "scores": [[1], [0]] if n % 2 else [[0], [1]]} for n in range(400)]
-    drawn = bootstrap([parts("sugarcrepe", made)], 4000)
+    drawn = bootstrap([get("sugarcrepe").sums(made)], 4000)
     low, high = np.percentile(drawn, [2.5, 97.5])
     width = 100 * 1.96 * (0.25 / 400) ** 0.5
     assert low == pytest.approx(50 - width, abs=0.6) and high == pytest.approx(50 + width, abs=0.6)
+
+
+def test_items_are_drawn_within_their_stratum_and_for_all_models_alike():
+    """Subsets of unequal size, one of them a single item; one model right where the other is wrong."""
+    made = [{"id": n, "subset": SUBSETS[(n > 0) + (n > 40)], "scores": [[n % 2], [0.5]]} for n in range(61)]
+    inverted = [{**record, "scores": [[1 - record["scores"][0][0]], [0.5]]} for record in made]
+    drawn = bootstrap([get("sugarcrepe").sums(rows) for rows in (made, inverted)], 4000)
+    assert drawn.shape == (2, 4000) and np.allclose(drawn.sum(axis=0), 100)
+    # Variances of the subsets' means add up: n = 1 (none), 40 and 20.
+    spread = 100 / 3 * (0.25 / 40 + 0.25 / 20) ** 0.5
+    assert drawn[0].std() == pytest.approx(spread, rel=0.05)
+    alone = [{"id": n, "subset": subset, "scores": [[n % 2], [0.5]]} for n, subset in enumerate(SUBSETS)]
+    found = bootstrap([get("sugarcrepe").sums(alone)], 10)
+    assert np.all(found == pytest.approx(300 / 7)) and found.shape == (1, 10)
+
+
+def test_the_p_of_paired_shares_is_the_sign_tests():
+    """Where two models differ on 12 items, one of them right on 10: swaps of those 12 are coin flips."""
+    better = [{"id": n, "label": "a", "text": "a" if n >= 2 else "b"} for n in range(100)]
+    worse = [{"id": n, "label": "a", "text": "b" if 2 <= n < 12 else "a"} for n in range(100)]
+    expected = stats.binomtest(10, 12).pvalue
+    found = paired_p(get("gqa").sums(worse), get("gqa").sums(better), 10_000)
+    assert found == pytest.approx(expected, abs=0.006)
+    assert paired_p(get("gqa").sums(better), get("gqa").sums(better), 100) == 1
+
+
+def test_p_is_seldom_small_where_models_are_alike():
+    """The mean of F1 over lists, of models of equal skill: p below 0.1 in about a tenth of the pairs."""
+    rng, found = random.Random(0), []
+    for _ in range(60):
+        models = []
+        for _ in range(2):
+            made = [
+                {"id": n, "label": label, "text": label if rng.random() < 0.7 else "", "lists": [n % 5]}
+                for n, label in enumerate(["yes", "no"] * 60)
+            ]
+            models.append(get("rbench").sums(made))
+        found.append(paired_p(*models, 199))
+    assert 1 <= np.count_nonzero(np.array(found) < 0.1) <= 14  # binomial: 6 expected, 99.9 % within
 
 
 def test_a_model_does_not_differ_from_itself(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava_compodistill.eval.engine import Engine
 from llava_compodistill.eval.requests import Answer, Continuation, FirstWord, Likelihood
-from llava_compodistill.eval.scoring import Question, score
+from llava_compodistill.eval.sequences import WholeSequences
 
 VERSION = "qwen_1_5"
 PROMPTS = ["What is this?", "Is the red circle left of the blue square? Answer yes or no.", "Describe the image."]
@@ -45,17 +45,38 @@ def images(world, tmp_path_factory):
     return paths
 
 
-def test_likelihoods_are_those_of_whole_sequences(engine, images):
-    requests = [Likelihood(image, prompt, answer) for answer in ANSWERS for prompt in PROMPTS for image in images]
+def test_responses_are_those_of_whole_sequences(engine, images):
+    """Behind a prefix in the cache or with it: of every kind that both can answer, in batches of mixed lengths."""
+    places = [(image, prompt) for prompt in PROMPTS for image in images]
+    requests = [Likelihood(*place, answer) for answer in ANSWERS for place in places]
+    requests += [Continuation(*place, ANSWERS[0]) for place in places]
+    requests += [FirstWord(*place, ("Yes", "No")) for place in places]
     found = engine.run(requests)
-    questions = [Question(r.image, r.prompt, r.answer) for r in requests]
-    expected = [
-        s.log_probability
-        for question in questions
-        for s in score([question], engine.model, engine.tokenizer, version=VERSION, batch_size=1)
-    ]
-    assert found == pytest.approx(expected, abs=2e-5)
-    assert len({round(value, 3) for value in found}) > len(found) / 2
+    told = {}
+    for size in (1, 7):
+        whole = WholeSequences(engine.model, engine.tokenizer, version=VERSION, batch_size=size)
+        expected = whole.run(requests, done=told.__setitem__)
+        assert told == dict(enumerate(expected))
+        assert [type(value) for value in found] == [type(value) for value in expected]
+        assert np.hstack(found) == pytest.approx(np.hstack(expected), abs=2e-5)
+    likelihoods = found[: len(ANSWERS) * len(places)]
+    assert len({round(value, 3) for value in likelihoods}) > len(likelihoods) / 2
+
+
+def test_whole_sequences_run_inside_what_an_analysis_makes(engine, images):
+    from llava_compodistill.record.sight import without_sight
+
+    every = range(engine.model.config.num_hidden_layers)
+    blind = WholeSequences(
+        engine.model, engine.tokenizer, version=VERSION,
+        inside=lambda recorder: without_sight(engine.model, every, lambda: recorder.batch),
+    )  # fmt: skip
+    requests = [Likelihood(image, PROMPTS[0], ANSWERS[0]) for image in images]
+    seen, unseen = engine.run(requests), blind.run(requests)
+    assert len(set(seen)) == 3 and unseen == pytest.approx([unseen[0]] * 3, abs=1e-6)
+    assert engine.run(requests) == seen  # nothing is left behind
+    with pytest.raises(ValueError, match="WholeSequences cannot answer Answer"):
+        blind.run([Answer(images[0], PROMPTS[0])])
 
 
 def prompt_ids(engine, prompt, answer=None):

@@ -13,11 +13,19 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from llava_compodistill.errors import DataError, RecordsError
-from llava_compodistill.eval import formats
-from llava_compodistill.eval.formats import LOADERS
+from llava_compodistill.eval.benchmarks import reefknot, registered
+from llava_compodistill.eval.benchmarks.base import EngineBenchmark
+from llava_compodistill.eval.benchmarks.sade import CATEGORIES
+from llava_compodistill.eval.benchmarks.sugarcrepe import SUBSETS
 from llava_compodistill.eval.hub import fetch
 from llava_compodistill.eval.records import RecordFile, fingerprint, read_records, weights_of
 from miniature.benchmarks import write_benchmarks
+
+OURS = registered(EngineBenchmark)
+
+
+def load(name, data):
+    return OURS[name].load(data)
 
 
 @pytest.fixture
@@ -32,9 +40,9 @@ def rewrite(path, change):
     path.write_text("".join(json.dumps(entry) + "\n" for entry in change(entries)))
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", OURS)
 def test_every_format_is_read(data, name):
-    items = LOADERS[name](data)
+    items = load(name, data)
     assert len({item.id for item in items}) == len(items) >= 4
     for item in items:
         assert bool(item.captions) != bool(item.prompt) and item.images
@@ -42,25 +50,25 @@ def test_every_format_is_read(data, name):
         assert all(len(item.images) == len(item.captions) == 2 for item in items)
         assert all(item.images[0] != item.images[1] for item in items)
     if name == "sugarcrepe":
-        assert set(Counter(item.fields["subset"] for item in items)) == set(formats.SUGARCREPE)
+        assert set(Counter(item.fields["subset"] for item in items)) == set(SUBSETS)
     if name == "sade":
-        assert set(item.fields["category"] for item in items) == set(formats.SADE)
+        assert set(item.fields["category"] for item in items) == set(CATEGORIES)
         assert any(len(item.captions) == 4 for item in items)
     if name == "rbench":
         assert {number for item in items for number in item.fields["lists"]} == {1, 2, 3, 4, 5}
     if name == "reefknot":
-        assert set(item.fields["task"] for item in items) == set(formats.REEFKNOT_FILES)
+        assert set(item.fields["task"] for item in items) == set(reefknot.TASKS)
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", OURS)
 def test_nothing_there_says_how_to_get_it(tmp_path, name):
     with pytest.raises(DataError, match=name) as error:
-        LOADERS[name](tmp_path)
-    assert formats.HOW_TO_GET[name][:20] in str(error.value)
+        load(name, tmp_path)
+    assert OURS[name].how_to_get[:20] in str(error.value)
 
 
 def test_missing_images_are_counted_and_named(data, world):
-    items = formats.winoground(data)
+    items = load("winoground", data)
     hidden = [world["data"] / "images" / "hidden.png"]
     rewrite(
         data / "winoground" / "examples.jsonl",
@@ -69,7 +77,7 @@ def test_missing_images_are_counted_and_named(data, world):
     with pytest.raises(
         DataError, match=rf"winoground: 1 of {2 * len(items)} images are missing \(.*hidden.png of .*line 1\)"
     ):
-        formats.winoground(data)
+        load("winoground", data)
 
 
 @pytest.mark.parametrize(
@@ -91,31 +99,31 @@ def test_wrong_fields_are_named_with_their_line(data, name, file, change, messag
 
     rewrite(data / name / file, second)
     with pytest.raises(DataError, match=message):
-        LOADERS[name](data)
+        load(name, data)
 
 
 def test_ids_that_stand_twice_are_named(data):
     rewrite(data / "sade" / "sade.jsonl", lambda entries: [*entries[:3], {**entries[3], "id": entries[1]["id"]}])
     with pytest.raises(DataError, match=r"sade.jsonl, line 4: the id '1' is that of .*sade.jsonl, line 2 already"):
-        formats.sade(data)
+        load("sade", data)
 
 
 def test_broken_files_are_named(data):
     (data / "sugarcrepe" / "swap_obj.json").write_text("{")
     with pytest.raises(DataError, match="swap_obj.json: no JSON"):
-        formats.sugarcrepe(data)
+        load("sugarcrepe", data)
     path = data / "winoground" / "examples.jsonl"
     path.write_text(path.read_text() + '{"id": 7, "ima\n')
     with pytest.raises(DataError, match=r"examples.jsonl, line \d+: no JSON"):
-        formats.winoground(data)
+        load("winoground", data)
     listed = data / "rbench" / "nocaps_image-level_rel_ids_3.json"
-    before = formats.rbench(data)
+    before = load("rbench", data)
     ids = json.loads(listed.read_text())
     listed.write_text(json.dumps([*ids, ids[0], 123456]))  # twice, and taken out again
-    assert formats.rbench(data) == before
+    assert load("rbench", data) == before
     listed.write_text("[123456]")
     with pytest.raises(DataError, match="ids_3.json: none of its 1 questions is in"):
-        formats.rbench(data)
+        load("rbench", data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,7 +139,7 @@ def test_records_are_gone_on_with(tmp_path):
         assert not records.done
         records.append([{"id": "one", "scores": [[1.5], [0.25]]}])
     with RecordFile(path, RUN, IDS) as records:
-        assert list(records.done) == ["one"] and not records.cut
+        assert list(records.done) == ["one"]
         records.append([{"id": "two", "text": "ä"}, {"id": "three", "text": ""}])
     assert [record["id"] for record in read_records(path)] == IDS
     assert read_records(path)[0]["scores"] == [[1.5], [0.25]] and read_records(path)[1]["text"] == "ä"
@@ -143,7 +151,7 @@ def test_a_half_written_line_is_taken_away_and_asked_again(tmp_path):
         records.append([{"id": "one"}, {"id": "two"}])
     path.write_bytes(path.read_bytes()[:-5])
     with RecordFile(path, RUN, IDS) as records:
-        assert records.cut and list(records.done) == ["one"]
+        assert list(records.done) == ["one"] and path.read_text() == '{"id": "one"}\n'
         records.append([{"id": "two"}])
     assert [record["id"] for record in read_records(path)] == ["one", "two"]
 
@@ -212,7 +220,7 @@ def test_one_process_writes_at_a_time(tmp_path, overwrite):
             RecordFile(path, RUN, IDS, overwrite=overwrite)
         records._file.write('xt": "y"}\n')
     with RecordFile(path, RUN, IDS) as records:
-        assert records.done["one"]["text"] == "y" and not records.cut
+        assert records.done["one"]["text"] == "y"
 
 
 def test_other_line_separators_are_part_of_a_text(tmp_path):
@@ -220,13 +228,13 @@ def test_other_line_separators_are_part_of_a_text(tmp_path):
     with RecordFile(path, RUN, IDS) as records:
         records.append([{"id": "one", "text": "a\u2028b\u0085c"}])
     with RecordFile(path, RUN, IDS) as records:
-        assert records.done["one"]["text"] == "a\u2028b\u0085c" and not records.cut
+        assert records.done["one"]["text"] == "a\u2028b\u0085c"
     assert read_records(path)[0]["text"] == "a\u2028b\u0085c"
 
 
 def test_the_fingerprint_knows_what_is_asked_and_not_where_it_lies(data, world, tmp_path):
     def of(root):
-        return fingerprint(item.asked() for item in formats.sugarcrepe(root))
+        return fingerprint(item.asked() for item in load("sugarcrepe", root))
 
     write_benchmarks(world["data"], tmp_path / "elsewhere")
     assert of(data) == of(tmp_path / "elsewhere")
@@ -246,7 +254,7 @@ def hub(monkeypatch):
     picture = Image.new("L", (8, 8), 99)
     rows = {
         f"HuggingFaceM4/SugarCrepe_{subset}": [{"image": picture, "tested_labels": [f"true {subset}", "false"]}] * 2
-        for subset in formats.SUGARCREPE
+        for subset in SUBSETS
     }
     both = {"caption": "a", "negative_caption": "b", "type": "swap", "subtype": "obj"}
     rows["imirandam/BiVLC"] = [{"image": picture, "negative_image": picture, **both}] * 3
@@ -267,30 +275,30 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize(("name", "count"), [("sugarcrepe", 14), ("bivlc", 3), ("winoground", 4)])
 def test_the_hub_s_data_is_written_in_the_local_layout(hub, tmp_path, name, count):
-    fetch(name, tmp_path)
-    items = LOADERS[name](tmp_path)
+    fetch(OURS[name], tmp_path)
+    items = load(name, tmp_path)
     assert len(items) == count and items[0].captions[0] in ("true add_att", "a", "a b")
     times = len(hub.asked)
-    fetch(name, tmp_path)  # is there already
+    fetch(OURS[name], tmp_path)  # is there already
     assert len(hub.asked) == times
 
 
 def test_what_the_hub_refuses_is_explained_and_leaves_nothing_half_written(hub, tmp_path, monkeypatch):
     del hub.rows["facebook/winoground"], hub.rows["HuggingFaceM4/SugarCrepe_swap_obj"]
     with pytest.raises(DataError, match="facebook/winoground is gated. .*hf auth login"):
-        fetch("winoground", tmp_path)
+        fetch(OURS["winoground"], tmp_path)
     assert not (tmp_path / "winoground" / "examples.jsonl").exists()
     with pytest.raises(DataError, match="SugarCrepe_swap_obj"):
-        fetch("sugarcrepe", tmp_path)
+        fetch(OURS["sugarcrepe"], tmp_path)
     hub.rows["HuggingFaceM4/SugarCrepe_swap_obj"] = hub.rows["HuggingFaceM4/SugarCrepe_swap_att"]
-    fetch("sugarcrepe", tmp_path)
-    assert hub.asked.count("HuggingFaceM4/SugarCrepe_add_att") == 1 and len(formats.sugarcrepe(tmp_path)) == 14
+    fetch(OURS["sugarcrepe"], tmp_path)
+    assert hub.asked.count("HuggingFaceM4/SugarCrepe_add_att") == 1 and len(load("sugarcrepe", tmp_path)) == 14
     with pytest.raises(DataError, match="sade is not on the hub"):
-        fetch("sade", tmp_path)
+        fetch(OURS["sade"], tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    fetch("sugarcrepe", tmp_path)  # is there already
+    fetch(OURS["sugarcrepe"], tmp_path)  # is there already
     with pytest.raises(DataError, match=r"pip install 'llava-compodistill\[eval\]'"):
-        fetch("bivlc", tmp_path)
+        fetch(OURS["bivlc"], tmp_path)
 
 
 def test_the_datasets_package_itself(tmp_path, monkeypatch):
@@ -318,16 +326,16 @@ def test_the_datasets_package_itself(tmp_path, monkeypatch):
     )
     four = {"caption_0": "a b", "caption_1": "b a", "tag": "Object", "image_0": pictures[0], "image_1": pictures[1]}
     repository("facebook/winoground", [{"id": n, **four} for n in range(2)], ("image_0", "image_1"))
-    for subset in formats.SUGARCREPE:
+    for subset in SUBSETS:
         repository(
             f"HuggingFaceM4/SugarCrepe_{subset}",
             [{"image": pictures[0], "tested_labels": ["true", "false"]}],
             ("image",),
         )
     for name, count in (("bivlc", 1), ("winoground", 2), ("sugarcrepe", 7)):
-        fetch(name, tmp_path / "eval")
-        items = LOADERS[name](tmp_path / "eval")
+        fetch(OURS[name], tmp_path / "eval")
+        items = load(name, tmp_path / "eval")
         assert len(items) == count
-    first = formats.bivlc(tmp_path / "eval")[0]
+    first = load("bivlc", tmp_path / "eval")[0]
     assert [Image.open(image).getpixel((0, 0)) for image in first.images] == [(255, 0, 0), (0, 0, 255)]
-    assert formats.sugarcrepe(tmp_path / "eval")[0].captions == ("true", "false")
+    assert load("sugarcrepe", tmp_path / "eval")[0].captions == ("true", "false")

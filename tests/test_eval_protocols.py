@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from llava_compodistill.eval import llava_suite, protocols
-from llava_compodistill.eval.formats import Item
+from llava_compodistill.eval import protocols
+from llava_compodistill.eval.benchmarks import get, llava, mme, pope, registered
+from llava_compodistill.eval.benchmarks.base import EngineBenchmark, Item
 from llava_compodistill.eval.requests import Answer, FirstWord, Likelihood
-from llava_compodistill.eval.suite import BENCHMARKS, PAPER_MODELS, Run
+from llava_compodistill.eval.run import Run
 from llava_compodistill.eval.summaries import show, table
 from miniature.benchmarks import write_benchmarks
 
@@ -57,7 +58,7 @@ class Oracle:
 
 def run_oracle(world, tmp_path, name, protocol, decide):
     write_benchmarks(world["data"], tmp_path / "data")
-    benchmark = BENCHMARKS[name]
+    benchmark = get(name)
     items = benchmark.load(tmp_path / "data")
     run = Run(benchmark, items, {"model": "oracle"}, tmp_path / "out", protocol)
     run.ask(Oracle(items, decide), run.begin(), run.path)
@@ -72,7 +73,9 @@ def always_wrong(truth, options):
     return next(option for option in options if option != truth)
 
 
-WAYS = [(name, protocol) for name, benchmark in BENCHMARKS.items() for protocol in benchmark.protocols]
+WAYS = [
+    (name, protocol) for name, benchmark in registered(EngineBenchmark).items() for protocol in benchmark.protocols
+]
 
 
 @pytest.mark.parametrize(("name", "protocol"), WAYS)
@@ -141,20 +144,19 @@ def test_protocols_that_do_not_fit_are_refused():
 # What LLaVA's and the official scorers print, and the table
 # ---------------------------------------------------------------------------------------------------------------------
 def test_printed_scores_are_read():
-    pope = "Category: random, # samples: 4\nAccuracy: 0.75\nF1 score: 0.8\nYes ratio: 0.5\n===\n"
-    pope += "Category: popular, # samples: 4\nAccuracy: 0.25\nF1 score: 0.4\nYes ratio: 0.5\n"
-    found = llava_suite.read_pope(pope)
+    printed = "Category: random, # samples: 4\nAccuracy: 0.75\nF1 score: 0.8\nYes ratio: 0.5\n===\n"
+    printed += "Category: popular, # samples: 4\nAccuracy: 0.25\nF1 score: 0.4\nYes ratio: 0.5\n"
+    found = pope.read_printed(printed)
     assert found["f1"] == pytest.approx(60) and found["accuracy"] == 50 and found["f1_random"] == 80
-    assert llava_suite.read_accuracy("Binary: 70.1%\nAccuracy: 61.90%\n") == {"accuracy": 61.9}
-    mme = "=========== Perception ===========\ntotal score: 1510.5\n=== Cognition ===\ntotal score: 320.0\n"
-    assert llava_suite.read_mme(mme) == {"perception": 1510.5, "cognition": 320, "percent": pytest.approx(75.525)}
-    assert llava_suite.read_mme("") == llava_suite.read_pope("") == llava_suite.read_accuracy("") == {}
+    assert llava.read_accuracy("Binary: 70.1%\nAccuracy: 61.90%\n") == {"accuracy": 61.9}
+    printed = "=========== Perception ===========\ntotal score: 1510.5\n=== Cognition ===\ntotal score: 320.0\n"
+    assert mme.read_printed(printed) == {"perception": 1510.5, "cognition": 320, "percent": pytest.approx(75.525)}
+    assert mme.read_printed("") == pope.read_printed("") == llava.read_accuracy("") == {}
 
 
 def test_averages_are_the_papers_or_not_there():
     def summary(name, value):
-        benchmark = BENCHMARKS.get(name) or llava_suite.LLAVA_BENCHMARKS[name]
-        paper = dict(zip(PAPER_MODELS, benchmark.paper, strict=True)) if benchmark.paper else {}
+        paper = get(name).paper_figures()
         return {"benchmark": name, "headline": "x", "protocol": "y", "value": value, "paper": paper, "figures": {}}
 
     def printed(names, value=50.0):

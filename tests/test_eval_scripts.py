@@ -17,8 +17,8 @@ import pytest
 
 from llava_compodistill import about
 from llava_compodistill.cli import main
-from llava_compodistill.eval.suite import BENCHMARKS
-from llava_compodistill.eval.summaries import EVERY
+from llava_compodistill.eval.benchmarks import registered
+from llava_compodistill.eval.benchmarks.base import EngineBenchmark
 from miniature import weights
 from miniature.benchmarks import write_benchmarks
 
@@ -193,7 +193,7 @@ def test_an_own_one_is_asked_again_and_under_the_template_of_the_model_s_type(ch
     assert "a second)" in printed and "answered before" not in printed
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", registered(EngineBenchmark))
 def test_our_own(checkout, name):
     flags = [] if name in ("rbench", "reefknot") else ["--protocol", "likelihood"]
     passed(script(checkout, name, "--output", "out", "--device", "cpu", *flags))
@@ -209,7 +209,7 @@ def test_all_twelve_from_one_command_with_the_student(checkout, tmp_path, monkey
     flags += ["--caption-prompt", "Describe the image.", "--protocol", "likelihood", "--output", str(output)]
     assert main(flags) == 0
     printed = capfd.readouterr().out
-    for name, benchmark in EVERY.items():
+    for name, benchmark in registered().items():
         summary = json.loads((output / f"{name}.json").read_text())
         assert (summary["value"] is None) == (name in ("vqav2", "vizwiz")) and benchmark.title in printed
         assert len((output / f"{name}.jsonl").read_text().splitlines()) == summary["items"]
@@ -223,7 +223,7 @@ def test_all_twelve_from_one_command_with_the_student(checkout, tmp_path, monkey
     picture = tmp_path / "comparison.png"
     assert main(["compare", str(output), str(tmp_path / "twin"), "--output", str(picture), "--samples", "200"]) == 0
     printed = capfd.readouterr().out
-    assert all(EVERY[name].title in printed for name in EVERY if name not in ("vqav2", "vizwiz"))
+    assert all(b.title in printed for name, b in registered().items() if name not in ("vqav2", "vizwiz"))
     assert printed.count("+0.0 [0.0, 0.0]") == 10 and picture.stat().st_size > 10_000
 
 

@@ -10,13 +10,16 @@ import random
 
 import pytest
 
-from llava_compodistill.errors import DataError
-from llava_compodistill.eval import llava_records, scorers
-from llava_compodistill.eval.llava_answers import begin, join, read_questions
-from llava_compodistill.eval.llava_suite import LLAVA_BENCHMARKS, main, read_accuracy, read_pope, summarize
+from llava_compodistill.errors import DataError, RecordError
+from llava_compodistill.eval import scorers
+from llava_compodistill.eval.benchmarks import pope, registered, textvqa
+from llava_compodistill.eval.benchmarks.llava import LlavaBenchmark, read_accuracy, read_questions
+from llava_compodistill.eval.llava_answers import begin, join
+from llava_compodistill.eval.llava_suite import main, summarize
 from llava_compodistill.eval.records import read_records
 from miniature.benchmarks import write_benchmarks
 
+LLAVA_BENCHMARKS = registered(LlavaBenchmark)
 LABELLED = [name for name, benchmark in LLAVA_BENCHMARKS.items() if benchmark.score]
 
 
@@ -31,7 +34,7 @@ def sheet(data, name, reply):
     """LLaVA's answers to a benchmark's questions: `reply(label)` each, None for an unknown one."""
     asked = read_questions(data / LLAVA_BENCHMARKS[name].questions)
     blank = [{"question_id": q["question_id"], "prompt": q["text"], "text": ""} for q in asked]
-    labels = [label(record) for record in llava_records.READERS[name](data, blank)]
+    labels = [label(record) for record in LLAVA_BENCHMARKS[name].records(data, blank)]
     return [{**entry, "text": reply(label)} for entry, label in zip(blank, labels, strict=True)]
 
 
@@ -48,7 +51,7 @@ def test_perfect_inverted_and_empty_answers(data, name):
     benchmark = LLAVA_BENCHMARKS[name]
 
     def value(reply):
-        return benchmark.score(llava_records.READERS[name](data, sheet(data, name, reply)))
+        return benchmark.score(LLAVA_BENCHMARKS[name].records(data, sheet(data, name, reply)))
 
     assert value(lambda text: text)[benchmark.headline] == pytest.approx(100)
     assert value(lambda text: f"{text.capitalize()}.")[benchmark.headline] == pytest.approx(100)
@@ -98,7 +101,7 @@ def test_gqa_and_textvqa_by_hand():
     records = [{"id": n, "value": value, "text": "x"} for n, value in enumerate((1.0, 0.3, 0.0))]
     assert scorers.textvqa(records)["accuracy"] == pytest.approx(130 / 3)
     assert scorers.gqa([])["accuracy"] is None and scorers.mme([])["percent"] is None
-    with pytest.raises(scorers.RecordError, match="record 4: has no 'value'"):
+    with pytest.raises(RecordError, match="record 4: has no 'value'"):
         scorers.textvqa([{"id": 4, "text": "x"}])
 
 
@@ -116,7 +119,7 @@ def test_mme_by_hand():
     assert found["color"] == 75 + 50 and found["OCR"] == 50 and found["code_reasoning"] == 0
     assert found["perception"] == 175 and found["cognition"] == 0
     assert found["percent"] == pytest.approx(100 * 175 / 400) and found["unparsable"] == 2
-    with pytest.raises(scorers.RecordError, match="category 'colour' must be one of existence"):
+    with pytest.raises(RecordError, match="category 'colour' must be one of existence"):
         scorers.mme([{"id": 1, "category": "colour"}])
 
 
@@ -148,7 +151,9 @@ def test_figures_are_those_that_llavas_scorers_print(data, tmp_path):
             print(f"Category: {category}, # samples: {len(mine)}")
             eval_pope.eval_pope(mine, str(path))
     summary = summarize("pope", answered(data, "pope", entries, tmp_path), data, tmp_path / "out", printed.getvalue())
-    assert summary["printed"] == pytest.approx({key: summary["figures"][key] for key in read_pope(printed.getvalue())})
+    assert summary["printed"] == pytest.approx(
+        {key: summary["figures"][key] for key in pope.read_printed(printed.getvalue())}
+    )
     assert "printed" not in summary["note"] and 0 < summary["value"] < 100
 
     entries = sheet(data, "textvqa", noisy(random.Random(4)))
@@ -177,9 +182,7 @@ def test_an_empty_answer_is_never_right(tmp_path):
     labels = {"data": [{"image_id": "i", "question": "Which letter?", "answers": ["a"] * 10}]}
     (folder / "TextVQA_0.5.1_val.json").write_text(json.dumps(labels))
     for text in ("", "A", "the"):
-        (record,) = llava_records.textvqa(
-            tmp_path, [{"question_id": "i", "prompt": "Which letter?\nShort.", "text": text}]
-        )
+        (record,) = textvqa.records(tmp_path, [{"question_id": "i", "prompt": "Which letter?\nShort.", "text": text}])
         assert record["value"] == 0.0
 
 
@@ -233,7 +236,7 @@ def test_labels_that_do_not_fit_are_named(world, tmp_path):
             for q in read_questions(tmp_path / LLAVA_BENCHMARKS[name].questions)
         ]
         with pytest.raises(DataError, match=message):
-            llava_records.READERS[name](tmp_path, entries)
+            LLAVA_BENCHMARKS[name].records(tmp_path, entries)
 
     path = tmp_path / "pope" / "coco" / "coco_pope_random.json"
     path.write_text(path.read_text() + '{"label": "no"}\n')

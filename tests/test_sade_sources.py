@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from llava_compodistill.cli import main
-from llava_compodistill.eval.formats import sade
+from llava_compodistill.eval.benchmarks.sade import load as sade
 
 
 @pytest.fixture

@@ -49,13 +49,13 @@ def test_greedy_agrees_with_generation(teacher, questions):
     (inputs,) = batches([question], model, tokenizer, version="qwen_1_5", batch_size=1)
     prompt = inputs["input_ids"][:, : int((inputs["labels"][0] != -100).nonzero()[0])]
     # What the model really says, and a wrong answer: only the first is what greedy decoding gives.
-    said = model.generate(prompt, images=inputs["images"], do_sample=False, max_new_tokens=4)[0]
-    text = tokenizer.decode(said, skip_special_tokens=False)
+    generated = model.generate(prompt, images=inputs["images"], do_sample=False, max_new_tokens=4)[0]
+    text = tokenizer.decode(generated, skip_special_tokens=False)
     stop = "<|im_end|>"  # of the template qwen_1_5
-    said_then_stopped = text.split(stop)[0] if stop in text else None
+    stopped_answer = text.split(stop)[0] if stop in text else None
     candidates = [Question(question.image, question.prompt, word) for word in ("Red", "Circle", text.split(stop)[0])]
     for candidate, result in zip(candidates, score(candidates, model, tokenizer), strict=True):
-        assert result.greedy == (candidate.answer == said_then_stopped)
+        assert result.greedy == (candidate.answer == stopped_answer)
 
 
 def test_a_model_is_entirely_similar_to_itself(teacher, questions):

@@ -17,11 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import DataError, MissingData, RecordsError
 from . import protocols, shares
-from .hub import ON_HUB, fetch
-from .llava_suite import LLAVA_BENCHMARKS, check, run_llava_benchmark
+from .benchmarks import VARIABLE, registered
+from .benchmarks.base import Benchmark
+from .benchmarks.llava import LlavaBenchmark
+from .checkpoint import TEMPLATES, check_checkpoint, check_template, template_of
+from .hub import fetch
+from .llava_suite import run_llava_benchmark
 from .records import made_with, read_records
-from .suite import BENCHMARKS, Run, check_checkpoint, check_template, template_of
-from .summaries import EVERY, show
+from .run import Run
+from .summaries import show
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -30,11 +34,15 @@ console = Console()
 
 
 def build_parser() -> argparse.ArgumentParser:
-    known = ",".join(EVERY)
+    known = ",".join(registered())
     parser = argparse.ArgumentParser(prog="llava-compodistill eval", description=__doc__)
     parser.add_argument("--model-path", required=True, help="checkpoint folder")
     parser.add_argument("--model-base", help="base model of a LoRA checkpoint")
-    parser.add_argument("--benchmarks", default="all", help=f"all that have data, or some of {known}")
+    parser.add_argument(
+        "--benchmarks",
+        default="all",
+        help=f"all that have data, or some of {known} ({VARIABLE} names modules with more)",
+    )
     parser.add_argument("--data-root", type=Path, default=Path("playground/data/eval"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of records and summaries (default: MODEL/eval)")
     parser.add_argument("--name", help="of the answers to LLaVA's six, which lie with the data (default: the model's)")
@@ -45,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         '(the likelier letter), likelihood (log-probability per token), yes (P("Yes") to a question); default: choice '
         "for SugarCrepe and Winoground, likelihood for SADE and BiVLC",
     )
-    parser.add_argument("--conv-mode", help="conversation template (default: by the model's type)")
+    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's, else by its type)")
     parser.add_argument("--caption-prompt", default=protocols.CAPTION_PROMPT, help="of the likelihood protocol")
     parser.add_argument("--batch-size", type=_positive, default=16, help="sequences at a time (default: %(default)s)")
     parser.add_argument("--device", type=_device, help="cuda, cuda:N or cpu (default: cuda where there is one)")
@@ -72,27 +80,29 @@ def _device(text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[2:] if argv is None else argv)
     args = build_parser().parse_args(argv)
+    known = registered()
     names = [name.strip().lower() for name in args.benchmarks.split(",")]
-    names = list(EVERY) if names == ["all"] else names
-    args.benchmarks = "all" if names == list(EVERY) else ",".join(names)
-    unknown = [name for name in names if name not in EVERY]
+    names = list(known) if names == ["all"] else names
+    args.benchmarks = "all" if names == list(known) else ",".join(names)
+    unknown = [name for name in names if name not in known]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], EVERY, 1)
+        near = difflib.get_close_matches(unknown[0], known, 1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        console.print(f"--benchmarks: unknown {', '.join(unknown)}; there are {', '.join(EVERY)}.{hint}")
+        console.print(f"--benchmarks: unknown {', '.join(unknown)}; there are {', '.join(known)}.{hint}")
         return 2
-    check_checkpoint(args.model_path)
-    if args.conv_mode:
+    check_checkpoint(args.model_path, args.model_base)
+    if not args.conv_mode:
+        args.conv_mode = template_of(args.model_path, lambda text: console.print(text, markup=False, soft_wrap=True))
+    if args.conv_mode not in TEMPLATES.values():
         check_template(args.conv_mode)
-    args.conv_mode = args.conv_mode or template_of(args.model_path)
     if not args.data_root.is_dir() and not args.hub:
         raise DataError(
             f"--data-root {args.data_root}: there is no such folder. It holds the benchmarks' own folders."
         )
     args.devices = shares.devices(args.device, args.processes)
-    args.dtype = shares.number_format(args.devices, args.dtype)
+    args.dtype = shares.dtype_for(args.devices, args.dtype)
     # Everything is read and checked before a model is: a missing image shows now, not after hours.
-    plan = prepare(args, names)
+    plan = prepare(args, [known[name] for name in names])
     if args.share:
         return ask_share(args, plan)
     for text in plan.absent:
@@ -119,14 +129,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(args: argparse.Namespace, argv: list[str], plan: Plan) -> list[dict[str, Any]]:
     """Everything that is planned; what fails goes into `plan.wrong`."""
     summaries = own_benchmarks(args, argv, plan)
-    for name in plan.theirs:
-        console.rule(EVERY[name].title)
+    for benchmark in plan.theirs:
+        console.rule(benchmark.title)
         options = {"conv_mode": args.conv_mode, "model_base": args.model_base, "model_name": args.name}
         options |= {"devices": args.devices, "overwrite": args.overwrite}
         try:
-            summaries.append(run_llava_benchmark(name, args.model_path, args.data_root, folder(args), **options))
+            summary = run_llava_benchmark(benchmark.name, args.model_path, args.data_root, folder(args), **options)
+            summaries.append(summary)
         except DataError as error:
-            plan.wrong.append(f"{EVERY[name].title}: {error}")
+            plan.wrong.append(f"{benchmark.title}: {error}")
     return summaries
 
 
@@ -142,33 +153,33 @@ class Plan:
     """What is to be done.
 
     Attributes:
-        runs: our benchmarks.
-        theirs: names of LLaVA's.
+        runs: of the benchmarks that the engine asks.
+        theirs: those that LLaVA's modules ask.
         absent: why others are left out: nobody has got their files.
-        wrong: what is wrong with some, so that they are not, or not wholly, evaluated.
+        wrong: what is wrong with others, so that they are not, or not wholly, evaluated.
     """
 
     runs: list[Run] = field(default_factory=list)
-    theirs: list[str] = field(default_factory=list)
+    theirs: list[LlavaBenchmark] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
 
-def prepare(args: argparse.Namespace, names: Sequence[str]) -> Plan:
+def prepare(args: argparse.Namespace, benchmarks: Sequence[Benchmark]) -> Plan:
     """Read the benchmarks' files, and whether records that are there can be gone on with."""
     plan = Plan()
     about = made_with(args.model_path, args.conv_mode, model_base=args.model_base, dtype=args.dtype)
-    for name in names:
+    for benchmark in benchmarks:
         try:
-            if name in LLAVA_BENCHMARKS:
-                check(name, args.data_root)
-                plan.theirs.append(name)
+            if isinstance(benchmark, LlavaBenchmark):
+                benchmark.check(args.data_root)
+                plan.theirs.append(benchmark)
                 continue
-            benchmark, protocol = BENCHMARKS[name], args.protocol
+            protocol = args.protocol
             if args.benchmarks == "all" and protocol not in benchmark.protocols:
                 protocol = None  # its own first one; the table says which
-            if args.hub and name in ON_HUB and not args.share:
-                fetch(name, args.data_root, console.print)
+            if args.hub and benchmark.hub is not None and not args.share:
+                fetch(benchmark, args.data_root, console.print)
             items = benchmark.load(args.data_root)
             run = Run(benchmark, items, about, folder(args), protocol, args.caption_prompt)
             if not (args.share or args.overwrite):
@@ -196,7 +207,7 @@ def own_benchmarks(args: argparse.Namespace, argv: list[str], plan: Plan) -> lis
                     bars.advance(bar, count)
 
                 if left and len(args.devices) > 1:
-                    ask_in_processes(run, argv, args.devices, advance)
+                    ask_in_processes(run, [*argv, "--conv-mode", args.conv_mode], args.devices, advance)
                     run.begin()  # joins the shares
                 elif left:
                     engine = engine or load(args)
@@ -221,7 +232,7 @@ def ask_in_processes(
     """This command again, once a device, for one benchmark and a share of its items."""
     flags = ["-m", "llava_compodistill.cli", "eval", *argv, "--benchmarks", run.benchmark.name]
     flags = [flag for flag in flags if flag != "--overwrite"]
-    if run.protocol in run.benchmark.protocols and run.protocol != "answer":
+    if run.protocol in (*protocols.CHOOSING, *protocols.MATCHING):
         flags += ["--protocol", run.protocol]
     if devices[0] is not None:
         flags += ["--device", "cuda"]  # the one that it sees

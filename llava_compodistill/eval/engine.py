@@ -27,17 +27,29 @@ from .requests import Answer, Continuation, FirstWord, Likelihood, Request
 logger = logging.getLogger(__name__)
 T, R = TypeVar("T"), TypeVar("R")
 IMAGE_TOKEN_INDEX, IGNORE_INDEX = -200, -100
+#: Logits computed at a time: 256 MiB in float32.
+_LOGITS_AT_ONCE = 2**26
 
 
 @dataclass
-class _Row:
-    """A request as tokens: what comes behind the image, and which of it is to be predicted."""
+class Row:
+    """A request as tokens: a whole sequence, one of them the image, and which of it is to be predicted."""
 
     index: int
     request: Request
-    before: tuple[int, ...]
     ids: list[int]
     labels: list[int]
+    image: int
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """The tokens that come before the image."""
+        return tuple(self.ids[: self.image])
+
+    @property
+    def behind(self) -> list[int]:
+        """The tokens that come behind the image."""
+        return self.ids[self.image + 1 :]
 
 
 class Engine:
@@ -53,6 +65,9 @@ class Engine:
         open_image: a request's `image` -> picture in RGB; by default it is a file.
     """
 
+    #: What it can answer, in the order in which the requests on a group of images are computed.
+    kinds: tuple[type, ...] = (Likelihood, Continuation, FirstWord, Answer)
+
     def __init__(
         self,
         model: nn.Module,
@@ -66,6 +81,7 @@ class Engine:
         self.model, self.tokenizer, self.version, self.batch_size = llava_core(model), tokenizer, version, batch_size
         config = self.model.config
         self._crops = "anyres" in (getattr(config, "image_aspect_ratio", None) or "")
+        # Another template's padding token may be this one's end token, which the collator's mask would then hide.
         prepare_tokenizer(tokenizer, use_template(version))
         self._preprocess = import_llava_train().preprocess
         self._process_images = import_llava("llava.mm_utils").process_images
@@ -82,17 +98,23 @@ class Engine:
             requests: of any kinds; those on one image are computed together, wherever they stand.
             done: called with (position, response) as responses come.
         """
+        use_template(self.version)
+        rows = [self._tokens(index, request) for index, request in enumerate(requests)]
         responses: list[Any] = [None] * len(requests)
-        for rows, caches in self._prefixes(requests):
-            for kind in (Likelihood, Continuation, FirstWord, Answer):
-                chosen = sorted((r for r in rows if isinstance(r.request, kind)), key=lambda row: len(row.ids))
-                answer = self._generate if kind is Answer else self._log_probabilities
-                for batch, answers in self._in_batches(chosen, lambda batch, do=answer, kept=caches: do(batch, kept)):
-                    for row, response in zip(batch, answers, strict=True):
-                        responses[row.index] = response
-                        if done is not None:
-                            done(row.index, response)
+        for batch, answers in self._answered(rows):
+            for row, response in zip(batch, answers, strict=True):
+                responses[row.index] = response
+                if done is not None:
+                    done(row.index, response)
         return responses
+
+    def _answered(self, rows: list[Row]) -> Iterator[tuple[list[Row], list[Any]]]:
+        """Rows in batches, with their responses."""
+        for group, caches in self._prefixes(rows):
+            for kind in self.kinds:
+                chosen = sorted((r for r in group if isinstance(r.request, kind)), key=lambda row: len(row.behind))
+                answer = self._generate if kind is Answer else self._log_probabilities
+                yield from self._in_batches(chosen, lambda batch, do=answer, kept=caches: do(batch, kept))
 
     def _in_batches(
         self, things: list[T], work: Callable[[list[T]], R], most: int | None = None
@@ -118,69 +140,77 @@ class Engine:
             start += len(batch)
 
     # -----------------------------------------------------------------------------------------------------------------
+    # Tokens and images
+    # -----------------------------------------------------------------------------------------------------------------
+    def _tokens(self, index: int, request: Request) -> Row:
+        """The sequence of a request: with its answer where it has one, else up to where an answer would begin."""
+        if not isinstance(request, self.kinds):
+            raise ValueError(f"{type(self).__name__} cannot answer {type(request).__name__}.")
+        given = isinstance(request, (Likelihood, Continuation))
+        ids, labels = self._preprocessed(request, request.answer if given else "?")
+        if ids.count(IMAGE_TOKEN_INDEX) != 1:
+            raise ValueError(f"The prompt {request.prompt!r} holds an image token of its own.")
+        if not given:
+            ids = ids[: next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)]
+            labels = labels[: len(ids)]
+        return Row(index, request, ids, labels, ids.index(IMAGE_TOKEN_INDEX))
+
+    def _preprocessed(self, request: Request, answer: str) -> tuple[list[int], list[int]]:
+        turns = [{"from": "human", "value": f"{self._marker}\n{request.prompt}"}, {"from": "gpt", "value": answer}]
+        batch = self._preprocess([turns], self.tokenizer, has_image=True)
+        return batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+
+    def _first_token(self, row: Row, word: str) -> int:
+        """The token that an answer beginning with a word begins with, under the template."""
+        _, labels = self._preprocessed(row.request, word)
+        return next(label for label in labels if label != IGNORE_INDEX)
+
+    def _pixels(self, images: Sequence[str]) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+        """The tower's input for each image, and the pictures' sizes."""
+        processor = self.model.get_vision_tower().image_processor
+        pictures = [self.open_image(name) for name in images]
+        pixels = [self._process_images([picture], processor, self.model.config)[0] for picture in pictures]
+        return pixels, [picture.size for picture in pictures]
+
+    # -----------------------------------------------------------------------------------------------------------------
     # Prefixes
     # -----------------------------------------------------------------------------------------------------------------
-    def _prefixes(self, requests: Sequence[Request]) -> Iterator[tuple[list[_Row], _Caches]]:
-        """Requests in groups of images, with the keys and values of what stands before their own tokens."""
-        use_template(self.version)
-        groups: dict[tuple[tuple[int, ...], str], list[_Row]] = defaultdict(list)
-        for index, request in enumerate(requests):
-            row = self._tokens(index, request)
-            groups[row.before, request.image].append(row)
+    def _prefixes(self, rows: list[Row]) -> Iterator[tuple[list[Row], _Caches]]:
+        """Rows in groups of images, with the keys and values of what stands before their own tokens."""
+        groups: dict[tuple[tuple[int, ...], str], list[Row]] = defaultdict(list)
+        for row in rows:
+            groups[row.before, row.request.image].append(row)
         by_text: dict[tuple[int, ...], list[str]] = defaultdict(list)
         for before, image in groups:
             by_text[before].append(image)
         for before, images in by_text.items():
             most = 1 if self._crops else None
-            for some, caches in self._in_batches(images, lambda some, text=before: self._read(text, some), most):
-                yield [row for image in some for row in groups[before, image]], caches
-
-    def _tokens(self, index: int, request: Request) -> _Row:
-        answer = request.answer if isinstance(request, (Likelihood, Continuation)) else "?"
-        turns = [
-            {"from": "human", "value": f"{self._marker}\n{request.prompt}"},
-            {"from": "gpt", "value": answer},
-        ]
-        batch = self._preprocess([turns], self.tokenizer, has_image=True)
-        ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-        image = ids.index(IMAGE_TOKEN_INDEX)
-        if ids.count(IMAGE_TOKEN_INDEX) != 1:
-            raise ValueError(f"The prompt {request.prompt!r} holds an image token of its own.")
-        if not isinstance(request, (Likelihood, Continuation)):
-            ids = ids[: next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)]
-            labels = labels[: len(ids)]
-        return _Row(index, request, tuple(ids[:image]), ids[image + 1 :], labels[image + 1 :])
+            for batch, caches in self._in_batches(images, lambda batch, text=before: self._read(text, batch), most):
+                yield [row for image in batch for row in groups[before, image]], caches
 
     def _read(self, before: tuple[int, ...], images: list[str]) -> _Caches:
         model = self.model
-        processor = model.get_vision_tower().image_processor
-        pictures = [self.open_image(name) for name in images]
-        pixels = torch.stack([self._process_images([picture], processor, model.config)[0] for picture in pictures])
+        pixels, sizes = self._pixels(images)
         # One token more, which is taken off again: a sequence of one is a decoding step for LLaVA, and left as it is.
         ids = torch.tensor([[*before, IMAGE_TOKEN_INDEX, 0]] * len(images), device=model.device)
-        sizes = [picture.size for picture in pictures]
         merge = model.prepare_inputs_labels_for_multimodal
-        embeds = merge(ids, None, None, None, None, pixels.to(model.device, model.dtype), sizes)[4][:, :-1]
+        pictures = torch.stack(pixels).to(model.device, model.dtype)
+        embeds = merge(ids, None, None, None, None, pictures, sizes)[4][:, :-1]
         outputs = model.get_model()(inputs_embeds=embeds, use_cache=True)
         numbers = {image: number for number, image in enumerate(images)}
         return _Caches(compat.read_cache(outputs.past_key_values), numbers, embeds.shape[1])
 
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model.get_model().embed_tokens(ids)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Behind the prefixes
-    # -----------------------------------------------------------------------------------------------------------------
-    def _forward(self, rows: list[_Row], caches: _Caches):
+    def _forward(self, rows: list[Row], caches: _Caches):
         """(last hidden states [R, N, D], past_key_values, lengths [R]) of the rows' own tokens, padded on the right,
         where nothing that is real sees it."""
         device = self.model.device
-        lengths = torch.tensor([len(row.ids) for row in rows], device=device)
+        behind = [row.behind for row in rows]
+        lengths = torch.tensor([len(ids) for ids in behind], device=device)
         width = int(lengths.max())
-        ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows], device=device)
+        padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in behind], device=device)
         positions = torch.arange(caches.length, caches.length + width, device=device).expand(len(rows), -1)
         outputs = self.model.get_model()(
-            inputs_embeds=self._embed(ids),
+            inputs_embeds=self._embed(padded),
             attention_mask=torch.ones(len(rows), caches.length + width, dtype=torch.long, device=device),
             position_ids=positions,
             past_key_values=caches.of([row.request.image for row in rows]),
@@ -188,47 +218,65 @@ class Engine:
         )
         return outputs.last_hidden_state, outputs.past_key_values, lengths
 
-    def _log_probabilities(self, rows: list[_Row], caches: _Caches) -> list[Any]:
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model.get_model().embed_tokens(ids)
+
+    def _log_probabilities(self, rows: list[Row], caches: _Caches) -> list[Any]:
         hidden, _, lengths = self._forward(rows, caches)
-        responses: list[Any] = []
         if isinstance(rows[0].request, FirstWord):
-            last = hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
-            log_probs = self._head(last)
-            for row, values in zip(rows, log_probs, strict=True):
-                responses.append([float(values[self._first_token(row, word)]) for word in row.request.words])
-            return responses
-        for row, states in zip(rows, hidden, strict=True):
-            places = [place for place, label in enumerate(row.labels) if label != IGNORE_INDEX]
-            log_probs = self._head(states[[place - 1 for place in places]])
-            targets = torch.tensor([row.labels[place] for place in places], device=hidden.device)
-            chosen = log_probs.gather(1, targets[:, None])
-            if isinstance(row.request, Continuation):
-                likeliest = log_probs[:, : len(self.tokenizer)].argmax(dim=1)
-                responses.append((float(chosen.mean()), bool((likeliest == targets).all())))
-            else:
-                responses.append(float(chosen.mean()))
+            return self._first_words(rows, hidden[torch.arange(len(rows), device=hidden.device), lengths - 1])
+        labels = torch.full(hidden.shape[:2], IGNORE_INDEX)
+        for number, row in enumerate(rows):
+            targets = row.labels[row.image + 2 :]  # the first token behind the image is predicted within the prefix
+            labels[number, : len(targets)] = torch.tensor(targets)
+        labels = labels.to(hidden.device)
+        asked = labels != IGNORE_INDEX
+        return self._likelihoods(rows, hidden[asked], labels[asked], asked.sum(dim=1).tolist())
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # From hidden states to responses
+    # -----------------------------------------------------------------------------------------------------------------
+    def _first_words(self, rows: list[Row], hidden: torch.Tensor) -> list[list[float]]:
+        """Responses from the hidden states [R, D] that predict each row's first token."""
+        log_probs = torch.log_softmax(self._logits(hidden), dim=-1)
+        return [
+            [float(values[self._first_token(row, word)]) for word in row.request.words]
+            for row, values in zip(rows, log_probs, strict=True)
+        ]
+
+    def _likelihoods(
+        self, rows: list[Row], hidden: torch.Tensor, targets: torch.Tensor, counts: list[int]
+    ) -> list[Any]:
+        """Responses from the hidden states [A, D] that predict the answers' tokens [A], row by row, `counts` each."""
+        values, greedy = [], []
+        vocabulary = self.model.config.vocab_size
+        for states, wanted in zip(
+            *(part.split(max(1, _LOGITS_AT_ONCE // vocabulary)) for part in (hidden, targets)), strict=True
+        ):
+            logits = self._logits(states)
+            values.append(torch.log_softmax(logits, dim=-1).gather(1, wanted[:, None])[:, 0])
+            greedy.append(logits[:, : len(self.tokenizer)].argmax(dim=-1) == wanted)
+        responses: list[Any] = []
+        answers = zip(rows, torch.cat(values).split(counts), torch.cat(greedy).split(counts), strict=True)
+        for row, log_probs, hits in answers:
+            mean = float(log_probs.mean())
+            responses.append((mean, bool(hits.all())) if isinstance(row.request, Continuation) else mean)
         return responses
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """In float32: at 16 bits the logits of "A" and "B" often tie."""
         if self._weight is None:
             head = self.model.get_output_embeddings()
             self._weight, self._bias = (
                 None if part is None else part.float() for part in dense_head(head, hidden[:1].to(self.model.dtype))
             )
-        return torch.log_softmax(torch.nn.functional.linear(hidden.float(), self._weight, self._bias), dim=-1)
-
-    def _first_token(self, row: _Row, word: str) -> int:
-        """The token that an answer beginning with a word begins with, under the template."""
-        turns = [{"from": "human", "value": f"{self._marker}\n{row.request.prompt}"}, {"from": "gpt", "value": word}]
-        labels = self._preprocess([turns], self.tokenizer, has_image=True)["labels"][0]
-        return int(labels[labels != IGNORE_INDEX][0])
+        return torch.nn.functional.linear(hidden.float(), self._weight, self._bias)
 
     def _likeliest(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of the tokens that the tokenizer has: rows that pad the vocabulary cannot be decoded."""
         return self.model.get_output_embeddings()(hidden)[:, : len(self.tokenizer)].argmax(dim=-1)
 
-    def _generate(self, rows: list[_Row], caches: _Caches) -> list[str]:
+    def _generate(self, rows: list[Row], caches: _Caches) -> list[str]:
         model, device = self.model, self.model.device
         hidden, cache, lengths = self._forward(rows, caches)
         width, count = hidden.shape[1], len(rows)

@@ -14,7 +14,6 @@ questions an image, TextVQA several).
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections import Counter, defaultdict
@@ -23,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecordsError
+from .benchmarks.llava import read_answers, read_questions
+from .checkpoint import check_checkpoint, template_of
 from .records import check_run, fingerprint, made_with, write_lines, write_run
-from .suite import check_checkpoint, template_of
 
 AGAIN = "MODEL_NAME=… (`eval --name …`) keeps others under another name; OVERWRITE=1 (`eval --overwrite`) asks again."
 Key = tuple[str, str]
@@ -95,34 +95,6 @@ def shares(left: int, gpus: int) -> int:
     return math.ceil(left / math.ceil(left / gpus)) if left else 0
 
 
-def read_questions(path: Path, images: Path | None = None) -> list[dict[str, Any]]:
-    """LLaVA's questions; with a folder of images, whether each one's image is there.
-
-    Raises:
-        RecordsError: for a line that is none, or whose image is missing, with its number.
-    """
-    lines = _text(path).split("\n")
-    questions = []
-    for number, line in enumerate(lines if lines[-1] else lines[:-1], start=1):
-        entry = _entry(path, number, line, ("question_id", "image", "text"))
-        if images is not None and not (images / str(entry["image"])).is_file():
-            raise RecordsError(f"{path}, line {number}: its image {images / str(entry['image'])} is missing.")
-        questions.append(entry)
-    if not questions:
-        raise RecordsError(f"{path}: holds no questions.")
-    return questions
-
-
-def read_answers(path: Path) -> list[dict[str, Any]]:
-    """LLaVA's answers; a line that a kill left unfinished does not count.
-
-    Raises:
-        RecordsError: for a line that is none, with its number.
-    """
-    lines = _text(path).split("\n")[:-1]
-    return [_entry(path, number, line, ("question_id", "prompt", "text")) for number, line in enumerate(lines, 1)]
-
-
 def _found(asked: Sequence[dict], questions: Path, files: Iterable[Path]) -> dict[Key, list[dict]]:
     """The answers that lie in files, by question."""
     wanted = Counter(map(_key, asked))
@@ -164,24 +136,6 @@ def _parts(folder: Path) -> list[Path]:
     return [path for path in [folder / "kept.jsonl", *sorted(folder.glob("*_*.jsonl"))] if path.is_file()]
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8", "replace")
-    except OSError as error:
-        raise RecordsError(f"{path}: {error.strerror}.") from None
-
-
-def _entry(path: Path, number: int, line: str, fields: Sequence[str]) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-        missing = [name for name in fields if name not in entry]
-    except (ValueError, TypeError) as error:
-        raise RecordsError(f"{path}, line {number}: no JSON object ({error}).") from None
-    if missing:
-        raise RecordsError(f"{path}, line {number}: has no {missing[0]!r}, only {', '.join(entry)}.")
-    return entry
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """`begin` prints how many questions are left, into how many shares they go, and the template they are asked under;
     `join` how many are answered."""
@@ -192,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=Path)
     parser.add_argument("--model", default="", help="checkpoint folder")
     parser.add_argument("--model-base", default="")
-    parser.add_argument("--template", default="", help="default: by the model's type")
+    parser.add_argument("--template", default="", help="default: the checkpoint's, else by the model's type")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--overwrite", type=int, choices=(0, 1), default=0)
@@ -202,8 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(join(args.questions, args.answers))
         else:
             if args.model:
-                check_checkpoint(args.model)
-            template = args.template or template_of(args.model)
+                check_checkpoint(args.model, args.model_base)
+            # Standard output is what the script reads.
+            template = args.template or template_of(args.model, lambda text: print(text, file=sys.stderr))
             more = {"model_base": args.model_base, "max_new_tokens": args.max_new_tokens}
             about = made_with(args.model, template, **more)
             left = begin(args.questions, args.answers, about, bool(args.overwrite), args.images)

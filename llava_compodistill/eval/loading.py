@@ -30,9 +30,9 @@ def load_engine(
     transformers_logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = "cuda:0" if device == "cuda" else device  # LLaVA spreads a model on "cuda" over all cards
-    number_format = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    torch_dtype = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     register(train=True)
     name = import_llava("llava.mm_utils").get_model_name_from_path(model_path)
     loader = import_llava("llava.model.builder").load_pretrained_model
-    tokenizer, model, _, _ = loader(model_path, model_base, name, device=device, torch_dtype=number_format)
+    tokenizer, model, _, _ = loader(model_path, model_base, name, device=device, torch_dtype=torch_dtype)
     return Engine(model.eval(), tokenizer, version=template, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""How an item is put to a model: its requests, and the record that their responses make.
+"""How a model is asked about an item: its requests, and the record that their responses make.
 
 likelihood      mean log-probability per token of each caption, given the image
 yes             log P("Yes") to `Does this figure show "…"?`
@@ -10,11 +10,13 @@ answer          the item's own question, answered in words
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .formats import Item
 from .reading import letter
 from .requests import Answer, FirstWord, Likelihood, Request
+
+if TYPE_CHECKING:
+    from .benchmarks.base import Item
 
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 MATCH_PROMPT = 'Does this figure show "{caption}"? Please answer yes or no.'
@@ -27,8 +29,8 @@ ORDERS = ([0, 1], [1, 0])
 LETTERS = ("A", "B")
 MATCHING = ("likelihood", "yes")
 CHOOSING = ("choice", "choice-logits")
-#: Longest answers, in tokens; a letter may come after a few words.
-MAX_NEW_TOKENS = {"choice": 16, "yesno": 16, "multichoice": 16, "vqa": 64, "answer": 16}
+#: Longest answer of a choice, in tokens: a letter may come after a few words.
+MAX_NEW_TOKENS = 16
 
 
 def requests(item: Item, protocol: str, caption_prompt: str = CAPTION_PROMPT) -> list[Request]:
@@ -38,8 +40,7 @@ def requests(item: Item, protocol: str, caption_prompt: str = CAPTION_PROMPT) ->
         ValueError: for an unknown protocol, or one that does not fit the item.
     """
     if protocol == "answer":
-        limit = MAX_NEW_TOKENS.get(item.fields.get("task", ""), MAX_NEW_TOKENS["answer"])
-        return [Answer(item.images[0], item.prompt, limit)]
+        return [Answer(item.images[0], item.prompt, item.max_new_tokens)]
     if protocol == "likelihood":
         return [Likelihood(image, caption_prompt, caption) for caption in item.captions for image in item.images]
     if protocol == "yes":
@@ -55,14 +56,14 @@ def requests(item: Item, protocol: str, caption_prompt: str = CAPTION_PROMPT) ->
             a, b = (item.captions[index] for index in order)
             prompt = CHOICE_PROMPT.format(a=a, b=b)
             if protocol == "choice":
-                asked.append(Answer(image, prompt, MAX_NEW_TOKENS["choice"]))
+                asked.append(Answer(image, prompt, MAX_NEW_TOKENS))
             else:
                 asked.append(FirstWord(image, prompt, LETTERS))
     return asked
 
 
 def record(item: Item, protocol: str, responses: Sequence[Any]) -> dict[str, Any]:
-    """The record of an item, as `scorers` read it, from the responses to `requests`."""
+    """The record of an item, as `benchmarks.figures` describes it, from the responses to `requests`."""
     made: dict[str, Any] = {"id": item.id, **item.fields}
     if protocol == "answer":
         return {**made, "prompt": item.prompt, "text": responses[0]}

@@ -1,4 +1,4 @@
-"""What an answer in words says: a letter, yes or no, a text. What cannot be read is None, and never right."""
+"""What an answer in words means: a letter, yes or no, a text. What cannot be read is None, and never right."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def yes_or_no(text: str) -> bool | None:
     return not {"No", "not", "no"} & set(sentence.split(" "))
 
 
-def says(text: str, label: str) -> bool:
+def contains(text: str, label: str) -> bool:
     """Whether an open answer holds the label's words in a row; case, articles and punctuation do not count."""
     answer, wanted = (_words(part) for part in (text, label))
     spans = (answer[start : start + len(wanted)] for start in range(len(answer) - len(wanted) + 1))

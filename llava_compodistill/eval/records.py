@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import RecordsError
 
-#: Of a checkpoint's and a run's parts, where the name alone says too little.
-_SAID = {"weights": "weights that give", "fingerprint": "questions that give"}
+#: A run's parts whose names alone say too little.
+_WORDS = {"weights": "weights that give", "fingerprint": "questions that give"}
 #: Bytes read at both ends of a tensor.
 _PIECE = 16 * 1024
 
@@ -29,7 +29,6 @@ class RecordFile:
 
     Attributes:
         done: id -> record of what is there.
-        cut: whether a line that a kill had left unfinished was taken away.
 
     Raises:
         RecordsError: for records of another run, of unknown or repeated items, that are no JSON, or that another
@@ -37,7 +36,7 @@ class RecordFile:
     """
 
     def __init__(self, path: Path, run: dict[str, Any], ids: Sequence[str], overwrite: bool = False):
-        self.path, self.done, self.cut = path, {}, False
+        self.path, self.done = path, {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
         try:
@@ -69,7 +68,6 @@ class RecordFile:
         whole = data.rfind(b"\n") + 1
         if whole < len(data):  # a kill came in the middle of a line
             self._file.truncate(whole)
-            self.cut = True
         for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
             try:
                 record = json.loads(line)
@@ -127,7 +125,7 @@ def check_run(path: Path, run: dict[str, Any], way_out: str) -> None:
     known = {"model"} if run.get("weights") else set()
     changed = [name for name in run if before.get(name) != run[name] and name not in known]
     if changed:
-        apart = "; ".join(f"{_SAID.get(name, name)} {before.get(name)!r}, not {run[name]!r}" for name in changed)
+        apart = "; ".join(f"{_WORDS.get(name, name)} {before.get(name)!r}, not {run[name]!r}" for name in changed)
         raise RecordsError(f"{path} holds records of another run: {apart}. {way_out}")
 
 
@@ -158,7 +156,11 @@ def weights_of(model: str) -> str:
 
 
 def _pieces(path: Path) -> list[tuple[int, int]]:
-    """The tensors of a safetensors file as (begin, end); of another file a thousand stretches of equal length."""
+    """The tensors of a safetensors file as (begin, end); of another file a thousand stretches of equal length.
+
+    The header is read here because `safetensors.safe_open` hands out slices by a tensor's shape, not stretches of
+    bytes, and bfloat16 only through torch, whose import would take seconds in every step of scripts/eval.
+    """
     size = path.stat().st_size
     if path.suffix == ".safetensors":
         try:

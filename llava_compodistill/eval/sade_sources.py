@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .benchmarks.sade import CATEGORIES
 from .records import write_lines
-from .scorers import SADE
 
 
 def read_entries(path: Path) -> list[tuple[str, Any]]:
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="llava-compodistill sade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, help="one of SADE's sources: .json, .jsonl or .csv")
-    parser.add_argument("--category", choices=SADE, required=True)
+    parser.add_argument("--category", choices=CATEGORIES, required=True)
     parser.add_argument("--source", required=True, help="its name; what an earlier call took from it is replaced")
     parser.add_argument("--image", nargs="+", required=True, metavar="FIELD", help="two for comprehensive")
     parser.add_argument("--image-prefix", default="", help="put before the image's name: VG_100K/, …")
@@ -134,6 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = [entry for _, entry in read_entries(path)] if path.is_file() else []
     kept = [line for line in before if (line.get("category"), line.get("source")) != (args.category, args.source)]
     write_lines(path, [*kept, *made])
-    counts = {name: sum(line["category"] == name for line in [*kept, *made]) for name in SADE}
+    counts = {name: sum(line["category"] == name for line in [*kept, *made]) for name in CATEGORIES}
     print(f"{path}: {len(made)} items of {args.source}; now " + ", ".join(f"{k} {v}" for k, v in counts.items()))
     return 0

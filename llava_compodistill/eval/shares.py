@@ -2,6 +2,10 @@
 
 A share is every n-th of the items that are left. A kill loses nothing: the shares that lie there are joined before
 the work is divided again, over as many processes as there are then.
+
+accelerate does not replace this: its `split_between_processes` divides a list among the ranks of one process group,
+which start and end together. Shares know nothing of each other, write files of their own, and their number may differ
+from one start to the next.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ def devices(device: str | None, processes: int | None) -> list[str | None]:
     return [cards[number % len(cards)] for number in range(processes or len(cards))]
 
 
-def number_format(devices: Sequence[str | None], asked_for: str | None) -> str:
+def dtype_for(devices: Sequence[str | None], asked_for: str | None) -> str:
     """--dtype, or bfloat16 on GPUs and float32 elsewhere."""
     return asked_for or ("float32" if devices[0] is None else "bfloat16")
 

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import DataError
-from .llava_suite import LLAVA_BENCHMARKS
-from .suite import BENCHMARKS, PAPER_MODELS
+from .benchmarks import get, registered
+from .benchmarks.base import PAPER_MODELS
 
-EVERY = {**BENCHMARKS, **LLAVA_BENCHMARKS}
+#: The paper's averages, in the table's order.
+AVERAGES = ("VQA average", "CR average")
 #: `PAPER_MODELS` in a table's head.
 SHORT = ("teacher", "SFT", "CompoD.")
 
@@ -26,7 +27,7 @@ def show(summaries: Sequence[dict[str, Any]], name: str, console: Console) -> No
     console.print(table(summaries, name))
     for summary in summaries:
         if summary.get("note"):
-            console.print(f"{EVERY[summary['benchmark']].title}: {summary['note']}", markup=False, soft_wrap=True)
+            console.print(f"{get(summary['benchmark']).title}: {summary['note']}", markup=False, soft_wrap=True)
 
 
 def table(summaries: Sequence[dict[str, Any]], name: str) -> Table:
@@ -39,17 +40,14 @@ def table(summaries: Sequence[dict[str, Any]], name: str) -> Table:
         result.add_column(column, justify="right", no_wrap=True)
     for summary in summaries:
         name = summary["benchmark"]
-        title = EVERY[name].title
+        title = get(name).title
         paper = [f"{value:.1f}" for value in summary["paper"].values()]
         figure = summary["headline"] + (" of a part" if "missing" in summary["figures"] else "")
         result.add_row(title, figure, summary["protocol"], percent(summary["value"]), *paper)
-    averages = {
-        "VQA average": [name for name, benchmark in LLAVA_BENCHMARKS.items() if benchmark.paper],
-        "CR average": [name for name, benchmark in BENCHMARKS.items() if benchmark.averaged],
-    }
     whole = [summary for summary in summaries if summary["value"] is not None and "missing" not in summary["figures"]]
     found = {summary["benchmark"]: summary for summary in whole}
-    for title, names in averages.items():
+    for title in AVERAGES:
+        names = [name for name, benchmark in registered().items() if benchmark.average == title]
         if not set(names) <= set(found):
             continue  # an average of fewer would not be the paper's
         papers = [mean(found[name]["paper"][model] for name in names) for model in PAPER_MODELS]

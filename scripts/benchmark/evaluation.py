@@ -16,9 +16,12 @@ import torch
 from measure import synchronize
 from PIL import Image
 
-from llava_compodistill.eval import formats, protocols, scorers
+from llava_compodistill.eval import protocols
+from llava_compodistill.eval.benchmarks import sugarcrepe
+from llava_compodistill.eval.benchmarks.base import Item
 from llava_compodistill.eval.engine import Engine
-from llava_compodistill.eval.scoring import Question, score
+from llava_compodistill.eval.sequences import WholeSequences
+from llava_compodistill.hosts.llava import import_llava
 from miniature import weights
 from miniature.benchmarks import write_benchmarks
 from miniature.dataset import WorldConfig, write_dataset
@@ -37,26 +40,22 @@ def run(folder: str, device: torch.device, seconds: float) -> Iterator[dict[str,
     weights.install(root / "models")
     model, tokenizer = load_for_evaluation(root / "models" / "llava-teacher")
     model = model.to(device)
-    items = formats.sugarcrepe(root / "eval")
+    items = sugarcrepe.load(root / "eval")
     engine = Engine(model, tokenizer, version=VERSION, batch_size=64)
+    alone = WholeSequences(model, tokenizer, version=VERSION, batch_size=1)
 
-    def in_batches(some: list[formats.Item]) -> list[dict[str, Any]]:
-        put = [protocols.requests(item, "likelihood", CAPTION_PROMPT) for item in some]
-        responses = iter(engine.run([request for requests in put for request in requests]))
+    def in_batches(chosen: list[Item]) -> list[dict[str, Any]]:
+        asked = [protocols.requests(item, "likelihood", CAPTION_PROMPT) for item in chosen]
+        responses = iter(engine.run([request for requests in asked for request in requests]))
         return [
             protocols.record(item, "likelihood", [next(responses) for _ in requests])
-            for item, requests in zip(some, put, strict=True)
+            for item, requests in zip(chosen, asked, strict=True)
         ]
 
-    def one_by_one(item: formats.Item) -> dict[str, Any]:
-        questions = [Question(item.images[0], CAPTION_PROMPT, caption) for caption in item.captions]
-        values = [
-            score([question], model, tokenizer, version=VERSION, batch_size=1)[0].log_probability
-            for question in questions
-        ]
-        return protocols.record(item, "likelihood", values)
+    def one_by_one(item: Item) -> dict[str, Any]:
+        return protocols.record(item, "likelihood", alone.run(protocols.requests(item, "likelihood", CAPTION_PROMPT)))
 
-    def generated(item: formats.Item) -> dict[str, Any]:
+    def generated(item: Item) -> dict[str, Any]:
         answers = [
             generate(engine, request.image, request.prompt, request.max_new_tokens)
             for request in protocols.requests(item, "choice")
@@ -76,12 +75,12 @@ def run(folder: str, device: torch.device, seconds: float) -> Iterator[dict[str,
     wrong = apart > (1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2)
     common = {"suite": "eval", "rows": len(items), "dtype": str(model.dtype).removeprefix("torch.")}
     for name, (records, speed) in slow.items():
-        accuracy = scorers.sugarcrepe(records)["micro"]
+        accuracy = sugarcrepe.score(records)["micro"]
         note = f"{len(records)} items, accuracy {accuracy:.1f}"
         yield {**common, "variant": name, "samples_per_s": speed, "note": note, "parity": "-"}
     done = len(slow["one by one, likelihood"][0])
-    note = f"{len(fast)} items, accuracy {scorers.sugarcrepe(fast)['micro']:.1f}; of the first {done} "
-    note += f"{scorers.sugarcrepe(fast[:done])['micro']:.1f}"
+    note = f"{len(fast)} items, accuracy {sugarcrepe.score(fast)['micro']:.1f}; of the first {done} "
+    note += f"{sugarcrepe.score(fast[:done])['micro']:.1f}"
     row = {**common, "variant": "ours, likelihood", "note": note}
     if wrong:
         yield {**row, "parity": f"FAILED {apart:.1e}"}
@@ -97,7 +96,7 @@ def timed(call, device: torch.device) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
-def one_at_a_time(ask, items: list[formats.Item], device: torch.device, seconds: float):
+def one_at_a_time(ask, items: list[Item], device: torch.device, seconds: float):
     """(records, items a second) of as many items as the time allows, in order."""
     ask(items[0])
     records, spent = [], 0.0
@@ -112,16 +111,17 @@ def one_at_a_time(ask, items: list[formats.Item], device: torch.device, seconds:
 
 def generate(engine: Engine, image: str, prompt: str, limit: int) -> str:
     """As llava.eval.model_vqa_loader does: the whole prompt with its image, one question a call."""
-    from llava.conversation import conv_templates
-    from llava.mm_utils import process_images, tokenizer_image_token
-
+    conv_templates = import_llava("llava.conversation").conv_templates
+    mm_utils = import_llava("llava.mm_utils")
     model, tokenizer = engine.model, engine.tokenizer
     conversation = conv_templates[engine.version].copy()
     conversation.append_message(conversation.roles[0], f"<image>\n{prompt}")
     conversation.append_message(conversation.roles[1], None)
-    ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, -200, return_tensors="pt")[None]
+    ids = mm_utils.tokenizer_image_token(conversation.get_prompt(), tokenizer, -200, return_tensors="pt")[None]
     with Image.open(image) as picture:
-        pixels = process_images([picture.convert("RGB")], model.get_vision_tower().image_processor, model.config)
+        pixels = mm_utils.process_images(
+            [picture.convert("RGB")], model.get_vision_tower().image_processor, model.config
+        )
     with torch.inference_mode():
         tokens = model.generate(
             ids.to(model.device),

@@ -3,7 +3,8 @@
 #
 # Settings (environment variables; the value after the colon is the default):
 #   EVAL_DATA      the benchmarks' files, laid out as LLaVA's docs/Evaluation.md says: ./playground/data/eval
-#   CONV_MODE      conversation template: what the model's type asks for (the miniature's is qwen_qa)
+#   CONV_MODE      conversation template: the checkpoint's, else what the model's type asks for (the miniature's is
+#                  qwen_qa)
 #   MODEL_BASE     base model of a LoRA checkpoint
 #   MODEL_NAME     what its answers are called; another where two checkpoints' folders have one name: the folder's name
 #   MAX_NEW_TOKENS longest answer: 128

@@ -82,7 +82,7 @@ def place(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(place):
-    from llava_compodistill.eval.lmms_bridge import LlavaCompoDistill
+    from llava_compodistill.eval.lmms import LlavaCompoDistill
 
     teacher = str(place / "models" / "llava-teacher")
     return LlavaCompoDistill(teacher, conv_template="qwen_qa", batch_size="8", device="cpu")

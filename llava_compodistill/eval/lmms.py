@@ -17,9 +17,9 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
+from .checkpoint import check_checkpoint, template_of
 from .loading import load_engine
 from .requests import Answer, Continuation, Request
-from .suite import template_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ class LlavaCompoDistill(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size > 1:
             device = str(self.accelerator.device)
-        template = conv_template or template_of(pretrained)
+        check_checkpoint(pretrained, model_base)
+        template = conv_template or template_of(pretrained, logger.warning)
         options = {"model_base": model_base, "device": device, "dtype": dtype, "batch_size": int(batch_size)}
         self.engine = load_engine(pretrained, template, **options)
         self.engine.open_image = self._open
@@ -70,7 +71,7 @@ class LlavaCompoDistill(lmms):
         asked, cuts = [], []
         for context, options, *place in (request.args for request in requests):
             if options.get("do_sample") or (options.get("temperature") or 0) > 0:
-                _say_once("lmms-eval asks for sampling; answers are decoded greedily.")
+                _warn_once("lmms-eval asks for sampling; answers are decoded greedily.")
             until = options.get("until") or []
             cuts.append([until] if isinstance(until, str) else list(until))
             asked.append(Answer(*self._question(context, *place), int(options.get("max_new_tokens", 128))))
@@ -117,10 +118,10 @@ class LlavaCompoDistill(lmms):
             return self.engine.run(asked, done=lambda *_: bar.update())
 
 
-_SAID: set[str] = set()
+_WARNED: set[str] = set()
 
 
-def _say_once(text: str) -> None:
-    if text not in _SAID:
-        _SAID.add(text)
+def _warn_once(text: str) -> None:
+    if text not in _WARNED:
+        _WARNED.add(text)
         logger.warning(text)

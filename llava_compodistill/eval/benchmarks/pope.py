@@ -1,0 +1,101 @@
+"""POPE (arXiv 2305.10355): is there such an object in the image? Yes/no questions of three categories."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ...errors import DataError
+from ..reading import yes_or_no
+from . import figures, register
+from .base import Record
+from .llava import Answers, LlavaBenchmark, Records, plain_records, read_questions
+from .sums import Sums, mean_f1
+
+QUESTIONS = "pope/llava_pope_test.jsonl"
+
+
+def records(data: Path, answers: Answers) -> Records:
+    """Labels: DATA/pope/coco/coco_pope_CATEGORY.json, one a line, in the order of the category's questions (as LLaVA's
+    eval_pope takes them); the questions have the categories."""
+    categories = [entry.get("category") for entry in read_questions(data / QUESTIONS)]
+    labels: dict[str, list[str]] = {}
+    for category in dict.fromkeys(categories):
+        path = data / "pope" / "coco" / f"coco_pope_{category}.json"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            labels[category] = [json.loads(line)["label"] for line in lines]
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing: it has the labels of the category {category!r}.") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: must hold one {{label}} a line ({error}).") from None
+        if len(lines) != categories.count(category):
+            raise DataError(f"{path}: {len(lines)} labels for {categories.count(category)} questions.")
+    places = {category: iter(values) for category, values in labels.items()}
+    return [
+        {**record, "category": category, "label": next(places[category])}
+        for record, category in zip(plain_records(data, answers), categories, strict=True)
+    ]
+
+
+def score(records: Iterable[Record]) -> dict[str, Any]:
+    """Yes/no figures of each `category` and their means. As LLaVA's eval_pope has them, but that an empty answer is
+    wrong and no "yes"."""
+    records = list(records)
+    groups = sorted(figures.grouped(records, "category").items())
+    categories = {name: figures.yes_no_figures(items) for name, items in groups}
+    by_category = {
+        f"{name}_{category}": entry[name]
+        for category, entry in categories.items()
+        for name in ("f1", "accuracy", "yes_ratio")
+    }
+    unparsable = figures.unparsable(records, yes_or_no)
+    return {
+        **figures.means_of_yes_no(categories.values()),
+        **by_category,
+        "items": len(records),
+        "unparsable": unparsable,
+    }
+
+
+def sums(records: Sequence[Record]) -> Sums:
+    """The mean F1 of the categories."""
+    return mean_f1(
+        records, lambda record: [record["category"]], lambda record: f"{record['label']} {record['category']}"
+    )
+
+
+def read_printed(text: str) -> dict[str, float]:
+    """eval_pope prints a block a category; shares, here in %."""
+    found: dict[str, float] = {}
+    for block in text.split("Category: ")[1:]:
+        category = block.split(",")[0]
+        for name, label in (("accuracy", "Accuracy"), ("f1", "F1 score"), ("yes_ratio", "Yes ratio")):
+            match = re.search(rf"{label}: ([\d.]+)", block)
+            if match:
+                found[f"{name}_{category}"] = 100 * float(match.group(1))
+    for name in ("f1", "accuracy"):
+        values = [value for key, value in found.items() if key.startswith(f"{name}_")]
+        if values:
+            found[name] = mean(values)
+    return found
+
+
+register(
+    LlavaBenchmark(
+        name="pope",
+        title="POPE",
+        headline="f1",
+        questions=QUESTIONS,
+        images="pope/val2014",
+        needs="pope/coco",
+        records=records,
+        score=score,
+        sums=sums,
+        read_printed=read_printed,
+    )
+)

@@ -1,0 +1,76 @@
+"""TextVQA (arXiv 1904.08920), validation: questions on text in images, ten people's answers each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import DataError
+from . import figures, register
+from .base import Record
+from .files import read_json
+from .llava import EVALUATION_MD, Answers, LlavaBenchmark, Records, plain_records, read_accuracy
+from .sums import Sums, mean_of_means
+
+LABELS = "textvqa/TextVQA_0.5.1_val.json"
+
+
+def records(data: Path, answers: Answers) -> Records:
+    """Labels: DATA/textvqa/TextVQA_0.5.1_val.json; the `value` of each answer is that of LLaVA's evaluator."""
+    from ...hosts.llava.host import import_llava
+
+    question_of = import_llava("llava.eval.eval_textvqa").prompt_processor
+    evaluator = import_llava("llava.eval.m4c_evaluator").TextVQAAccuracyEvaluator()
+    path = data / LABELS
+    try:
+        entries = read_json(path, EVALUATION_MD)["data"]
+        wanted = {(str(a["image_id"]), a["question"].lower()): a["answers"] for a in entries}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: must hold data: [{{image_id, question, answers}}] ({error}).") from None
+    made = plain_records(data, answers)
+    for record in made:
+        key = (str(record["question_id"]), question_of(record["prompt"]))
+        if key not in wanted:
+            raise DataError(f"{path}: has no answers to {key[1]!r} on image {key[0]}.")
+        # What its eval_pred_list does for each, which shows a progress bar for every call.
+        worth = evaluator._compute_answer_scores(wanted[key])
+        clean = evaluator.answer_processor(record["text"])
+        # It takes articles away: where people answered "a", nothing would be as right as they.
+        record |= {"answers": wanted[key], "value": worth.get(clean, 0.0) if clean else 0.0}
+    return made
+
+
+def score(records: Iterable[Record]) -> dict[str, Any]:
+    """The mean of the answers' `value`, the soft accuracy over ten people's answers."""
+    records = list(records)
+    accuracy = figures.percent(map(value, records))
+    return {"accuracy": accuracy, "items": len(records), "unparsable": figures.empty(records)}
+
+
+def value(record: Record) -> float:
+    """What an answer is worth."""
+    return float(figures.field(record, "value"))
+
+
+def sums(records: Sequence[Record]) -> Sums:
+    """The mean over items."""
+    return mean_of_means(records, value)
+
+
+register(
+    LlavaBenchmark(
+        name="textvqa",
+        title="TextVQA",
+        headline="accuracy",
+        questions="textvqa/llava_textvqa_val_v051_ocr.jsonl",
+        images="textvqa/train_images",
+        needs=LABELS,
+        records=records,
+        score=score,
+        sums=sums,
+        read_printed=read_accuracy,
+        paper=(56.7, 50.6, 56.4),
+        average="VQA average",
+    )
+)

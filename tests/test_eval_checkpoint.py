@@ -6,12 +6,12 @@ import json
 import shutil
 
 import pytest
-from llava_compodistill.miniature.benchmarks import write_benchmarks
 
 from llava_compodistill.cli import main
 from llava_compodistill.errors import DataError
 from llava_compodistill.eval import llava_answers
 from llava_compodistill.eval.checkpoint import TEMPLATES, check_checkpoint, template_of
+from miniature.benchmarks import write_benchmarks
 
 #: What a checkpoint could bring along; harmless here, it only leaves a file.
 CODE = """

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from llava_compodistill.miniature import weights
 
 from llava_compodistill.cli import main
 from llava_compodistill.errors import DataError
 from llava_compodistill.eval import benchmarks
+from miniature import weights
 
 pytestmark = pytest.mark.skipif(not weights.have_stored_weights(), reason="no stored weights")
 #: Asked in a way of its own: which of the words would the answer begin with?

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .base import Host
@@ -23,3 +25,10 @@ def host_of(model: nn.Module) -> Host:
         except TypeError:
             continue
     raise TypeError(f"{type(model).__name__} is no multimodal model that llava_compodistill knows (LLaVA's).")
+
+
+def load_model(path: str, base: str | None = None, **options: Any) -> nn.Module:
+    """A model of a checkpoint of any kind; see `hosts.llava.loader.load_model`, today's only loader."""
+    from .llava.loader import load_model as load_llava
+
+    return load_llava(path, base, **options)

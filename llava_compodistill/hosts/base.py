@@ -1,7 +1,8 @@
 """What every code base that a model can come from has to answer, so that the rest need not know which it is.
 
-A host encodes images, merges them into the text, names the decoder's layers and its head, and loads checkpoints. What
-it answers is data and module references; only `record/` puts anything around a model's methods.
+A host encodes images, merges them into the text, names the decoder's layers and its head, and loads checkpoints
+(`hosts.load_model`). What it answers is data and module references; only `record/` puts anything around a model's
+methods.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class MergedBatch:
 
 
 class Host(Protocol):
-    """The five questions. Functions of a module will do: `hosts/llava/model.py` is one."""
+    """The questions. Functions of a module will do: `hosts/llava/model.py` is one."""
 
     #: Names of the methods that merge images into text and that encode images, which `record/` wraps on an instance.
     MERGE: str
@@ -110,6 +111,3 @@ class Host(Protocol):
 
     def project(self, core: nn.Module, features: torch.Tensor) -> torch.Tensor:
         """Features of the encoder [B, N_v, D_v] -> visual tokens [B, N_v, D]."""
-
-    def load(self, path: str, base: str | None = None, **options: Any) -> nn.Module:
-        """A model of a checkpoint of any kind."""

@@ -85,7 +85,8 @@ def set_trainable(
 
 def _load_student(model_args: Any, training_args: Any) -> nn.Module:
     from ..errors import CheckpointError
-    from ..hosts.llava.loader import checkpoint_kind, load_model
+    from ..hosts import load_model
+    from ..hosts.llava.loader import checkpoint_kind
 
     path = model_args.model_name_or_path
     kind = checkpoint_kind(path) if os.path.isdir(path) else "base"

@@ -35,7 +35,8 @@ def load_teacher(
         CheckpointError: when the folder is no usable LLaVA checkpoint.
     """
     register()
-    from ..hosts.llava.loader import checkpoint_kind, load_model
+    from ..hosts import load_model
+    from ..hosts.llava.loader import checkpoint_kind
 
     if os.path.isdir(path) and checkpoint_kind(path) == "base":
         raise CheckpointError(

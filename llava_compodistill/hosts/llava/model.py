@@ -54,13 +54,6 @@ def count_visual_tokens(model: nn.Module) -> int:
     return model.get_vision_tower().num_patches
 
 
-def load(path: str, base: str | None = None, **options: Any) -> nn.Module:
-    """See `loader.load_model`."""
-    from .loader import load_model
-
-    return load_model(path, base, **options)
-
-
 def recording_merge(
     core: nn.Module, merge: Callable[..., Any], received: Callable[[MergedBatch], None]
 ) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -361,6 +362,10 @@ def test_the_space_needed_grows_with_what_is_kept(trained, monkeypatch, tmp_path
     assert needed(save_total_limit=3) == weights + 4 * (weights + 2 * trained_size)
     assert needed(save_only_model=True) == 3 * weights
     assert needed(deepspeed="zero2.json") == weights + 2 * (weights + 3 * trained_size), "ZeRO's fp32 weights"
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():  # as ZeRO-3 leaves them
+        parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
+    assert needed() == weights + 2 * (weights + 2 * trained_size)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "lora"])

@@ -107,6 +107,17 @@ def test_other_model_types_go_to_llavas_own_loader(world, tmp_path):
     assert len(calls) == 2
 
 
+def test_a_checkpoint_with_markers_around_its_images_is_evaluated(checkpoints, tmp_path):
+    """New runs of the adapter or LoRA refuse them; a model that has learned them keeps them."""
+    path = tmp_path / "llava-markers"
+    shutil.copytree(checkpoints["qwen2"], path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "mm_use_im_start_end": True}))
+    tokenizer, model, _, _ = load(path)
+    markers = tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
+    assert len(set(markers)) == 2 and max(markers) < model.get_input_embeddings().num_embeddings == 1024
+
+
 def test_images_change_the_answer_and_generation_works(checkpoints):
     _, model, _, _ = load(checkpoints["qwen2"])
     ids = torch.tensor([[5, IMAGE_TOKEN_INDEX, 6, 7]])
@@ -288,7 +299,7 @@ def test_training_does_not_run_code_either(checkpoints, siglip, marker, tmp_path
     for read in (load_teacher, load_model, read_tokenizer):
         with pytest.raises(CheckpointError, match="auto_map"):
             read(path)
-    with pytest.raises(ValueError):
+    with pytest.raises(CheckpointError, match="auto_map"):
         is_siglip(str(evil(tmp_path / "tower", "evil", siglip)))
     assert not marker.exists()
 

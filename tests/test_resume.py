@@ -231,6 +231,7 @@ def test_a_setting_that_changes_the_result_is_refused_with_both_values(world, sa
         {"dataloader_num_workers": 2, "gradient_checkpointing": True, "attention_map_impl": "eager"},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
         {"bad_samples": "skip"},
+        {"lora_r": 8},  # of no LoRA
     ],
     ids=str,
 )

@@ -13,6 +13,8 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from test_distributed import launch, parallel_flags, zero_config
 
+from llava_compodistill.train import resume
+
 pytestmark = [
     pytest.mark.invariant,
     pytest.mark.slow,
@@ -38,6 +40,7 @@ def test_a_stage_goes_on_from_a_lora_checkpoint(dft, world, dpt_path, teacher_pa
     modern = Version(accelerate.__version__) >= Version("1.0")
     device = {"ddp_backend": "gloo"} if modern else {"use_cpu": None}
     (tmp_path / "entry.py").write_text(ENTRY)
+    lora |= {"save_strategy": "steps", "save_steps": 1}
     flags = parallel_flags(
         world, teacher_path, mixed, tmp_path / "two", deepspeed=zero_config(tmp_path, 3), **device,
         **{**lora, "per_device_train_batch_size": 1},
@@ -50,3 +53,8 @@ def test_a_stage_goes_on_from_a_lora_checkpoint(dft, world, dpt_path, teacher_pa
     assert_same_weights(two, one, 1e-4)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert_same_weights(two, one, 1e-4)
+    # Its checkpoints are known as whole, and as torn.
+    assert resume.last_complete(str(tmp_path / "two")) == str(tmp_path / "two" / "checkpoint-2")
+    states = next((tmp_path / "two" / "checkpoint-2").glob("global_step*/*rank_1*.pt"))
+    states.write_bytes(states.read_bytes()[:1000])
+    assert resume.last_complete(str(tmp_path / "two")) == str(tmp_path / "two" / "checkpoint-1")

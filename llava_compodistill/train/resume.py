@@ -90,6 +90,8 @@ def describe(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
         for name, value in values.items()
         if name not in WITHOUT_EFFECT and (name not in ordinary or name in OF_TRANSFORMERS)
     }
+    if not args.lora_enable:
+        kept = {name: value for name, value in kept.items() if not name.startswith("lora_") or name == "lora_enable"}
     kept["deepspeed"] = bool(args.deepspeed)
     kept["global_batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if os.path.isfile(data_args.data_path):

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+from .loader import read_config
 
 
 class SiglipVisionTower(nn.Module):
@@ -97,6 +99,5 @@ def tower_name(config: Any) -> str | None:
 def is_siglip(name: str) -> bool:
     """Whether a tower is SigLIP: by the config of a local folder, else by its name on the hub."""
     if os.path.isdir(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        return config.model_type in ("siglip", "siglip_vision_model")
+        return read_config(name).model_type in ("siglip", "siglip_vision_model")
     return "siglip" in name.lower()

@@ -176,3 +176,9 @@ def test_averages_are_the_papers_or_not_there():
     text = console.export_text()
     assert "CR average" not in text and "x of a part" in text and "SADE: said below" in text
     assert "CR average" not in printed(reasoning[:3]) and "VQA average" not in printed(answering, None)
+
+
+def test_a_slow_rate_is_not_zero_a_second():
+    from llava_compodistill.eval.cli import _rate
+
+    assert _rate(300, 60) == "5.0 a second" and _rate(2, 60) == "30.0 s each"

@@ -218,12 +218,17 @@ def own_benchmarks(args: argparse.Namespace, argv: list[str], plan: Plan) -> lis
             console.print(str(error), markup=False, soft_wrap=True)
             continue
         seconds = time.monotonic() - started
-        rate = f" in {seconds:.0f} s ({len(left) / seconds:.1f} a second)" if left else ", answered before"
+        rate = f" in {seconds:.0f} s ({_rate(len(left), seconds)})" if left else ", answered before"
         console.print(f"{len(run.items)} items{rate}: {run.output / (run.benchmark.name + '.json')}")
     if engine is not None:
         del engine
         free_memory()  # LLaVA's modules run in processes of their own, on the same GPU
     return summaries
+
+
+def _rate(items: int, seconds: float) -> str:
+    """Whichever of the two is above 1: slow ones would read as 0.0 a second."""
+    return f"{items / seconds:.1f} a second" if items >= seconds else f"{seconds / items:.1f} s each"
 
 
 def ask_in_processes(

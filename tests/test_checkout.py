@@ -245,9 +245,8 @@ def test_a_patched_checkout_imports_in_any_order(package, first):
     code = f"""
 {first}
 import llava, llava_compodistill
-from llava_compodistill.hosts.llava.hook import is_patched
 assert llava.__file__.startswith({str(package)!r}), llava.__file__
-assert is_patched()
+assert llava.__compodistill_patch__ == 1
 llava_compodistill.register()
 from llava_compodistill.hosts.llava import registered
 from llava.model import LlavaQwen2ForCausalLM

@@ -28,8 +28,3 @@ def on_import() -> None:
 def _is_loading(name: str) -> bool:
     """Whether the import of a module has begun and not ended."""
     return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
-
-
-def is_patched() -> bool:
-    """Whether the imported LLaVA carries the plugin hook."""
-    return bool(getattr(sys.modules.get("llava"), "__compodistill_patch__", 0))

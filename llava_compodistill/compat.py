@@ -191,16 +191,23 @@ def attention_implementation(model: nn.Module) -> str:
 def sliding_window(config: Any, layer: int) -> int | None:
     """How many keys a decoder layer sees at most; None for a layer that sees them all.
 
-    Newer configs name each layer's kind; before, Mistral's have a window for all layers, and Qwen2's one that
-    `use_sliding_window` turns on above `max_window_layers`.
+    Newer configs name each layer's kind. Before, it depends on the backend: eager attention has the window in every
+    layer, whatever `use_sliding_window` says; SDPA in none; flash attention where it is
+    switched on, with Qwen2 in the layers below `max_window_layers`.
     """
     window = getattr(config, "sliding_window", None)
-    if window is None or not getattr(config, "use_sliding_window", True):
+    if window is None:
         return None
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return window if kinds[layer] == "sliding_attention" else None
-    return window if layer >= (getattr(config, "max_window_layers", None) or 0) else None
+    if ALL_ATTENTION_FUNCTIONS is not None:  # Mistral: one window for all layers
+        return window
+    backend = getattr(config, "_attn_implementation", None) or "eager"
+    if backend == "flash_attention_2":
+        below = getattr(config, "max_window_layers", None)
+        return window if getattr(config, "use_sliding_window", True) and (below is None or layer < below) else None
+    return window if backend == "eager" else None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ def smoke(tmp_path_factory) -> Path:
 
     def make(folder: Path) -> None:
         command = [sys.executable, SCRIPTS / "miniature", "quickstart", "--smoke", "--output", folder]
+        command += ["--methods", ",".join(tiny.SMOKE_METHODS)]
         done = subprocess.run(command, env=tiny.environment(), cwd=folder.parent, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

@@ -11,7 +11,7 @@ import torch
 from reference import IGNORE, IMAGE
 
 from llava_compodistill.hosts.llava import register
-from llava_compodistill.pair.taf import fetch_teacher_adapter, taf_config
+from llava_compodistill.hosts.llava.taf import fetch_teacher_adapter, taf_config
 
 PIXELS, PATCHES = 56, 16
 WIDTH = 64  # D_v

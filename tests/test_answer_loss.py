@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from llava_compodistill.losses import IGNORE_INDEX, answer_rows, logit_distillation_loss
 from llava_compodistill.ops.answer_loss import answer_loss, chunked
 
+pytestmark = pytest.mark.once  # nothing here depends on transformers
+
 
 def make_inputs(rows=11, student_vocab=17, teacher_vocab=20, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)

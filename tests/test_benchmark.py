@@ -13,6 +13,8 @@ import pytest
 import torch
 import transformers
 
+pytestmark = pytest.mark.once  # nothing here depends on transformers
+
 SCRIPTS = Path(os.environ.get("COMPODISTILL_SOURCE", Path(__file__).resolve().parents[1])) / "scripts" / "benchmark"
 CURRENT = int(transformers.__version__.split(".")[0]) >= 5
 

@@ -16,6 +16,8 @@ from llava_compodistill.eval.benchmarks.sade import CATEGORIES
 from llava_compodistill.eval.benchmarks.sugarcrepe import SUBSETS
 from llava_compodistill.eval.compare import bootstrap, compare, paired_p, short_names
 
+pytestmark = pytest.mark.once  # nothing here depends on transformers
+
 #: Those whose answers can be counted without a server.
 COUNTED = [name for name, benchmark in registered().items() if benchmark.score]
 

@@ -21,6 +21,8 @@ from llava_compodistill.eval.hub import fetch
 from llava_compodistill.eval.records import RecordFile, fingerprint, read_records, weights_of
 from miniature.benchmarks import write_benchmarks
 
+pytestmark = pytest.mark.once  # nothing here depends on transformers
+
 OURS = registered(EngineBenchmark)
 
 

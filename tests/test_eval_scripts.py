@@ -79,6 +79,7 @@ def test_pope_is_scored_by_llava_and_from_the_records(checkout):
     assert json.loads((checkout / "checkpoints" / "llava-teacher" / "eval" / "pope.json").read_text()) == summary
 
 
+@pytest.mark.once
 def test_answers_of_another_run_are_kept(checkout):
     path = checkout / EVAL / "pope" / "answers" / "llava-student.jsonl"
     passed(script(checkout, "pope"))
@@ -96,6 +97,7 @@ def test_answers_of_another_run_are_kept(checkout):
                              for line in before.splitlines()]  # fmt: skip
 
 
+@pytest.mark.once
 def test_shares_give_the_answers_of_one(checkout):
     path = checkout / EVAL / "pope" / "answers" / "llava-teacher.jsonl"
     passed(script(checkout, "pope", model="llava-teacher"))
@@ -105,6 +107,7 @@ def test_shares_give_the_answers_of_one(checkout):
     assert answers(path) == whole
 
 
+@pytest.mark.once
 def test_a_killed_run_asks_only_what_is_left_and_has_the_same_summary(checkout):
     path = checkout / EVAL / "textvqa" / "answers" / "llava-student.jsonl"
     summary = checkout / "checkpoints" / "llava-student" / "eval" / "textvqa.json"
@@ -122,6 +125,7 @@ def test_a_killed_run_asks_only_what_is_left_and_has_the_same_summary(checkout):
     assert path.read_text().splitlines()[:6] == whole[:6]  # with LLaVA's numbers: not asked again
 
 
+@pytest.mark.once
 def test_a_stopped_script_takes_its_processes_along(checkout):
     """SIGTERM in the middle; what was answered until then is kept, and the rest is asked by the next start."""
     folder = checkout / EVAL / "gqa" / "answers" / "llava_gqa_testdev_balanced" / "llava-student" / "merge"
@@ -148,6 +152,7 @@ def test_textvqa_is_scored_by_llava(checkout):
     assert summary["value"] == pytest.approx(float(accuracy), abs=0.01) and summary["value"] > 60
 
 
+@pytest.mark.once
 def test_what_needs_a_server_writes_what_it_takes(checkout):
     for name in ("vizwiz", "vqav2"):
         printed = passed(script(checkout, name))
@@ -156,6 +161,7 @@ def test_what_needs_a_server_writes_what_it_takes(checkout):
         assert len(json.loads((checkout / written).read_text())) > 4
 
 
+@pytest.mark.once
 def test_official_scorers_are_called_where_the_user_has_put_them(checkout):
     root = checkout / EVAL
     (root / "gqa" / "data" / "eval.py").write_text("import sys; print('official', sys.argv[1:])")
@@ -183,10 +189,11 @@ def test_official_scorers_are_called_where_the_user_has_put_them(checkout):
     converter.unlink()
 
 
-def test_an_own_one_is_asked_again_and_under_the_template_of_the_model_s_type(checkout):
+@pytest.mark.once
+def test_an_own_one_is_asked_again_and_under_the_template_of_the_checkpoint(checkout):
     printed = passed(script(checkout, "winoground", "--output", "again", "--device", "cpu", CONV_MODE=""))
     assert "a second)" in printed
-    assert json.loads((checkout / "again" / "winoground.json").read_text())["template"] == "qwen_1_5"
+    assert json.loads((checkout / "again" / "winoground.json").read_text())["template"] == "qwen_qa"
     printed = passed(
         script(checkout, "winoground", "--output", "again", "--device", "cpu", CONV_MODE="", OVERWRITE="1")
     )
@@ -194,8 +201,16 @@ def test_an_own_one_is_asked_again_and_under_the_template_of_the_model_s_type(ch
 
 
 @pytest.mark.parametrize("name", registered(EngineBenchmark))
+def test_our_own_scripts_differ_in_the_name_alone(name):
+    lines = (about.folder("scripts") / "eval" / f"{name}.sh").read_text().splitlines()
+    code = [line for line in lines if line and not line.startswith("#")]
+    assert code == ['source "$(dirname "${BASH_SOURCE[0]}")/common.sh"', f'own {name} "$@"']
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["sade", "reefknot"])
 def test_our_own(checkout, name):
-    flags = [] if name in ("rbench", "reefknot") else ["--protocol", "likelihood"]
+    flags = [] if name == "reefknot" else ["--protocol", "likelihood"]
     passed(script(checkout, name, "--output", "out", "--device", "cpu", *flags))
     assert json.loads((checkout / "out" / f"{name}.json").read_text())["value"] is not None
 
@@ -227,6 +242,7 @@ def test_all_twelve_from_one_command_with_the_student(checkout, tmp_path, monkey
     assert printed.count("+0.0 [0.0, 0.0]") == 10 and picture.stat().st_size > 10_000
 
 
+@pytest.mark.once
 def test_bad_input(checkout, tmp_path):
     def run(*command, **settings):
         return subprocess.run(

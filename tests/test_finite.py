@@ -70,6 +70,26 @@ def test_a_loss_between_two_logs_is_named_with_its_step(dft, monkeypatch):
         dft(max_steps=6, logging_steps=4)
 
 
+def test_an_evaluation_that_is_not_finite_is_named(dft):
+    trainer, _ = dft(max_steps=1)
+    with torch.no_grad():
+        llava_core(trainer.model).lm_head.weight.fill_(math.nan)
+    with pytest.raises(NonFiniteLossError, match="the loss terms lm, kl became nan"):
+        trainer.evaluate(trainer.train_dataset)
+
+
+def test_uninitialised_padding_of_a_partitioned_weight_is_no_fault(monkeypatch):
+    """ZeRO-3 cuts 10 numbers into parts of 3, of which the last holds one."""
+    from llava_compodistill.train import finite
+
+    part = torch.tensor([1.0, math.nan, math.inf])
+    weight = torch.nn.Parameter(torch.zeros(0))
+    weight.ds_tensor, weight.ds_numel, weight.ds_process_group = part, 10, None
+    for rank, good in ((3, True), (2, False)):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
+        assert bool(finite._is_finite(weight)) == good
+
+
 def test_a_run_with_nothing_left_says_so_and_returns_like_any_other(dft, tmp_path):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     first, _ = dft(**options)

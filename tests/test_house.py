@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once  # nothing here depends on transformers
+
 SOURCE = Path(os.environ.get("COMPODISTILL_SOURCE", Path(__file__).parents[1]))
 PACKAGE = SOURCE / "llava_compodistill"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))

@@ -7,6 +7,8 @@ import torch
 
 from llava_compodistill.pair.layers import match_layers, visual_understanding_layers
 
+pytestmark = pytest.mark.once  # nothing here depends on transformers
+
 
 @pytest.mark.parametrize(
     ("num_layers", "first", "last"),

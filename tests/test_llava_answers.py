@@ -14,6 +14,8 @@ from llava_compodistill.errors import RecordsError
 from llava_compodistill.eval import submissions
 from llava_compodistill.eval.llava_answers import begin, join, main, shares
 
+pytestmark = pytest.mark.once  # nothing here depends on transformers
+
 ABOUT = {"model": "student", "template": "qwen_1_5"}
 #: An id may repeat with another text, and a question with its text may stand there twice.
 ASKED = [

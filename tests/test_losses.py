@@ -15,6 +15,8 @@ from llava_compodistill.losses import (
     logit_distillation_loss,
 )
 
+pytestmark = pytest.mark.once  # nothing here depends on transformers
+
 KINDS = [("cosine", "row"), ("cosine", "matrix"), ("mse", "row"), ("kl", "row")]
 
 

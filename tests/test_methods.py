@@ -79,6 +79,15 @@ def test_a_term_from_outside_is_the_same_accumulated(dft):
     assert_same_weights(trained_weights(parts.model), trained_weights(whole.model), 2e-5)
 
 
+@pytest.mark.invariant
+def test_a_term_from_outside_is_the_same_under_gradient_checkpointing(dft):
+    options = {**PLAIN, "method": TOY, "max_steps": 2}
+    plain, expected = dft("plain", **options)
+    saving, found = dft("saving", gradient_checkpointing=True, **options)
+    assert [entry["features"] for entry in found] == pytest.approx([entry["features"] for entry in expected], rel=1e-4)
+    assert_same_weights(trained_weights(saving.model), trained_weights(plain.model), 1e-6)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_its_weights_are_kept_for_resuming_and_stay_out_of_llavas_files(dft, tmp_path, monkeypatch, lora):
     options = {"method": TOY, "max_steps": 4, **({"lora_enable": True, "lora_r": 4} if lora else {})}
@@ -114,7 +123,8 @@ def test_its_weights_are_kept_for_resuming_and_stay_out_of_llavas_files(dft, tmp
 def test_two_processes_train_a_terms_weights_alike(dft, world, sharp_teacher, mixed, tmp_path):
     from test_distributed import launch, parallel_flags
 
-    options = {"max_steps": 3, "method": TOY}
+    # With gradient checkpointing every weight has to be met in every step; a quarter of the samples are text alone.
+    options = {"max_steps": 3, "method": TOY, "per_device_train_batch_size": 1, "gradient_checkpointing": True}
     single, expected = dft("one", gradient_accumulation_steps=2, **PLAIN, **options)
     flags = parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", ddp_backend="gloo", **options)
     launch(flags)

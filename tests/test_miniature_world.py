@@ -29,6 +29,8 @@ from miniature.world import (
     sample_scene,
 )
 
+pytestmark = pytest.mark.once  # nothing here depends on transformers
+
 TRAINING = ("pretrain", "instruct_student", "instruct_teacher")
 OBJECT = re.compile(r"(?:(small|large) )?(red|green|blue|yellow|purple|black) (circle|square|triangle|cross|star)")
 

@@ -174,7 +174,7 @@ def test_no_layer_makes_the_device_wait(pair, tmp_path):
 # Sliding windows
 # ---------------------------------------------------------------------------------------------------------------------
 def test_a_window_shorter_than_the_sequences_is_refused_before_training(siglip, tmp_path):
-    options = {"family": "mistral", "dtype": torch.float32, "tokenizer_model_max_length": 64}
+    options = {"family": "mistral", "attention": "eager", "dtype": torch.float32, "tokenizer_model_max_length": 64}
     teacher = make_model(siglip, layers=6, seed=1, sliding_window=32, **options).requires_grad_(False)
     student = make_model(siglip, seed=2, sliding_window=None, **options)
     with pytest.raises(ValueError, match="Layer 1 attends within a window of 32 tokens.*can have 64.*--vat False"):
@@ -186,7 +186,7 @@ def test_a_window_shorter_than_the_sequences_is_refused_before_training(siglip, 
 
 
 def test_a_sequence_beyond_the_window_is_refused_where_there_is_no_limit(siglip):
-    model = make_model(siglip, "mistral", dtype=torch.float32, sliding_window=20)
+    model = make_model(siglip, "mistral", attention="eager", dtype=torch.float32, sliding_window=20)
     with record_merge(model) as recorder, capture_visual_attention(model, [1], lambda: recorder.batch) as capture:
         model(**make_batch(["qIa"], dtype=torch.float32).inputs, use_cache=False)
         assert capture.maps[1].shape[1] == 18
@@ -194,16 +194,42 @@ def test_a_sequence_beyond_the_window_is_refused_where_there_is_no_limit(siglip)
             model(**make_batch(["qIqIa"], dtype=torch.float32).inputs, use_cache=False)
 
 
-def test_which_layers_have_a_window(siglip):
-    from transformers import MistralConfig, Qwen2Config
+@pytest.mark.parametrize("options", [{}, {"use_sliding_window": True, "max_window_layers": 2}, {"sliding_window": 64}])
+@pytest.mark.parametrize("family, attention", [("qwen2", "eager"), ("qwen2", "sdpa"), ("mistral", "eager")])
+@torch.no_grad()
+def test_the_window_of_a_layer_is_what_the_model_sees(siglip, family, attention, options):
+    """A key beyond the window changes nothing in a layer that has one, and something in a layer that has none."""
+    model = make_model(siglip, family, attention=attention, dtype=torch.float32, **{"sliding_window": 8, **options})
+    if family == "mistral" and len(options) > 1:
+        pytest.skip("Mistral has one window for all layers")
+    length = 20
+    embeds = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(0))
+    other = embeds.clone()
+    other[0, 0] += 1.0
+    for number in range(len(attention_modules(model))):
+        window = compat.sliding_window(model.config, number)
+        seen = _last_row_sees_first_key(model, number, embeds, other)
+        assert seen == (window is None or window >= length), (number, window)
 
-    sizes = {"num_hidden_layers": 4, "hidden_size": 16, "num_attention_heads": 2}
-    assert compat.sliding_window(MistralConfig(sliding_window=8, **sizes), 0) == 8
-    assert compat.sliding_window(MistralConfig(sliding_window=None, **sizes), 0) is None
-    off = Qwen2Config(sliding_window=8, **sizes)
-    above = Qwen2Config(sliding_window=8, use_sliding_window=True, max_window_layers=2, **sizes)
-    assert [compat.sliding_window(off, layer) for layer in range(4)] == [None] * 4
-    assert [compat.sliding_window(above, layer) for layer in range(4)] == [None, None, 8, 8]
+
+def _last_row_sees_first_key(model, number, embeds, other) -> bool:
+    """Whether the last output of one layer, put first in the model, depends on the first token."""
+    layers = model.get_model().layers
+    order = list(layers)
+    kinds = getattr(model.config, "layer_types", None)
+    try:
+        model.get_model().layers = torch.nn.ModuleList([order[number]])
+        if kinds is not None:
+            model.config.layer_types = [kinds[number]]
+        count, model.config.num_hidden_layers = model.config.num_hidden_layers, 1
+        outputs = [
+            model.get_model()(inputs_embeds=x, use_cache=False).last_hidden_state[0, -1] for x in (embeds, other)
+        ]
+    finally:
+        model.get_model().layers, model.config.num_hidden_layers = layers, count
+        if kinds is not None:
+            model.config.layer_types = kinds
+    return not torch.equal(*outputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

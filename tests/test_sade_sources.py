@@ -10,6 +10,8 @@ from PIL import Image
 from llava_compodistill.cli import main
 from llava_compodistill.eval.benchmarks.sade import load as sade
 
+pytestmark = pytest.mark.once  # nothing here depends on transformers
+
 
 @pytest.fixture
 def root(tmp_path):

@@ -12,6 +12,8 @@ from llava_compodistill.eval.benchmarks.sugarcrepe import SUBSETS
 from llava_compodistill.eval.reading import contains, letter, letter_is_doubtful, yes_or_no
 from llava_compodistill.eval.scorers import bivlc, rbench, reefknot, sade, sugarcrepe, winoground
 
+pytestmark = pytest.mark.once  # nothing here depends on transformers
+
 
 def pair(subset, true, false, **more):
     return {"id": f"{subset}-{true}-{false}", "subset": subset, "scores": [[true], [false]], **more}

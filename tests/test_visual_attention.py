@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from llava_compodistill.ops.visual_attention import IMPLEMENTATIONS, chunked, visual_attention_map
 
+pytestmark = pytest.mark.once  # nothing here depends on transformers
+
 IMPLS = sorted(set(IMPLEMENTATIONS) - {"triton"})  # which has a file of its own
 
 # B, H, H_kv, N, d, N_v: odd sizes, grouped heads, one token, no visual token

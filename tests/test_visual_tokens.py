@@ -9,7 +9,8 @@ import reference
 import torch
 from factory import PATCHES, PIXELS, make_batch, make_model
 
-from llava_compodistill.record.merge import MergedBatch, count_visual_tokens, record_merge
+from llava_compodistill.hosts.llava.model import count_visual_tokens
+from llava_compodistill.record.merge import MergedBatch, record_merge
 
 LAYOUTS = {
     "anywhere": ["qqIqa", "Iqaa", "qqaI", "IqIqqaqIaa", "IIqa"],

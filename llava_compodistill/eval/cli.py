@@ -45,7 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data-root", type=Path, default=Path("playground/data/eval"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of records and summaries (default: MODEL/eval)")
-    parser.add_argument("--name", help="of the answers to LLaVA's six, which lie with the data (default: the model's)")
+    parser.add_argument(
+        parser.add_argument(
+            "--name", help="of the answers to LLaVA's six, stored with the data (default: the model's)"
+        )
+    )
     parser.add_argument(
         "--protocol",
         choices=(*protocols.CHOOSING, *protocols.MATCHING),
@@ -58,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=_positive, default=16, help="sequences at a time (default: %(default)s)")
     parser.add_argument("--device", type=_device, help="cuda, cuda:N or cpu (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda")
-    parser.add_argument("--processes", type=_positive, help="at once (default: one a GPU)")
+    parser.add_argument("--processes", type=_positive, help="number of parallel processes (default: one per GPU)")
     parser.add_argument("--hub", action="store_true", help="get SugarCrepe, BiVLC, Winoground from the hub if missing")
     parser.add_argument("--overwrite", action="store_true", help="ask again what was answered already")
     parser.add_argument("--share", help=argparse.SUPPRESS)  # K/N: how a process is told its part of the items

@@ -95,7 +95,10 @@ def compare(summaries: Sequence[Path], samples: int = 2000, seed: int = 0) -> li
         models.append(benchmark.sums(sorted(records, key=lambda record: str(record["id"]))))
         whole = float(models[-1].headline())
         if abs(whole - summary["value"]) > 1e-6:
-            raise DataError(f"{path}: its records give {whole:.4f}, not {summary['value']:.4f}: it is not theirs.")
+            raise DataError(
+                f"{path}: its records give {whole:.4f}, not {summary['value']:.4f}: summary and records do not belong "
+                "together."
+            )
     drawn = bootstrap(models, samples, seed)
     results = []
     for number, (path, summary) in enumerate(zip(summaries, loaded, strict=True)):
@@ -158,7 +161,7 @@ def grouped(paths: Sequence[Path]) -> dict[str, list[Path]]:
     shared = [name for name in registered() if all(name in files for files in by_model)]
     if not shared:
         held = "; ".join(f"{path}: {', '.join(files)}" for path, files in zip(paths, by_model, strict=True))
-        raise DataError(f"no benchmark is in all of them ({held}).")
+        raise DataError(f"no benchmark is common to all models ({held}).")
     return {name: [files[name] for files in by_model] for name in shared}
 
 

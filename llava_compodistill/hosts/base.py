@@ -103,6 +103,9 @@ class Host(Protocol):
     ) -> Callable[..., Any]:
         """A function that stands in for the model's MERGE, and hands out what it did."""
 
+    def backbone(self, core: nn.Module) -> nn.Module:
+        """The decoder without its head."""
+
     def decoder_layers(self, core: nn.Module) -> list[nn.Module]:
         """First layer first; each has its self-attention under `self_attn`."""
 

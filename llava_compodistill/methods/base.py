@@ -31,7 +31,8 @@ class Sums:
 
     Attributes:
         loss: scalar with a graph, a sum over rows or samples; None to measure and not to train.
-        logged: by name, sums like the loss but without a graph, logged as means over optimizer steps.
+        logged: by name, sums like the loss but without a graph, logged as means over optimizer steps. The names must
+            be the same on every micro-batch: ranks add them up together.
         weights: by name in `logged`, the factor with which it enters the loss where that is not the term's.
         measured: by name, (sum, count) of this micro-batch: logged as sum of sums over sum of counts, and left out
             where nothing was counted.
@@ -74,7 +75,7 @@ class Term:
     def on_head(self, student: Pass, teacher: Pass | None) -> torch.Tensor | None:
         """[K] values that need the head's weights: made inside the student's head, where they are whole under ZeRO-3.
 
-        `__call__` finds them in `student.returned` under the term's name.
+        `__call__` is given them as `returned`.
         """
 
     def __call__(self, student: Pass, teacher: Pass | None, returned: torch.Tensor | None) -> Sums:

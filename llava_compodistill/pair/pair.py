@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..hosts.llava.model import llava_core, projector
-from .taf import TAFProjector
+from ..hosts.llava.taf import TAFProjector
 from .vision import has_adapter_of, same_tower, share_tower
 
 logger = logging.getLogger(__name__)
@@ -80,13 +80,13 @@ class Pair:
                 "each image once, prepared for the student: use the teacher's tower, or one of its image size."
             )
         if not self.shares_encoder:
-            logger.info("Vision: the towers differ, each model encodes the images.")
+            logger.info("Vision: the towers differ, so each model encodes the images itself.")
             return
         share_tower(self.student, self.teacher)
         if isinstance(projector(self.student), TAFProjector) and not self.shares_adapter:
             logger.warning(
-                "The student's frozen adapter is not this teacher's: was it distilled from another one so far? Each "
-                "model keeps its own adapter."
+                "The student's frozen adapter does not match this teacher's. Was the student distilled from another "
+                "teacher? Each model keeps its own adapter."
             )
         both = "encoder and teacher adapter run" if self.shares_adapter else "encoder runs"
         logger.info("Vision: the %s once a batch for both models.", both)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from .. import compat
+from ..errors import CheckpointError
 from ..hosts.llava import register
 from ..hosts.llava.model import llava_core, projector
-from .taf import PROJECTOR_TYPE, TAFProjector, fetch_teacher_adapter, taf_config
+from ..hosts.llava.taf import PROJECTOR_TYPE, TAFProjector, fetch_teacher_adapter, taf_config
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
         if isinstance(projector(core), TAFProjector):
             fetch_teacher_adapter(projector(core), projector(teacher))
         if training_args.stage not in ("pt", "dpt"):
-            logger.warning("The adapter starts from random weights: --pretrain_mm_mlp_adapter names a trained one.")
+            logger.warning("The adapter starts from random weights: --pretrain_mm_mlp_adapter loads a trained one.")
     continues_lora = _is_peft(model)
     if training_args.lora_enable and not continues_lora:
         model = _add_lora(model, training_args)
@@ -84,7 +85,6 @@ def set_trainable(
 
 
 def _load_student(model_args: Any, training_args: Any) -> nn.Module:
-    from ..errors import CheckpointError
     from ..hosts import load_model
     from ..hosts.llava.loader import checkpoint_kind
 
@@ -116,7 +116,6 @@ def _keep_lora(path: str, training_args: Any) -> None:
     Raises:
         CheckpointError: naming the flag and both values.
     """
-    from ..errors import CheckpointError
     from ..hosts.llava.loader import read_lora_config
 
     config = read_lora_config(path)
@@ -126,7 +125,8 @@ def _keep_lora(path: str, training_args: Any) -> None:
             continue
         if given != getattr(type(training_args), flag, None):
             raise CheckpointError(
-                f"--{flag} {given}: the LoRA in {path} has {key} {kept}, and goes on as it is. Give --{flag} {kept}, "
+                f"--{flag} {given}: the LoRA in {path} has {key} {kept}, which cannot change when training continues. "
+                f"Give --{flag} {kept}, "
                 "leave the flag out, or start a new LoRA from a full checkpoint."
             )
         logger.info("The LoRA keeps its %s %s (not --%s %s).", key, kept, flag, given)
@@ -212,7 +212,6 @@ def _initialize_vision(core: nn.Module, model_args: Any, training_args: Any) -> 
 
 
 def _load_adapter(core: nn.Module, path: str) -> None:
-    from ..errors import CheckpointError
     from ..hosts.llava.loader import load_extra_weights
 
     if os.path.isdir(path):

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import compat
 from ..hosts.llava.model import llava_core, projector
-from .taf import TAFProjector
+from ..hosts.llava.taf import TAFProjector
 
 
 def same_tower(student: nn.Module, teacher: nn.Module) -> bool:
@@ -34,23 +34,17 @@ def share_tower(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def has_adapter_of(student: nn.Module, teacher: nn.Module) -> bool:
-    """Whether the student's TAF adapter was fetched from this very teacher. Decided once for a pair.
-
-    Under ZeRO-3 all ranks call it.
-    """
+    """Whether the student's TAF adapter was fetched from this very teacher. Under ZeRO-3 all ranks call it."""
     adapter = projector(student)
     if not isinstance(adapter, TAFProjector):
         return False
-    if getattr(adapter, "_fetched_from", None) != id(teacher):
-        theirs = projector(teacher).state_dict()
-        adapter._fetched_from = id(teacher)
-        with compat.gathered(list(adapter.teacher_adapter.parameters())):
-            mine = adapter.teacher_adapter.state_dict()
-            adapter._same_weights = mine.keys() == theirs.keys() and all(
-                mine[name].shape == value.shape and torch.equal(mine[name].to(value), value)
-                for name, value in theirs.items()
-            )
-    return adapter._same_weights
+    theirs = projector(teacher).state_dict()
+    with compat.gathered(list(adapter.teacher_adapter.parameters())):
+        mine = adapter.teacher_adapter.state_dict()
+        return mine.keys() == theirs.keys() and all(
+            mine[name].shape == value.shape and torch.equal(mine[name].to(value), value)
+            for name, value in theirs.items()
+        )
 
 
 #: What `renormalisation` gives for processors that normalise alike.

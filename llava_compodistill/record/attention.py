@@ -145,12 +145,12 @@ def capture_visual_attention(
 
 
 def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
-    backbone = model.get_model()
+    backbone, layers = host_of(model).backbone(model), host_of(model).decoder_layers(model)
     if not (backbone.training and getattr(backbone, "gradient_checkpointing", False)):
         return
     function = getattr(backbone, "_gradient_checkpointing_func", None)
-    if function is None and len(backbone.layers):
-        function = getattr(backbone.layers[0], "_gradient_checkpointing_func", None)
+    if function is None and layers:
+        function = getattr(layers[0], "_gradient_checkpointing_func", None)
     if getattr(function, "keywords", {}).get("use_reentrant", True):
         raise RuntimeError(
             "Reentrant gradient checkpointing gives captured attention maps no gradient: call "

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..hosts.llava.model import ENCODE, llava_core, project, projector
+from ..hosts import host_of
+from ..hosts.llava.model import projector
 from ..pair import Pair
 from ..pair.vision import IDENTITY, renormalisation
 from .patch import replaced
@@ -35,11 +36,12 @@ def encode_once(pair: Pair) -> Iterator[None]:
     the same pixels in both models (paper, Section 4.2).
     """
     student, teacher = pair.student, pair.teacher
+    theirs, mine = host_of(teacher), host_of(student)
     encoded: list[torch.Tensor] = []
 
     def encode_for_both(images: torch.Tensor) -> torch.Tensor:
         features = teacher.get_vision_tower()(images)
-        tokens = project(teacher, features)
+        tokens = theirs.project(teacher, features)
         encoded.append(tokens if pair.shares_adapter else features)
         return tokens
 
@@ -48,9 +50,9 @@ def encode_once(pair: Pair) -> Iterator[None]:
             raise RuntimeError("encode_once: run the teacher's forward before the student's.")
         if pair.shares_adapter:
             return projector(student)(encoded.pop(), from_teacher=True)
-        return project(student, encoded.pop())
+        return mine.project(student, encoded.pop())
 
-    with replaced(teacher, ENCODE, encode_for_both), replaced(student, ENCODE, reuse):
+    with replaced(teacher, theirs.ENCODE, encode_for_both), replaced(student, mine.ENCODE, reuse):
         yield
 
 
@@ -59,7 +61,8 @@ def encode_separately(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
     """Inside the context the teacher encodes the images with a tower of its own, although they were prepared for the
     student's: normalised its way, and in its precision, which a teacher in bf16 beside a student in fp32 would refuse.
     """
-    student, teacher = llava_core(student), llava_core(teacher)
+    host = host_of(teacher)
+    student, teacher = host_of(student).core(student), host.core(teacher)
     scale, shift = renormalisation(
         student.get_vision_tower().image_processor, teacher.get_vision_tower().image_processor
     )
@@ -67,7 +70,7 @@ def encode_separately(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
     def encode(images: torch.Tensor) -> torch.Tensor:
         if (scale, shift) != IDENTITY:
             images = images * images.new_tensor(scale).view(3, 1, 1) + images.new_tensor(shift).view(3, 1, 1)
-        return project(teacher, teacher.get_vision_tower()(images))
+        return host.project(teacher, teacher.get_vision_tower()(images))
 
-    with replaced(teacher, ENCODE, encode):
+    with replaced(teacher, host.ENCODE, encode):
         yield

@@ -156,10 +156,10 @@ def record(
 def _keep_hidden(layer: nn.Module, recorder: PassRecorder, key: LayerRows) -> Iterator[None]:
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
         latest = recorder.latest
-        if key in latest.hidden:
-            return  # gradient checkpointing runs the layer again
-        states = output[0] if isinstance(output, tuple) else output
-        latest.hidden[key] = states[latest.batch.rows(key[1])]
+        states = (output[0] if isinstance(output, tuple) else output)[latest.batch.rows(key[1])]
+        # Gradient checkpointing runs the layer again in the backward, and has to meet the same operations; what they
+        # give then belongs to the recomputation and is not recorded twice.
+        latest.hidden.setdefault(key, states)
 
     handle = layer.register_forward_hook(keep)
     try:

@@ -9,10 +9,9 @@ from torch import nn
 
 from ..hosts import host_of
 from ..hosts.base import IGNORE_INDEX, MergedBatch
-from ..hosts.llava.model import count_visual_tokens
 from .patch import replaced
 
-__all__ = ["IGNORE_INDEX", "MergeRecorder", "MergedBatch", "count_visual_tokens", "record_merge"]
+__all__ = ["IGNORE_INDEX", "MergeRecorder", "MergedBatch", "record_merge"]
 
 
 class MergeRecorder:

@@ -26,6 +26,7 @@ from torch import nn
 
 from .. import compat
 from ..about import __version__
+from ..errors import CheckpointError
 from ..hosts.llava.model import llava_core
 from .resume import write_description
 
@@ -67,7 +68,7 @@ def save(
     modules = module_weights(model) if modules is None else modules
     if modules:
         torch.save(modules, os.path.join(output_dir, MODULES_FILE))
-    core.config.compodistill = {"stage": args.stage, "version": __version__}
+    core.config.compodistill = {"method": args.method, "stage": args.stage, "version": __version__}
     if args.stage not in ("pt", "dpt"):
         # An adapter is trained under `plain`, in which nothing can be asked: it would mislead an evaluation.
         core.config.compodistill["template"] = current_template()
@@ -131,7 +132,6 @@ def load_into(model: nn.Module, folder: str) -> None:
     Raises:
         CheckpointError: when the folder's kind or names do not fit the model.
     """
-    from ..errors import CheckpointError
     from ..hosts.llava.loader import checkpoint_kind, load_extra_weights, load_lora_weights, read_weights
 
     kind = checkpoint_kind(folder)
@@ -222,7 +222,9 @@ def _copy(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _trained_bias(name: str, parameter: torch.Tensor) -> bool:
-    return name.endswith("bias") and parameter.requires_grad and "mm_projector" not in name
+    return (
+        name.endswith("bias") and parameter.requires_grad and "mm_projector" not in name and f"{MODULES}." not in name
+    )
 
 
 def _save_config(core: nn.Module, output_dir: str) -> None:
@@ -239,7 +241,6 @@ def _save_config(core: nn.Module, output_dir: str) -> None:
 
 
 def _load_full(core: nn.Module, folder: str) -> None:
-    from ..errors import CheckpointError
     from ..hosts.llava.loader import read_tensors
 
     shards = sorted(path for path in Path(folder).glob("model*.safetensors"))

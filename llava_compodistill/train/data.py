@@ -58,7 +58,7 @@ class CheckedDataset(LazySupervisedDataset):
                     raise
                 message = f"sample {record.get('id', position)!r} (image {record.get('image')!r}): {cause}"
                 if self.data_args.bad_samples == "error":
-                    raise DataError(f"{message}. --bad_samples skip passes over such samples.") from error
+                    raise DataError(f"{message}. --bad_samples skip leaves such samples out.") from error
                 logger.warning("Skipped %s", message)
         raise DataError("No sample of the data can be used.")
 

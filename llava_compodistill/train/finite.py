@@ -65,18 +65,23 @@ def refuse_broken_weights(
     if not trained:
         return
     # One number a tensor, read at once.
-    finite = torch.stack([_is_finite(parameter) for _, parameter in trained])
+    finite = torch.stack([_is_finite(parameter).to(args.device) for _, parameter in trained])
     broken = over_ranks((~finite).float())
     places = broken.nonzero().flatten().tolist()
     if places:
         names = [trained[place][0] for place in places]
         raise NonFiniteLossError(
             f"After step {step} {len(names)} of {len(trained)} trained weights are not finite ({', '.join(names[:3])}"
-            f"{', …' if len(names) > 3 else ''}): a gradient was not. " + _way_out(args)
+            f"{', …' if len(names) > 3 else ''}), because a gradient was not finite. " + _way_out(args)
         )
 
 
 def _is_finite(parameter: torch.Tensor) -> torch.Tensor:
     """Whether all of it is, as a tensor on its device; under ZeRO-3, all of this rank's part."""
-    values = getattr(parameter, "ds_tensor", parameter).detach()
+    values = parameter.detach()
+    if hasattr(parameter, "ds_tensor"):
+        part = parameter.ds_tensor.detach().flatten()
+        # The last ranks' parts are padded, with whatever the memory held.
+        rank = torch.distributed.get_rank(parameter.ds_process_group)
+        values = part[: max(0, min(len(part), parameter.ds_numel - rank * len(part)))]
     return torch.isfinite(values).all()

@@ -43,6 +43,8 @@ class Objective:
         impl: str = "auto",
     ):
         names = [term.name for term in terms]
+        if not terms:
+            raise ValueError("The method has no term for this stage: there is nothing to train with.")
         if len(set(names)) < len(names):
             raise ValueError(f"Two terms of a method have one name: {', '.join(names)}.")
         self.terms, self.impl = list(terms), impl
@@ -129,6 +131,12 @@ class Objective:
         """The terms, inside the student's wrappers: their losses leave the model under their names."""
         returned = dict(zip(self._widths, student.returned.split(list(self._widths.values())), strict=True))
         self._sums = {term.name: term(student, self._teacher_pass, returned.get(term.name)) for term in self.terms}
+        for term in self.terms:
+            # Every rank has to reach the same weights in every step, also where a term has met nothing.
+            if self._sums[term.name].loss is None and term.module is not None:
+                self._sums[term.name].loss = _zero_of(term.module)
+        if all(sums.loss is None for sums in self._sums.values()):
+            self._sums[self.terms[0].name].loss = _zero_of(self.pair.student)
         return {name: sums.loss for name, sums in self._sums.items() if sums.loss is not None}
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -162,6 +170,11 @@ class Objective:
         """Give the terms what `calibrate` found, here or on another rank."""
         for name, found in calibrated.items():
             self.term(name).use(found)
+
+
+def _zero_of(module: nn.Module) -> torch.Tensor:
+    """0, with a graph to all trained weights."""
+    return 0.0 * sum(parameter.float().sum() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def _union(needs: Iterable[tuple[Needs, Needs]]) -> tuple[Needs, Needs]:

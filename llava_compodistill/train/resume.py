@@ -140,9 +140,9 @@ def checkpoint_to_resume(output_dir: str, run: dict[str, Any], anyway: bool = Fa
     lines = "\n".join(f"  {name}: {made_with[name]!r} there, {run[name]!r} in this command" for name in apart)
     if not anyway:
         raise CheckpointError(
-            f"{folder} was made with other settings:\n{lines}\nGive the settings of the checkpoint to go on with that "
-            "run, name another --output_dir for a new one, or go on in spite of the difference with "
-            "--resume_anyway True."
+            f"{folder} was made with other settings:\n{lines}\nTo resume that run, use its settings; to "
+            "start a new one, choose another --output_dir; to resume in spite of the difference, add --resume_anyway "
+            "True."
         )
     logger.warning("%s was made with other settings (--resume_anyway):\n%s", folder, lines)
     return folder
@@ -182,7 +182,7 @@ def damage(folder: Path) -> str | None:
             if not any(folder.glob("optimizer*")):
                 return "optimizer.pt is missing"
             _check_file(folder / "scheduler.pt")
-        for path in [*folder.rglob("*.pt"), *folder.glob("*.pth")]:
+        for path in [*folder.rglob("*.pt"), *folder.glob("*.pth"), *folder.glob("distillation.bin")]:
             _check_file(path)
     except _Damaged as problem:
         return str(problem)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..methods import Sums
+from ..methods import Sums, Term
 from .finite import refuse_broken_losses
 
 
@@ -44,7 +44,7 @@ class TermsLog:
     def __bool__(self) -> bool:
         return bool(self._means or self._ratios)
 
-    def add(self, step: int, sums: Sums, count: torch.Tensor) -> None:
+    def add(self, step: int, term: Term, sums: Sums, count: torch.Tensor) -> None:
         """One term of one micro-batch.
 
         Args:
@@ -53,10 +53,14 @@ class TermsLog:
         """
         if not self:
             self._first_step = step
-        if sums.logged:
-            values = torch.stack([value.detach() / count for value in sums.logged.values()]).float()
-            weights = [sums.weights.get(name, 1.0) for name in sums.logged]
-            self._add(tuple(sums.logged), values, values * values.new_tensor(weights), step)
+        if sums.logged or sums.loss is not None:
+            # The loss itself is looked at, too: it may be made of more than what is logged.
+            loss = sums.loss if sums.loss is not None else torch.zeros_like(count)
+            found = [*sums.logged.values(), loss]
+            weights = [*(sums.weights.get(name, term.weight) for name in sums.logged), term.weight]
+            values = [(value.detach() / count).float() for value in found]
+            weighted = [value * weight for value, weight in zip(values, weights, strict=True)]
+            self._add((*sums.logged, term.name), torch.stack(values), torch.stack(weighted), step)
         for name, pair in sums.measured.items():
             value = torch.stack([part.detach().float() for part in pair])
             self._ratios[name] = self._ratios[name] + value if name in self._ratios else value
@@ -86,31 +90,42 @@ class TermsLog:
         row = torch.cat([*sums, *self._ratios.values(), *broken])
         if self.accelerator.num_processes > 1:
             row = self.accelerator.reduce(row, "sum")
-        totals = row.tolist()
-        names = [name for group in self._means for name in group]
+        totals = iter(row.tolist())
         steps = max(1, step - self._first_step)
-        values = {name: totals[place] / steps for place, name in enumerate(names)}
-        for place, name in enumerate(self._ratios):
-            total, count = totals[len(names) + 2 * place :][:2]
+        values: dict[str, float] = {}
+        for names in self._means:
+            means = [next(totals) / steps for _ in names]
+            values |= dict(zip(names[:-1], means, strict=False))  # the last is the term's loss, which is not logged
+        for name in self._ratios:
+            total, count = next(totals), next(totals)
             if count:
                 values[name] = total / count
-        if any(totals[len(totals) - len(broken) :]):
-            self._refuse(names)
+        if any(totals):
+            self._refuse()
         return values
 
-    def _refuse(self, names: list[str]) -> None:
+    def _refuse(self) -> None:
+        """Name what was not finite first."""
         totals = self._means.values()
         found = torch.stack(
             [torch.cat([total.broken_at for total in totals]), torch.cat([total.broken_value for total in totals])]
         )
         if self.accelerator.num_processes > 1:
             found = self.accelerator.gather(found[None])
-        ranks = found.view(-1, 2, len(names)).tolist()
+        ranks = found.view(-1, 2, found.shape[-1]).tolist()
         first = min(at for rank in ranks for at in rank[0] if at >= 0)
-        values = {
-            name: rank[1][place] for rank in ranks for place, name in enumerate(names) if rank[0][place] == first
-        }
-        refuse_broken_losses({name: values[name] for name in names if name in values}, int(first) + 1, self.args)
+        culprits: dict[str, float] = {}
+        place = 0
+        for names in self._means:
+            values: dict[str, float] = {}
+            for name in names:
+                broken = [rank[1][place] for rank in ranks if rank[0][place] == first]
+                if broken:
+                    values[name] = broken[0]
+                place += 1
+            # A term's loss is only to blame where none of its logged parts is.
+            culprits |= {name: value for name, value in values.items() if name != names[-1]} or values
+        refuse_broken_losses(culprits, int(first) + 1, self.args)
 
     def take(self, step: int) -> dict[str, float]:
         """As `read`, and begin anew."""

@@ -95,8 +95,7 @@ class CompoDistillTrainer(LLaVATrainer):
         inputs = {**self._prepare_inputs(inputs), "use_cache": False}
         with contextlib.nullcontext() if in_step else self.objective.running():
             sums = self.objective(model, inputs)
-        if in_step:
-            self._remember(sums, counts)
+        self._remember(sums, counts, in_step)
         loss = self._total(sums, counts)
         # DDP, FSDP and DeepSpeed average gradients over ranks; our counts are over ranks already.
         loss = loss * self.accelerator.num_processes
@@ -147,9 +146,10 @@ class CompoDistillTrainer(LLaVATrainer):
         if training:
             self._watch_answers(found)
         sums = [sum(getattr(batch, name) for batch in found) for name in COUNTS]
-        counts = torch.tensor(sums, dtype=torch.float32, device=self.args.device)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, "sum")
+        counts = torch.tensor(sums, dtype=torch.float32)
+        if self.args.device.type == "cuda":
+            counts = counts.pin_memory()  # from pageable memory the copy would wait for all that is queued
+        counts = self._sum_over_ranks(counts.to(self.args.device, non_blocking=True))
         return dict(zip(COUNTS, counts.clamp(min=1), strict=True))
 
     def _facts(self, batch: dict[str, Any]) -> BatchFacts:
@@ -164,7 +164,7 @@ class CompoDistillTrainer(LLaVATrainer):
         if cut and not self._cut_samples:
             logger.warning(
                 "--model_max_length %s leaves no answer to learn from in %d of the %d samples of step %d: raise it, "
-                "or shorten such samples. The end of training tells how many there were.",
+                "or shorten such samples. The total is logged at the end of training.",
                 self._limit,
                 cut,
                 samples,
@@ -189,9 +189,13 @@ class CompoDistillTrainer(LLaVATrainer):
     # -----------------------------------------------------------------------------------------------------------------
     # Logging
     # -----------------------------------------------------------------------------------------------------------------
-    def _remember(self, sums: dict[str, Sums], counts: dict[str, torch.Tensor]) -> None:
+    def _remember(self, sums: dict[str, Sums], counts: dict[str, torch.Tensor], in_step: bool) -> None:
+        """Keep the terms for the next log; those of an evaluation are looked at at once, and forgotten."""
+        log = self._terms_log if in_step else TermsLog(self.accelerator, self.args)
         for term in self.objective.terms:
-            self._terms_log.add(self.state.global_step, sums[term.name], counts[term.count])
+            log.add(self.state.global_step, term, sums[term.name], counts[term.count])
+        if not in_step:
+            log.read(self.state.global_step)
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, "sum") if self.accelerator.num_processes > 1 else values

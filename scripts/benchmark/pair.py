@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llava_compodistill.hosts.llava import register
-from llava_compodistill.pair.taf import fetch_teacher_adapter, taf_config
+from llava_compodistill.hosts.llava.taf import fetch_teacher_adapter, taf_config
 
 IMAGE_TOKEN = -200
 IGNORE_INDEX = -100

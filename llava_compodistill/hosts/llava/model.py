@@ -39,6 +39,11 @@ def project(model: nn.Module, features: torch.Tensor) -> torch.Tensor:
     return projector(model)(features if weight is None else features.to(weight.dtype))
 
 
+def backbone(core: nn.Module) -> nn.Module:
+    """The decoder without its head."""
+    return core.get_model()
+
+
 def decoder_layers(core: nn.Module) -> list[nn.Module]:
     """The decoder's layers, first layer first."""
     return list(core.get_model().layers)

@@ -118,7 +118,7 @@ def _tower_builder(original: Callable) -> Callable:
 
 
 def _projector_builder(original: Callable) -> Callable:
-    from ...pair.taf import PROJECTOR_TYPE, build_taf_projector
+    from .taf import PROJECTOR_TYPE, build_taf_projector
 
     def build_vision_projector(config, delay_load=False, **kwargs):
         if getattr(config, "mm_projector_type", "linear") == PROJECTOR_TYPE:

@@ -230,6 +230,7 @@ def test_every_patch_is_known_to_the_command():
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize(
     "first",
     [

@@ -23,6 +23,8 @@ TEXTS = (
     "12 circles, it's  left of\n\n the blüe ＳＱＵＡＲＥ; <im_start>e\u0301 </think>",
 )
 
+ARGS = SimpleNamespace(method="compodistill", stage="dpt")
+
 
 def load(folder, **options):
     return AutoTokenizer.from_pretrained(str(folder), use_fast=False, **options)
@@ -151,7 +153,7 @@ def test_5_saves_what_is_imitated_here(world, tmp_path):
 def test_a_checkpoint_holds_a_tokenizer_for_both_generations(world, siglip, tmp_path):
     tokenizer = load(world["tokenizer"], model_max_length=512, padding_side="right")
     model = factory.make_model(siglip)
-    checkpoint.save(model, str(tmp_path / "llava-student"), SimpleNamespace(stage="dpt"), tokenizer)
+    checkpoint.save(model, str(tmp_path / "llava-student"), ARGS, tokenizer)
     assert_readable_by_4(tmp_path / "llava-student")
     assert_same_tokenizer(load(tmp_path / "llava-student"), tokenizer)
 
@@ -165,7 +167,7 @@ def test_llamas_tokenizer_keeps_its_sentencepiece_model(siglip, tmp_path, legacy
     ids = tokenizer(text).input_ids
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
-        checkpoint.save(factory.make_model(siglip), str(folder), SimpleNamespace(stage="dpt"), tokenizer)
+        checkpoint.save(factory.make_model(siglip), str(folder), ARGS, tokenizer)
         assert (folder / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
         config = read(folder)
         assert config["legacy"] == legacy and config["tokenizer_class"] == "LlamaTokenizer"

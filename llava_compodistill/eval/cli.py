@@ -45,11 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data-root", type=Path, default=Path("playground/data/eval"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of records and summaries (default: MODEL/eval)")
-    parser.add_argument(
-        parser.add_argument(
-            "--name", help="of the answers to LLaVA's six, stored with the data (default: the model's)"
-        )
-    )
+    parser.add_argument("--name", help="of the answers to LLaVA's six, stored with the data (default: the model's)")
     parser.add_argument(
         "--protocol",
         choices=(*protocols.CHOOSING, *protocols.MATCHING),

@@ -166,8 +166,8 @@ def _records(name: str, image: str, rounds: list[Round], config: WorldConfig) ->
     """An image's rounds spread over `records_per_image` records."""
     parts = [rounds[part :: config.records_per_image] for part in range(min(config.records_per_image, len(rounds)))]
     return [
-        {"id": f"{name}_{part}", "image": image, "conversations": _turns(some, with_image=True)}
-        for part, some in enumerate(parts)
+        {"id": f"{name}_{part}", "image": image, "conversations": _turns(share, with_image=True)}
+        for part, share in enumerate(parts)
     ]
 
 

@@ -58,17 +58,17 @@ class _ChunkedVisualAttention(torch.autograd.Function):
         batch, num_heads, length, _ = query.shape
         if run.single and mean_heads:
             block = next(run.blocks(run.first_visual_rows()))
-            return run.take(run.probabilities(block).mean(dim=1), block)
+            return run.gather(run.probabilities(block).mean(dim=1), block)
         shape = (batch, length) if mean_heads else (batch, num_heads, length)
         out = torch.zeros(*shape, visual_index.shape[1], dtype=run.accumulate, device=query.device)
         for block in run.blocks(run.first_visual_rows()):
             probs = run.probabilities(block)  # [b, heads, rows, keys]
             if mean_heads:
                 target = out[block.b0 : block.b1, block.r0 : block.r1]
-                target.add_(run.take(probs.sum(dim=1), block), alpha=1.0 / num_heads)
+                target.add_(run.gather(probs.sum(dim=1), block), alpha=1.0 / num_heads)
             else:
                 heads = slice(block.h0 * run.group, block.h1 * run.group)
-                out[block.b0 : block.b1, heads, block.r0 : block.r1] = run.take(probs, block)
+                out[block.b0 : block.b1, heads, block.r0 : block.r1] = run.gather(probs, block)
         return out
 
     @staticmethod
@@ -173,13 +173,13 @@ class _Run:
         index = index.clamp(0, block.r1 - 1)
         return (index, counts) if ndim == 3 else (index.unsqueeze(1), counts.unsqueeze(1))
 
-    def take(self, probs: torch.Tensor, block: _Block) -> torch.Tensor:
+    def gather(self, probs: torch.Tensor, block: _Block) -> torch.Tensor:
         """The visual columns of [b, (heads,) rows, keys]."""
         index, counts = self.columns(block, probs.ndim)
         return probs.gather(-1, index.expand(*probs.shape[:-1], -1)).mul_(counts)
 
-    def put(self, grad: torch.Tensor, block: _Block) -> torch.Tensor:
-        """The reverse of ``take``: the gradient on all keys of the block, [b, heads or 1, rows, keys]."""
+    def scatter(self, grad: torch.Tensor, block: _Block) -> torch.Tensor:
+        """The reverse of ``gather``: the gradient on all keys of the block, [b, heads or 1, rows, keys]."""
         index, counts = self.columns(block, grad.ndim)
         dense = grad.new_zeros(*grad.shape[:-1], block.r1)
         dense.scatter_add_(-1, index.expand(*grad.shape[:-1], -1), grad * counts)
@@ -196,7 +196,7 @@ class _Run:
         for block in self.blocks(self.first_visual_rows(), self.active_rows(grad)):
             b0, b1, h0, h1, r0, r1 = block
             heads = slice(h0 * self.group, h1 * self.group)
-            dense = self.put(grad[b0:b1, r0:r1] if self.mean_heads else grad[b0:b1, heads, r0:r1], block)
+            dense = self.scatter(grad[b0:b1, r0:r1] if self.mean_heads else grad[b0:b1, heads, r0:r1], block)
             query, key = operands = self.operands(block)
             probs = self.probabilities(block, operands)
             weighted = probs * dense

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -111,18 +110,27 @@ def teacher_path(world, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory) -> Path:
-    """Folder of `miniature quickstart --smoke`, the whole experiment in seconds: data, models/llava-teacher and
-    students/METHOD-seed0/llava-student."""
+def distilled(tmp_path_factory) -> Path:
+    """The miniature's smoke data, its stored models in models/, and llava-student, distilled from the stored teacher
+    in two steps a stage."""
     import tiny
 
-    def make(folder: Path) -> None:
-        command = [sys.executable, SCRIPTS / "miniature", "quickstart", "--smoke", "--output", folder]
-        command += ["--methods", ",".join(tiny.SMOKE_METHODS)]
-        done = subprocess.run(command, env=tiny.environment(), cwd=folder.parent, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    from miniature import weights
+    from miniature.dataset import WorldConfig, write_dataset
 
-    return made_once(tmp_path_factory, "smoke", make)
+    def make(folder: Path) -> None:
+        write_dataset(folder / "data", WorldConfig.preset("smoke"), progress=False)
+        weights.install(folder / "models")
+        world = {"data": folder / "data", **{name: folder / "models" / name for name in weights.FOLDERS}}
+        options = {"teacher_model_path": world["llava-teacher"], "model_max_length": 1024}
+        instruct = {"version": "qwen_qa", "student_layers": "early", "teacher_layers": "early"}
+        tiny.run(world, "dpt", folder / "dpt", **options)
+        adapter = folder / "dpt" / "mm_projector.bin"
+        tiny.run(world, "dft", folder / "dft", pretrain_mm_mlp_adapter=adapter, **instruct, **options)
+        del options["teacher_model_path"]
+        tiny.run(world, "sft", folder / "llava-student", model_name_or_path=folder / "dft", **instruct, **options)
+
+    return made_once(tmp_path_factory, "distilled", make)
 
 
 @pytest.fixture(scope="session")

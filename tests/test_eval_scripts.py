@@ -1,4 +1,4 @@
-"""scripts/eval/*.sh in a LLaVA checkout, on the miniature's questions: a student that the quick start distilled, and
+"""scripts/eval/*.sh in a LLaVA checkout, on the miniature's questions: a student that was distilled for them, and
 the stored teacher, which has learned to see."""
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ EVAL = Path("playground/data/eval")
 
 
 @pytest.fixture(scope="module")
-def checkout(smoke, tmp_path_factory) -> Path:
+def checkout(distilled, tmp_path_factory) -> Path:
     import llava
 
     root = tmp_path_factory.mktemp("LLaVA")
     shutil.copytree(Path(llava.__file__).parent, root / "llava", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(about.folder("scripts") / "eval", root / "scripts" / "eval")
-    write_benchmarks(smoke / "data", root / EVAL)
+    write_benchmarks(distilled / "data", root / EVAL)
     weights.install(root / "checkpoints")
-    (root / "checkpoints" / "llava-student").symlink_to(smoke / "students" / "compodistill-seed0" / "llava-student")
+    (root / "checkpoints" / "llava-student").symlink_to(distilled / "llava-student")
     return root
 
 

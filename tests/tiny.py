@@ -9,14 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import transformers
 
 from miniature import language_models, tokenizer, tower
 from miniature.dataset import WorldConfig, write_dataset
 
-#: The quick start runs on current transformers; in LLaVA's generation one student tells whether it would.
-CURRENT = int(transformers.__version__.split(".")[0]) >= 5
-SMOKE_METHODS = ("sft", "compodistill") if CURRENT else ("compodistill",)
 NO_STEPS = language_models.PretrainSettings(steps=0)
 # Every size is given, so that the tests do not move with the miniature's settings.
 STUDENT = replace(

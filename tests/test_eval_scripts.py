@@ -92,9 +92,6 @@ def test_answers_of_another_run_are_kept(checkout):
     assert path.read_bytes() == before
     passed(script(checkout, "pope", CONV_MODE="qwen_1_5", MODEL_NAME="other"))
     assert path.read_bytes() == before and path.with_name("other.jsonl").is_file()
-    assert "Answered before" not in passed(script(checkout, "pope", OVERWRITE="1"))
-    assert answers(path) == [tuple(json.loads(line)[k] for k in ("question_id", "prompt", "text"))
-                             for line in before.splitlines()]  # fmt: skip
 
 
 @pytest.mark.once
@@ -145,6 +142,7 @@ def test_a_stopped_script_takes_its_processes_along(checkout):
     assert len(answers(folder.with_suffix(".jsonl"))) == 61
 
 
+@pytest.mark.once  # in the other environment it is one of the twelve
 def test_textvqa_is_scored_by_llava(checkout):
     printed = passed(script(checkout, "textvqa", model="llava-teacher"))
     (accuracy,) = re.findall(r"Samples: \d+\nAccuracy: ([\d.]+)%", printed)

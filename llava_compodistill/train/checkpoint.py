@@ -57,8 +57,6 @@ def save(
         CheckpointError: when DeepSpeed was not asked to gather the weights.
     """
     if state_dict is not None and not state_dict:
-        from ..errors import CheckpointError
-
         raise CheckpointError('ZeRO-3 gathered no weights: set "stage3_gather_16bit_weights_on_model_save" to true.')
     from ..hosts.llava.templates import current_template
 

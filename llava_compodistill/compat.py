@@ -20,7 +20,6 @@ from typing import Any
 import numpy
 import torch
 import transformers
-import transformers.trainer
 from packaging.version import Version
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -39,7 +38,7 @@ HAS_WARMUP_RATIO = "warmup_ratio" in transformers.TrainingArguments.__dataclass_
 #: transformers 4.46 renamed --evaluation_strategy to --eval_strategy, 5.0 dropped the old name.
 HAS_EVALUATION_STRATEGY = "evaluation_strategy" in transformers.TrainingArguments.__dataclass_fields__
 #: Since 4.46 the Trainer collects the micro-batches of one optimizer step before it runs them.
-COLLECTS_ACCUMULATION_WINDOW = hasattr(transformers.Trainer, "get_batch_samples")
+COLLECTS_ACCUMULATION_WINDOW = Version("4.46") <= TRANSFORMERS
 #: Since 4.38 the Trainer's shuffling depends on seed and epoch alone; before, on the global random state, so that a
 #: run resumed in its second epoch, or on another number of processes, saw another order.
 SEEDS_SAMPLER = "accelerator_config" in transformers.TrainingArguments.__dataclass_fields__
@@ -74,8 +73,10 @@ def _say_once(message: str) -> None:
     logger.warning(message)
 
 
-def prepare_for_llava() -> None:
-    """Give transformers back the names that LLaVA 1.2.2 imports from it."""
+def prepare_for_llava_train() -> None:
+    """Give transformers back the names that LLaVA 1.2.2's trainer imports from it."""
+    import transformers.trainer  # half a second that evaluation need not wait for
+
     # The layers that LLaVA's optimizer spares from weight decay: moved to pytorch_utils in 4.4x, removed in 5.0; in
     # 4.37 only Llama's norm is among them.
     known = getattr(transformers.trainer, "ALL_LAYERNORM_LAYERS", [nn.LayerNorm])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:  # the commands that only copy or read files of LLaVA's start without torch
+    from torch import nn
 
-from .base import Host
+    from .base import Host
 
 
 def host_of(model: nn.Module) -> Host:

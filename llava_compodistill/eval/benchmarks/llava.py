@@ -102,9 +102,9 @@ class Converter:
 
 def answer_cleaner() -> Callable[[str], str]:
     """LLaVA's: numbers in digits, no articles, no punctuation, as the servers compare."""
-    from ...hosts.llava.host import import_llava
+    from ...hosts.llava.host import import_llava_scorer
 
-    return import_llava("llava.eval.m4c_evaluator").EvalAIAnswerProcessor()
+    return import_llava_scorer("llava.eval.m4c_evaluator").EvalAIAnswerProcessor()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

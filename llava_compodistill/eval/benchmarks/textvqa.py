@@ -18,10 +18,10 @@ LABELS = "textvqa/TextVQA_0.5.1_val.json"
 
 def records(data: Path, answers: Answers) -> Records:
     """Labels: DATA/textvqa/TextVQA_0.5.1_val.json; the `value` of each answer is that of LLaVA's evaluator."""
-    from ...hosts.llava.host import import_llava
+    from ...hosts.llava.host import import_llava_scorer
 
-    question_of = import_llava("llava.eval.eval_textvqa").prompt_processor
-    evaluator = import_llava("llava.eval.m4c_evaluator").TextVQAAccuracyEvaluator()
+    question_of = import_llava_scorer("llava.eval.eval_textvqa").prompt_processor
+    evaluator = import_llava_scorer("llava.eval.m4c_evaluator").TextVQAAccuracyEvaluator()
     path = data / LABELS
     try:
         entries = read_json(path, EVALUATION_MD)["data"]

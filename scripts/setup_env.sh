@@ -9,7 +9,8 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# pip stays silent but for errors (-qq below): its warnings about extra indexes fill pages.
+# pip stays silent but for errors (-qq below): its warnings about extra indexes fill pages. It compiles nothing
+# (--no-compile): Python compiles the modules that are imported, a small part of torch and transformers.
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 # A PYTHONPATH or a user site from outside would shadow what is installed here.
 unset PYTHONPATH
@@ -93,7 +94,7 @@ build_wheel() {
     )
     if [[ $(cat "$folder/hash" 2>/dev/null) != "$WHEEL_HASH" ]]; then
         say "building the wheel"
-        "$python" -m pip install -qq "setuptools>=64" wheel
+        "$python" -m pip install -qq --no-compile "setuptools>=64" wheel
         # build/ keeps modules that have been deleted since, and setuptools would pack them.
         rm -rf "$folder" "$ROOT/build"
         (cd "$ROOT" && "$python" -m pip wheel -qq --no-deps --no-build-isolation -w "$folder" .)
@@ -130,16 +131,16 @@ install_env() {
     stamp=$(printf '%s\n' "$TORCH_PIN" "$LLAVA_PIN" "$@" | cat - "$ROOT/setup.py" | digest "$python")
     if [[ $(cat "$dir/compodistill-stamp" 2>/dev/null) != "$stamp" ]]; then
         say "installing packages into ${dir##*/}: $TORCH_PIN $* (a few minutes the first time)"
-        "$python" -m pip install -qq "$TORCH_PIN"
-        "$python" -m pip install -qq "$TORCH_PIN" "$@" "${WHEEL}[dev,tensorboard]"
+        "$python" -m pip install -qq --no-compile "$TORCH_PIN"
+        "$python" -m pip install -qq --no-compile "$TORCH_PIN" "$@" "${WHEEL}[dev,tensorboard]"
         # LLaVA pins torch 2.1 and a web server; it needs neither.
-        "$python" -m pip install -qq --no-deps "$LLAVA_PIN"
+        "$python" -m pip install -qq --no-compile --no-deps "$LLAVA_PIN"
         rm -f "$dir/compodistill-wheel-hash"
         echo "$stamp" >"$dir/compodistill-stamp"
     fi
     if [[ $(cat "$dir/compodistill-wheel-hash" 2>/dev/null) != "$WHEEL_HASH" ]]; then
         say "installing $(basename "$WHEEL") into ${dir##*/}"
-        "$python" -m pip install -qq --no-deps --force-reinstall "$WHEEL"
+        "$python" -m pip install -qq --no-compile --no-deps --force-reinstall "$WHEEL"
         echo "$WHEEL_HASH" >"$dir/compodistill-wheel-hash"
     fi
 }

@@ -27,7 +27,7 @@ result() { # NAME STATUS TEXT
 }
 
 install_current() {
-    local install=("$ROOT/.venv/bin/python" -m pip install -qq)
+    local install=("$ROOT/.venv/bin/python" -m pip install -qq --no-compile)
     install_env "$ROOT/.venv" "${PINS_CURRENT[@]}"
     # Triton's kernels are tested in its interpreter and compiled, both without a GPU. CUDA builds of torch bring Triton
     # along; for others it is a wheel of 200 MB for Linux, and those tests are skipped where it cannot be had.

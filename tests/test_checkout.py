@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tiny
 
 from llava_compodistill import about, cli
 from llava_compodistill.hosts.llava import checkout, patching
@@ -231,20 +232,16 @@ def test_every_patch_is_known_to_the_command():
 
 @pytest.mark.slow
 @pytest.mark.once
-@pytest.mark.parametrize(
-    "first",
-    [
+def test_a_patched_checkout_imports_in_any_order(package):
+    checkout.apply_patches(package)
+    firsts = [
         "import llava",
         "import llava_compodistill; llava_compodistill.register()",
         "import llava_compodistill.hosts.llava.loader",
         "import llava_compodistill.train.arguments",
         "import llava.eval.run_llava",
-    ],
-)
-def test_a_patched_checkout_imports_in_any_order(package, first):
-    checkout.apply_patches(package)
+    ]
     code = f"""
-{first}
 import llava, llava_compodistill
 assert llava.__file__.startswith({str(package)!r}), llava.__file__
 assert llava.__compodistill_patch__ == 1
@@ -255,15 +252,16 @@ assert registered()
 llava_compodistill.unregister()
 assert not hasattr(llava.model, "LlavaQwen2ForCausalLM")
 """
-    result = python(package, code)
-    assert result.returncode == 0, result.stderr
+    path = [str(package), *filter(None, sys.path)]
+    for first, (status, printed) in zip(
+        firsts, tiny.python_each([f"{first}\n{code}" for first in firsts], path), strict=True
+    ):
+        assert status == 0, f"{first}\n{printed}"
 
 
 @pytest.mark.slow
 def test_a_patched_checkout_registers_by_itself_and_works_without_the_plugin(package):
     checkout.apply_patches(package)
-    result = python(package, "import llava\nfrom llava.model import LlavaQwen2ForCausalLM")
-    assert result.returncode == 0, result.stderr
     # A finder in front that denies the plugin's existence stands for an environment without it.
     absent = """
 class Absent:
@@ -275,8 +273,9 @@ import transformers.trainer
 import llava
 assert llava.__compodistill_patch__ == 1 and "llava_compodistill" not in sys.modules
 """
-    result = python(package, absent)
-    assert result.returncode == 0, result.stderr
+    codes = ["import llava\nfrom llava.model import LlavaQwen2ForCausalLM", f"import sys\n{absent}"]
+    for status, printed in tiny.python_each(codes, [str(package), *sys.path]):
+        assert status == 0, printed
 
 
 @pytest.mark.slow

@@ -282,6 +282,7 @@ def test_every_gpu_gets_a_process(monkeypatch):
     assert shares.devices(None, None) == ["6", "7"] and shares.devices("cuda:1", None) == ["7"]
 
 
+@pytest.mark.once
 def test_a_failing_process_stops_the_others_and_is_named(place, capfd, tmp_path):
     model = tmp_path / "llava-broken"
     shutil.copytree(place["root"] / "models" / "llava-teacher", model)

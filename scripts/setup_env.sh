@@ -12,8 +12,9 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # pip stays silent but for errors (-qq below): its warnings about extra indexes fill pages. It compiles nothing
 # (--no-compile): Python compiles the modules that are imported, a small part of torch and transformers.
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-# A PYTHONPATH or a user site from outside would shadow what is installed here.
-unset PYTHONPATH
+# A PYTHONPATH or a user site from outside would shadow what is installed here; and what is not compiled when it is
+# installed has to be kept when it is compiled.
+unset PYTHONPATH PYTHONDONTWRITEBYTECODE
 export PYTHONNOUSERSITE=1
 
 # torch comes first and by its exact version, so that no later package brings another one. Neither torchvision nor timm

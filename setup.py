@@ -25,6 +25,7 @@ REQUIRES = [
     "packaging",
     "pillow",
     "protobuf",
+    "pyyaml",
     "requests",
     "rich",
     "safetensors",

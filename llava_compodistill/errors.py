@@ -59,3 +59,7 @@ class RecordsError(CompoDistillError, ValueError):
 
 class NonFiniteLossError(CompoDistillError, RuntimeError):
     """A loss term, a gradient or a weight became NaN or infinite."""
+
+
+class BlindError(CompoDistillError, RuntimeError):
+    """The loss of a run does not depend on its images."""

@@ -31,8 +31,8 @@ MAX_LENGTH=${MAX_LENGTH:-2048} # Table 8
 ONLY=${ONLY:-}
 
 need_model "The student's language model" "$STUDENT" "Set STUDENT."
-need_path "The captions" "$PRETRAIN_DATA" "Set PRETRAIN_DATA to a JSON file in LLaVA's format."
-need_path "The instruction data" "$DATA" "Set DATA to a JSON file in LLaVA's format."
+need_data "The captions" "$PRETRAIN_DATA" PRETRAIN_DATA
+need_data "The instruction data" "$DATA" DATA
 lora_flags
 
 if [[ -f $PRETRAINED/mm_projector.bin ]]; then

@@ -29,7 +29,7 @@ need_model "The student's language model" "$STUDENT" "Set STUDENT."
 need_checkpoint "The teacher" "$TEACHER" "Set TEACHER, or train one with teacher_pretrain.sh and teacher_finetune.sh."
 need_path "The adapter of the DPT stage" "$DPT/mm_projector.bin" \
     "Run dpt.sh with the same STUDENT and TEACHER, or set DPT to its output."
-need_path "The instruction data" "$DATA" "Set DATA to a JSON file in LLaVA's format."
+need_data "The instruction data" "$DATA" DATA
 lora_flags
 
 train_on_instructions \

@@ -22,7 +22,7 @@ MAX_LENGTH=${MAX_LENGTH:-2048} # Table 8
 
 need_model "The student's language model" "$STUDENT" "Set STUDENT."
 need_checkpoint "The teacher" "$TEACHER" "Set TEACHER, or train one with teacher_pretrain.sh and teacher_finetune.sh."
-need_path "The captions" "$DATA" "Set DATA to a JSON file in LLaVA's format."
+need_data "The captions" "$DATA" DATA
 
 train_on_captions \
     --stage dpt \

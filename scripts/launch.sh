@@ -44,6 +44,15 @@ need_path() {
     [[ $DRY_RUN == 1 || -e $2 ]] || fail "$1 not found: $2. $3"
 }
 
+# need_data WHAT DATA VARIABLE: as need_path, for one file, several with commas, or a YAML mix.
+need_data() {
+    local paths=("$2") path
+    [[ -e $2 || $2 != *,* ]] || IFS=, read -ra paths <<<"$2"
+    for path in "${paths[@]}"; do
+        need_path "$1" "$path" "Set $3 to a JSON file in LLaVA's format, several with commas, or a YAML mix."
+    done
+}
+
 # A hub name has the form owner/name; anything else must exist.
 is_hub_name() {
     [[ $1 =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$ ]]

@@ -27,7 +27,7 @@ MAX_LENGTH=${MAX_LENGTH:-2048} # Table 8
 
 need_checkpoint "The checkpoint of the DFT stage" "$DFT" \
     "Run dft.sh with the same STUDENT, TEACHER and LORA, or set DFT to its output."
-need_path "The instruction data" "$DATA" "Set DATA to a JSON file in LLaVA's format."
+need_data "The instruction data" "$DATA" DATA
 lora_flags
 
 train_on_instructions \

@@ -26,7 +26,7 @@ if [[ $PRETRAINED != none ]]; then # none: TEACHER_LLM is a LLaVA checkpoint tha
         "Run teacher_pretrain.sh with the same TEACHER_LLM, or set PRETRAINED to its output."
     ADAPTER=(--pretrain_mm_mlp_adapter "$PRETRAINED/mm_projector.bin")
 fi
-need_path "The instruction data" "$DATA" "Set DATA to a JSON file in LLaVA's format."
+need_data "The instruction data" "$DATA" DATA
 
 train_on_instructions \
     --stage sft \

@@ -18,7 +18,7 @@ EPOCHS=${EPOCHS:-1}
 MAX_LENGTH=${MAX_LENGTH:-2048}
 
 need_model "The teacher's language model" "$TEACHER_LLM" "Set TEACHER_LLM."
-need_path "The captions" "$DATA" "Set DATA to a JSON file in LLaVA's format."
+need_data "The captions" "$DATA" DATA
 
 train_on_captions \
     --stage pt \

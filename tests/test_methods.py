@@ -18,24 +18,37 @@ def read_log(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
+#: method -> the terms that it has beside L_LM (and L_KL), by stage.
+MORE_TERMS = {
+    "sft": {},
+    "kd": {},
+    "compodistill": {"dft": ["attention"]},
+    "release": {"dpt": ["kl"], "dft": ["kl", "attention"]},
+    "llava_kd": {stage: ["visual_kl", "relation"] for stage in ("dpt", "dft")},
+    "llavadi": {"dft": ["features"]},
+    "align_kd": {stage: ["first_attention", "visual_features"] for stage in ("dpt", "dft")},
+}
+
+
 def test_every_method_is_known_by_its_name(tmp_path):
     from llava_compodistill.train.arguments import TrainingArguments
 
+    assert METHODS.keys() == MORE_TERMS.keys()
     for name in METHODS:
         method = find_method(name)
         assert method.name == name
         for stage in ("pt", "dpt", "dft", "sft"):
             args = TrainingArguments(str(tmp_path), stage=stage, method=name, use_cpu=True, report_to=[])
             terms = [term.name for term in method.terms(stage, args)]
-            aligned = (name, stage) == ("compodistill", "dft")
-            assert terms == (["answers", "attention"] if aligned else ["answers"])
-            assert args.distilled == (name != "sft" and stage in ("dpt", "dft"))
+            assert terms == ["answers", *MORE_TERMS[name].get(stage, [])]
+            assert args.distilled == (stage in method.teacher_stages) and set(method.recipe) >= set(MORE_TERMS[name])
+        assert set(method.teacher_stages) <= set(method.recipe)
 
 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("compo", "must be one of sft, kd, compodistill, or package.module:Name"),
+        ("compo", "must be one of sft, kd, compodistill, .*, or package.module:Name"),
         ("no_such_module:Toy", "--method no_such_module:Toy: No module named 'no_such_module'"),
         ("toy_method:Tie", "has no attribute 'Tie'"),
         ("toy_method:FeatureTerm", "is no subclass of llava_compodistill.methods.Method"),

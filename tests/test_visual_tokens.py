@@ -192,7 +192,7 @@ def test_attention_rows():
     assert rows("answer") == [[3, 4], []]  # in the second sample the answer is over before the image
     assert rows("text") == [[3, 4, 5], [5, 6]]
     assert rows("visual") == [[1, 2], [4]]
-    with pytest.raises(ValueError, match="'some': must be all, answer, text or visual"):
+    with pytest.raises(ValueError, match="'some': must be all, answer, labelled, text or visual"):
         rows("some")
 
 

@@ -63,17 +63,20 @@ class MergedBatch:
         """[B, N] bool: the positions of a name.
 
         Args:
-            name: all (that are not padding), answer (that predict an answer token), text or visual.
+            name: all (that are not padding), answer (that predict an answer token), labelled (that are one), text or
+                visual.
         """
         if name == "all":
             return self.real
         if name == "answer":
             return self.answer_mask()
+        if name == "labelled":
+            return self.labels != IGNORE_INDEX
         if name == "visual":
             return self.visual
         if name == "text":
             return self.real & ~self.visual
-        raise ValueError(f"rows {name!r}: must be all, answer, text or visual.")
+        raise ValueError(f"rows {name!r}: must be all, answer, labelled, text or visual.")
 
     def attention_rows(self, rows: str = "all") -> torch.Tensor:
         """[B, N] bool: the queries that count in L_ADL: not padding, with a visual key at or before them.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
 from .base import Method, Sums, Term
 
@@ -11,20 +13,27 @@ METHODS = {
     "sft": ("sft", "SFT"),
     "kd": ("kd", "KD"),
     "compodistill": ("compodistill", "CompoDistill"),
+    "release": ("release", "Release"),
+    "llava_kd": ("llava_kd", "LLaVAKD"),
+    "llavadi": ("llavadi", "LLaVADI"),
+    "align_kd": ("align_kd", "AlignKD"),
 }
 
 __all__ = ["METHODS", "Method", "Sums", "Term", "find_method"]
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     """The method of a name, or of `package.module:Name` for a subclass of `Method` from elsewhere.
 
+    Args:
+        options: of the method, see its `defaults`.
+
     Raises:
-        ValueError: for an unknown name, or an address where there is no method.
+        ValueError: for an unknown name or option, or an address where there is no method.
     """
     if name in METHODS:
         module, attribute = METHODS[name]
-        return getattr(importlib.import_module(f".{module}", __name__), attribute)()
+        return getattr(importlib.import_module(f".{module}", __name__), attribute)(options)
     module, _, attribute = name.partition(":")
     if not attribute:
         raise ValueError(f"--method {name}: must be one of {', '.join(METHODS)}, or package.module:Name.")
@@ -34,4 +43,4 @@ def find_method(name: str) -> Method:
         raise ValueError(f"--method {name}: {error}.") from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"--method {name}: {attribute} is no subclass of llava_compodistill.methods.Method.")
-    return found()
+    return found(options)

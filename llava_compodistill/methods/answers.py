@@ -15,25 +15,29 @@ class AnswerTerm(Term):
 
     Args:
         temperature: T of L_KL, which carries T squared.
+        distilled: False leaves L_KL out, also where there is a teacher.
     """
 
     name = "answers"
     count = "answer_tokens"
 
-    def __init__(self, lm_weight: float = 1.0, kl_weight: float = 1.0, temperature: float = 1.0):
+    def __init__(
+        self, lm_weight: float = 1.0, kl_weight: float = 1.0, temperature: float = 1.0, distilled: bool = True
+    ):
         self.lm_weight, self.kl_weight, self.temperature = lm_weight, kl_weight, temperature
+        self.distilled = distilled
 
     def prepare(self, pair: Pair) -> None:
         self.pair = pair
 
     def needs(self) -> tuple[Needs, Needs]:
         answers = Needs(head=frozenset({"answer"}))
-        return answers, answers
+        return answers, answers if self.distilled else Needs()
 
     def on_head(self, student: Pass, teacher: Pass | None) -> torch.Tensor:
         """[3]: the weighted sum that gradients come from, the sum of cross-entropies, the sum of divergences T^2."""
         rows = student.head["answer"]
-        theirs = None if teacher is None else teacher.head["answer"]
+        theirs = teacher.head["answer"] if teacher is not None and self.distilled else None
         weight, bias = rows.weights
         teacher_weight = teacher_bias = None
         if theirs is not None:
@@ -69,6 +73,6 @@ class AnswerTerm(Term):
     def __call__(self, student: Pass, teacher: Pass | None, returned: torch.Tensor) -> Sums:
         loss, lm, kl = returned.unbind()
         logged, weights = {"lm": lm.detach()}, {"lm": self.lm_weight}
-        if teacher is not None:
+        if teacher is not None and self.distilled:
             logged["kl"], weights["kl"] = kl.detach(), self.kl_weight
         return Sums(loss, logged, weights)

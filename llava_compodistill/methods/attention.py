@@ -8,23 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..hosts.llava.model import count_visual_tokens
 from ..losses.attention import attention_distillation_loss, attention_similarity, counting_samples
 from ..pair import Pair
 from ..pair.layers import match_layers, parse_band, visual_understanding_layers
 from ..record.attention import refuse_windows
 from ..record.forward import Needs, Pass
 from .base import Sums, Term
+from .places import check_same_visual_places, refuse_other_counts
 
 if TYPE_CHECKING:
     from ..train.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
-
-_OTHER_PLACES = (
-    "Teacher and student place visual tokens differently ({what}): L_ADL compares their attention token by token, so "
-    "both need encoders with the same number of patches. Use the teacher's tower, or --vat False."
-)
 
 
 class VisualAttentionTerm(Term):
@@ -53,9 +48,7 @@ class VisualAttentionTerm(Term):
     # -----------------------------------------------------------------------------------------------------------------
     def prepare(self, pair: Pair) -> None:
         self.pair = pair
-        patches = count_visual_tokens(pair.teacher), count_visual_tokens(pair.student)
-        if patches[0] != patches[1]:
-            raise ValueError(_OTHER_PLACES.format(what=f"{patches[0]} and {patches[1]} an image"))
+        refuse_other_counts(pair, "L_ADL", "attention", "--vat False")
         args = self.args
         self.student_layers = visual_understanding_layers(
             pair.student.config.num_hidden_layers, parse_band(args.student_layers, "student_layers")
@@ -117,19 +110,19 @@ class VisualAttentionTerm(Term):
     # -----------------------------------------------------------------------------------------------------------------
     def __call__(self, student: Pass, teacher: Pass, returned: None = None) -> Sums:
         batch, args = student.batch, self.args
-        if not teacher.maps:  # no image in this micro-batch
+        if not batch.visual_index.shape[1]:  # no image in this micro-batch
             zero = batch.labels.new_zeros((), dtype=torch.float32)
             logged = {self.name: zero} if self.trained else {}
             return Sums(None, logged, measured={"attention_similarity": (zero, zero)})
-        self._check_same_places(batch.visual_index, teacher.batch.visual_index)
+        check_same_visual_places(self.pair, batch, teacher.batch)
         rows = batch.attention_rows(args.attention_rows)
         columns = batch.visual_index >= 0
         counts = counting_samples(rows)
         order = _another_image(batch.has_image) if args.shuffle_attention_targets else None
         options = {"similarity": args.attention_similarity, "column_mask": columns, "reduction": "none"}
         losses, similarities = [], []
-        for layer, group in zip(self.student_layers, self.groups, strict=True):
-            mine, target = student.maps[(layer,)], teacher.maps[tuple(group)]
+        for place, layer in enumerate(self.student_layers):
+            mine, target = self._maps(place, student, teacher)
             target = target if order is None else target[order]
             if self.trained:
                 self._check_graph(layer, mine)
@@ -145,12 +138,9 @@ class VisualAttentionTerm(Term):
         loss = torch.stack(losses).mean(dim=0).sum()
         return Sums(loss, {self.name: loss.detach()}, {self.name: self.weight}, measured)
 
-    def _check_same_places(self, mine: torch.Tensor, theirs: torch.Tensor) -> None:
-        # One encoder and one limit give one sequence. Comparing values would wait for the device.
-        same = mine.shape == theirs.shape and (self.pair.shares_encoder or torch.equal(mine, theirs))
-        if not same:
-            shapes = tuple(theirs.shape), tuple(mine.shape)
-            raise ValueError(_OTHER_PLACES.format(what=f"{shapes[0]} and {shapes[1]} positions"))
+    def _maps(self, place: int, student: Pass, teacher: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+        """The map of a student layer and its target, [B, N, N_v]."""
+        return student.maps[(self.student_layers[place],)], teacher.maps[tuple(self.groups[place])]
 
     def _check_graph(self, layer: int, attention: torch.Tensor) -> None:
         if torch.is_grad_enabled() and not attention.requires_grad:

@@ -8,7 +8,7 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -100,13 +100,34 @@ class Term:
 class Method:
     """A way to train a student.
 
+    Args:
+        options: values of `--method_options`, which replace the defaults.
+
     Attributes:
         name: what `--method` calls it.
+        recipe: its stages, in their order.
         teacher_stages: the stages that load a teacher.
+        defaults: the options and their defaults.
+
+    Raises:
+        ValueError: for an option that the method does not have, or of another type than its default.
     """
 
     name: ClassVar[str]
+    recipe: ClassVar[Sequence[str]] = ("dpt", "dft", "sft")
     teacher_stages: ClassVar[Sequence[str]] = ()
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, options: Mapping[str, Any] | None = None):
+        for name, value in (options or {}).items():
+            if name not in self.defaults:
+                known = ", ".join(self.defaults) or "none"
+                raise ValueError(f"--method_options {name}: method {self.name} has the options: {known}.")
+            default = self.defaults[name]
+            numbers = isinstance(default, float) and type(value) in (int, float)
+            if type(value) is not type(default) and not numbers:
+                raise ValueError(f"--method_options {name}: {value!r} must be a value like its default, {default!r}.")
+        self.options = {**self.defaults, **(options or {})}
 
     def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
         """The terms of one of the stages pt, dpt, dft, sft."""

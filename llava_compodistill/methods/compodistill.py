@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from .attention import VisualAttentionTerm
 from .base import Term
+from .heads import MatchedHeadsTerm
 from .kd import KD
 
 if TYPE_CHECKING:
@@ -21,5 +22,6 @@ class CompoDistill(KD):
         terms = super().terms(stage, args)
         aligned = stage == "dft" and args.vat and args.attention_weight > 0
         if aligned or (args.measure_attention and stage in self.teacher_stages):
-            terms.append(VisualAttentionTerm(args, trained=aligned))
+            term = MatchedHeadsTerm if args.attention_heads == "matched" else VisualAttentionTerm
+            terms.append(term(args, trained=aligned))
         return terms

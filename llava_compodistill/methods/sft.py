@@ -15,6 +15,7 @@ class SFT(Method):
     """LLaVA's own training."""
 
     name = "sft"
+    recipe = ("pt", "sft")
 
     def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
         return [AnswerTerm(lm_weight=args.lm_weight)]

@@ -7,7 +7,7 @@ Only the named layers are tapped: beside their SDPA or FlashAttention output the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ class AttentionCapture:
         layers: Sequence[int],
         batch: Callable[[], MergedBatch],
         impl: str = "auto",
-        heads: str = "mean",
+        heads: str | Mapping[int, str] = "mean",
         receive: Callable[[int, torch.Tensor], None] | None = None,
     ):
         self.layers = list(layers)
@@ -51,6 +51,7 @@ class AttentionCapture:
 
     def tap(self, layer: int, window: int | None = None) -> AttentionTap:
         """What a layer's attention module calls; `window` is the number of keys that it sees at most."""
+        heads = self.heads if isinstance(self.heads, str) else self.heads[layer]
 
         def receive(module: nn.Module, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
             if query.shape[2] != key.shape[2]:
@@ -64,7 +65,7 @@ class AttentionCapture:
             if self.detach:
                 query, key = query.detach(), key.detach()
             attention = visual_attention_map(
-                query, key, batch.visual_index, key_mask=key_mask, scale=scale, impl=self.impl, heads=self.heads
+                query, key, batch.visual_index, key_mask=key_mask, scale=scale, impl=self.impl, heads=heads
             )
             # Gradient checkpointing runs the layer again in the backward: the op must run again, as it did in the
             # forward, but its result belongs to the recomputation and is not recorded twice.
@@ -111,7 +112,7 @@ def capture_visual_attention(
     batch: Callable[[], MergedBatch],
     *,
     impl: str = "auto",
-    heads: str = "mean",
+    heads: str | Mapping[int, str] = "mean",
     receive: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Iterator[AttentionCapture]:
     """Capture the attention over visual tokens of some layers.
@@ -124,7 +125,7 @@ def capture_visual_attention(
         layers: 0-based numbers of the layers to tap.
         batch: gives the merged batch of the running forward (`MergeRecorder.batch`).
         impl: implementation of the op, see `visual_attention_map`.
-        heads: "mean" for [B, N, N_v], "all" for [B, H, N, N_v].
+        heads: "mean" for [B, N, N_v], "all" for [B, H, N, N_v]; or one of them for each layer.
         receive: called with (layer, map) instead of keeping the map in `maps`.
 
     Raises:

@@ -24,8 +24,12 @@ from .patch import replaced
 
 #: Layers whose mean attention map is wanted.
 Group = tuple[int, ...]
-#: (number of a decoder layer, name of rows as `MergedBatch.rows` takes it)
+#: (number of a decoder layer, heads): the maps of single heads.
+LayerHeads = tuple[int, tuple[int, ...]]
+#: (number of a decoder layer or EMBEDDINGS, name of rows as `MergedBatch.rows` takes it)
 LayerRows = tuple[int, str]
+#: In place of a layer's number: what the first layer receives, visual tokens as the adapter makes them among it.
+EMBEDDINGS = -1
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Needs:
     Attributes:
         head: names of rows whose last hidden states, the head's input, are kept.
         groups: groups of layers whose mean head-averaged attention over the visual tokens is kept.
-        hidden: (layer, name of rows): the layer's output there is kept.
+        heads: (layer, heads): the attention of these heads over the visual tokens is kept, head by head.
+        hidden: (layer, name of rows): the layer's output there is kept; for EMBEDDINGS what the first layer receives.
         graph: whether gradients flow through maps (what else is kept has the graph that the forward had).
     """
 
@@ -43,6 +48,7 @@ class Needs:
     groups: frozenset[Group] = frozenset()
     hidden: frozenset[LayerRows] = frozenset()
     graph: bool = False
+    heads: frozenset[LayerHeads] = frozenset()
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -50,6 +56,7 @@ class Needs:
             self.groups | other.groups,
             self.hidden | other.hidden,
             self.graph or other.graph,
+            self.heads | other.heads,
         )
 
 
@@ -61,6 +68,7 @@ class Pass:
         batch: where its tokens are.
         head: by name of rows, what reached the head there.
         maps: by group, the mean map [B, N, N_v]; empty for a batch without an image.
+        head_maps: by (layer, heads), [B, number of heads, N, N_v]; empty for a batch without an image.
         hidden: by (layer, name of rows), [R, D].
         returned: what `on_head` returned, as it came out of the head's call.
     """
@@ -68,6 +76,7 @@ class Pass:
     batch: MergedBatch
     head: dict[str, HeadRows] = field(default_factory=dict)
     maps: dict[Group, torch.Tensor] = field(default_factory=dict)
+    head_maps: dict[LayerHeads, torch.Tensor] = field(default_factory=dict)
     hidden: dict[LayerRows, torch.Tensor] = field(default_factory=dict)
     returned: torch.Tensor | None = None
 
@@ -113,6 +122,7 @@ def record(
     host = host_of(model)
     recorder = PassRecorder()
     means = GroupMeans(sorted(needs.groups))
+    by_head = {layer for layer, _ in needs.heads}
     run = model.forward
 
     def begin(batch: MergedBatch) -> None:
@@ -120,6 +130,14 @@ def record(
         means.begin()
         if capture is not None:
             capture.begin()
+
+    def receive(layer: int, attention: torch.Tensor) -> None:
+        if layer in by_head:
+            for key in needs.heads:
+                if key[0] == layer:
+                    recorder.latest.head_maps[key] = attention[:, list(key[1])]
+            attention = attention.mean(dim=1)
+        means.receive(layer, attention)
 
     def head_forward(hidden: torch.Tensor, run_head: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         latest = recorder.latest
@@ -141,27 +159,39 @@ def record(
     with contextlib.ExitStack() as stack:
         stack.enter_context(record_merge(model, begin))
         stack.enter_context(at_head(model, head_forward))
-        if means.layers:
-            options = {"impl": impl, "receive": means.receive}
-            taps = capture_visual_attention(model, means.layers, lambda: recorder.latest.batch, **options)
+        layers = sorted(by_head.union(means.layers))
+        if layers:
+            heads = {layer: "all" if layer in by_head else "mean" for layer in layers}
+            options = {"impl": impl, "receive": receive, "heads": heads}
+            taps = capture_visual_attention(model, layers, lambda: recorder.latest.batch, **options)
             capture = stack.enter_context(taps)
             capture.detach = not needs.graph
         for layer, rows in sorted(needs.hidden):
-            stack.enter_context(_keep_hidden(host.decoder_layers(model)[layer], recorder, (layer, rows)))
+            module = host.decoder_layers(model)[max(layer, 0)]
+            stack.enter_context(_keep_hidden(module, recorder, (layer, rows)))
         stack.enter_context(replaced(model, "forward", forward))
         yield recorder
 
 
 @contextlib.contextmanager
 def _keep_hidden(layer: nn.Module, recorder: PassRecorder, key: LayerRows) -> Iterator[None]:
-    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+    def keep(states: Any) -> None:
         latest = recorder.latest
-        states = (output[0] if isinstance(output, tuple) else output)[latest.batch.rows(key[1])]
+        rows = (states[0] if isinstance(states, tuple) else states)[latest.batch.rows(key[1])]
         # Gradient checkpointing runs the layer again in the backward, and has to meet the same operations; what they
         # give then belongs to the recomputation and is not recorded twice.
-        latest.hidden.setdefault(key, states)
+        latest.hidden.setdefault(key, rows)
 
-    handle = layer.register_forward_hook(keep)
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        keep(kwargs["hidden_states"] if "hidden_states" in kwargs else args)
+
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        keep(output)
+
+    if key[0] == EMBEDDINGS:
+        handle = layer.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = layer.register_forward_hook(after)
     try:
         yield
     finally:

@@ -6,12 +6,13 @@ Every flag of `llava.train.train` keeps its name and meaning; the fields below a
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from .. import compat
 from ..hosts.llava import training as llava_training
-from ..methods import find_method
+from ..methods import METHODS, Method, find_method
 from ..pair.layers import parse_band
 
 STAGES = ("pt", "dpt", "dft", "sft")
@@ -75,7 +76,13 @@ class TrainingArguments(llava_training.TrainingArguments):
     )
     method: str = field(
         default="compodistill",
-        metadata={"help": "sft (L_LM alone), kd (no attention alignment), compodistill, or package.module:Name."},
+        metadata={
+            "help": f"{', '.join(METHODS)}, or package.module:Name for one of your own; llava_compodistill/methods/ "
+            "says what each computes."
+        },
+    )
+    method_options: str = field(
+        default="{}", metadata={"help": "Options of the method as JSON, such as '{\"gamma\": 1.0}' for llava_kd."}
     )
     vat: bool = field(default=True, metadata={"help": "Visual attention alignment (L_ADL) in the dft stage."})
     lm_weight: float = field(default=1.0, metadata={"help": "Weight of L_LM."})
@@ -87,6 +94,10 @@ class TrainingArguments(llava_training.TrainingArguments):
     )
     attention_similarity: Literal["row", "matrix"] = field(
         default="row", metadata={"help": "Compare each query's row, or the flattened matrix of a sample."}
+    )
+    attention_heads: Literal["mean", "matched"] = field(
+        default="mean",
+        metadata={"help": "Compare the mean over heads (paper), or each head with its most similar teacher head."},
     )
     attention_rows: Literal["all", "answer", "text", "visual"] = field(
         default="all", metadata={"help": "Which queries take part in L_ADL."}
@@ -117,10 +128,20 @@ class TrainingArguments(llava_training.TrainingArguments):
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Precision of the frozen teacher. auto: the student's compute precision."}
     )
+    blind: Literal["warn", "error", "off"] = field(
+        default="warn",
+        metadata={"help": "For a run whose loss does not depend on the image: report it, stop, or do not measure."},
+    )
+    sight_steps: int = field(
+        default=200, metadata={"help": "Steps between two measurements of what another sample's image costs (sight)."}
+    )
+    sight_samples: int = field(default=16, metadata={"help": "Samples that sight is measured on, over all ranks."})
     resume_anyway: bool = field(
         default=False,
         metadata={"help": "Go on from a checkpoint in --output_dir although it was made with other settings."},
     )
+    #: The method that `method` and `method_options` name. No flag.
+    chosen_method: ClassVar[Method]
     #: What `resume.describe` gives for this run; every checkpoint is saved with it. No flag.
     made_with: ClassVar[dict[str, Any] | None] = None
     if not compat.HAS_WARMUP_RATIO:
@@ -135,14 +156,19 @@ class TrainingArguments(llava_training.TrainingArguments):
         super().__post_init__()
         if self.stage not in STAGES:
             raise ValueError(f"--stage {self.stage!r}: must be one of {', '.join(STAGES)}.")
-        find_method(self.method)
+        self.chosen_method = _read_method(self.method, self.method_options)
         if self.kd_temperature <= 0:
             raise ValueError(f"--kd_temperature {self.kd_temperature}: must be greater than 0.")
         for name in ("lm_weight", "kl_weight", "attention_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: a loss weight cannot be negative.")
+        if self.attention_heads == "matched" and self.layer_matching == "adaptive":
+            raise ValueError("--attention_heads matched needs --layer_matching group or simple, not adaptive.")
         if self.calibration_batches < 1:
             raise ValueError(f"--calibration_batches {self.calibration_batches}: must be at least 1.")
+        for name, least in (("sight_steps", 1), ("sight_samples", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}.")
         for name in ("student_layers", "teacher_layers"):
             parse_band(getattr(self, name), name)
         # LLaVA's trainer, saver and loader read this switch; the stage decides it.
@@ -152,9 +178,24 @@ class TrainingArguments(llava_training.TrainingArguments):
             self.gradient_checkpointing_kwargs = {**(self.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
 
     @property
+    def seed_of_data(self) -> int:
+        """What the order of the data, and the samples of a mix, are drawn with."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
     def distilled(self) -> bool:
         """Whether this stage has a teacher in its loss."""
-        return self.stage in find_method(self.method).teacher_stages
+        return self.stage in self.chosen_method.teacher_stages
+
+
+def _read_method(name: str, options: str) -> Method:
+    try:
+        given = json.loads(options)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--method_options {options}: not valid JSON ({error}).") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"--method_options {options}: must be a JSON object of names and values.")
+    return find_method(name, given)
 
 
 def check_arguments(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
@@ -184,4 +225,6 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
     if training.shuffle_attention_targets and training.per_device_train_batch_size < 2:
         raise ValueError("--shuffle_attention_targets needs --per_device_train_batch_size of at least 2.")
     if not data.data_path:
-        raise ValueError("--data_path is missing: give the JSON file of conversations.")
+        raise ValueError(
+            "--data_path is missing: give a JSON file of conversations, several with commas, or a YAML mix."
+        )

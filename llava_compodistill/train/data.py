@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..errors import DataError, SampleError
 from ..hosts.llava.training import DataCollatorForSupervisedDataset, LazySupervisedDataset
-from .records import Records
+from .mix import Mix, read_sources
 
 logger = logging.getLogger(__name__)
 
@@ -20,19 +20,21 @@ class CheckedDataset(LazySupervisedDataset):
     themselves.
 
     Args:
-        data_path: JSON file.
+        data_path: JSON file, several with commas, or a YAML mix (`mix`).
         tokenizer: of the student.
         data_args: LLaVA's data arguments with `bad_samples` ("error" or "skip") and `check_images`.
+        seed: draws samples where a mix takes a share of a file.
 
     Raises:
         DataError: for an unreadable file, or bad samples under "error".
     """
 
-    def __init__(self, data_path: str, tokenizer: Any, data_args: Any):
+    def __init__(self, data_path: str, tokenizer: Any, data_args: Any, seed: int = 0):
         self.tokenizer = tokenizer
         self.data_args = data_args
         data_args.image_folder = data_args.image_folder or ""
-        self.list_data_dict = Records(data_path, data_args.image_folder, data_args.bad_samples, data_args.check_images)
+        options = data_args.image_folder, data_args.bad_samples, data_args.check_images
+        self.list_data_dict = Mix(read_sources(data_path), *options, seed)
 
     @property
     def lengths(self) -> list[int]:
@@ -81,9 +83,9 @@ class CheckedDataset(LazySupervisedDataset):
         return None
 
 
-def make_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any]:
+def make_data_module(tokenizer: Any, data_args: Any, seed: int = 0) -> dict[str, Any]:
     """The Trainer's data arguments: a checked data set and LLaVA's own collator."""
     return {
-        "train_dataset": CheckedDataset(data_args.data_path, tokenizer, data_args),
+        "train_dataset": CheckedDataset(data_args.data_path, tokenizer, data_args, seed),
         "data_collator": DataCollatorForSupervisedDataset(tokenizer=tokenizer),
     }

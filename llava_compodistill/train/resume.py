@@ -19,6 +19,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from .mix import Source, read_sources
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ WITHOUT_EFFECT = {
     "attention_map_impl",
     "attn_implementation",
     "bad_samples",
+    "blind",
     "cache_dir",
     "check_images",
     "evaluation_strategy",
@@ -40,6 +42,8 @@ WITHOUT_EFFECT = {
     "mpt_attn_impl",
     "remove_unused_columns",
     "resume_anyway",
+    "sight_samples",
+    "sight_steps",
 }
 #: The flags of transformers that do.
 OF_TRANSFORMERS = (
@@ -94,9 +98,20 @@ def describe(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
         kept = {name: value for name, value in kept.items() if not name.startswith("lora_") or name == "lora_enable"}
     kept["deepspeed"] = bool(args.deepspeed)
     kept["global_batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if os.path.isfile(data_args.data_path):
-        kept["data_bytes"] = os.path.getsize(data_args.data_path)
+    sources = read_sources(data_args.data_path)
+    if sources == [Source(data_args.data_path)]:
+        if os.path.isfile(data_args.data_path):
+            kept["data_bytes"] = os.path.getsize(data_args.data_path)
+    else:
+        kept["data_files"] = [
+            [_plain("data_path", source.path), source.weight, source.image_folder, _size(source.path)]
+            for source in sources
+        ]
     return json.loads(json.dumps(kept))
+
+
+def _size(path: str) -> int | None:
+    return os.path.getsize(path) if os.path.isfile(path) else None
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
 
     student = build_student(model_args, args, teacher)
     configure(student, tokenizer, model_args, data_args, args)
-    data_module = make_data_module(tokenizer, data_args)
+    data_module = make_data_module(tokenizer, data_args, args.seed_of_data)
     checkpoint.check_disk_space(student, args)
 
     trainer = CompoDistillTrainer(model=student, teacher=teacher, args=args, tokenizer=tokenizer, **data_module)

@@ -20,15 +20,17 @@ from transformers.trainer_utils import TrainOutput
 from .. import compat
 from ..hosts.llava.model import count_visual_tokens, llava_core
 from ..hosts.llava.training import LLaVATrainer
-from ..methods import Sums, find_method
+from ..methods import Sums
 from ..methods.base import COUNTS
 from ..pair.student import compute_dtype
 from . import checkpoint, facts
 from .arguments import TrainingArguments
 from .facts import BatchFacts, CountingCollator
 from .finite import refuse_broken_gradient, refuse_broken_weights
+from .mix import Mix, write_manifest
 from .objective import Objective
 from .samplers import SeededLengthGroupedSampler, SeededRandomSampler, TellEpoch
+from .sight import SightGuard, can_measure
 from .terms_log import TermsLog
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class CompoDistillTrainer(LLaVATrainer):
         self.objective = Objective(
             model,
             teacher if args.distilled else None,
-            find_method(args.method).terms(args.stage, args),
+            args.chosen_method.terms(args.stage, args),
             vocab_size=None if tokenizer is None else len(tokenizer),
             impl=args.attention_map_impl,
         )
@@ -76,6 +78,9 @@ class CompoDistillTrainer(LLaVATrainer):
         self.train_sampler: Any = None
         self._gathered: tuple[dict | None, dict | None] = None, None
         self.add_callback(TellEpoch(self))
+        self._sight = SightGuard(self) if args.blind != "off" and can_measure(self.train_dataset) else None
+        if self._sight is not None:
+            self.add_callback(self._sight)
         # The loss arrives normalised over the whole optimizer step.
         self.model_accepts_loss_kwargs = True
         self._counts: dict[str, torch.Tensor] | None = None
@@ -206,6 +211,9 @@ class CompoDistillTrainer(LLaVATrainer):
         if "loss" in logs and self._terms_log:
             terms = self._terms_log.take(self.state.global_step)
             refuse_broken_gradient(logs.get("grad_norm"), self.state.global_step, self.args)
+            sight = None if self._sight is None else self._sight.take()
+            if sight is not None:
+                terms["sight"] = sight
             logs.update({name: round(value, 6) for name, value in terms.items()})
         super().log(logs, *args, **kwargs)
 
@@ -222,7 +230,7 @@ class CompoDistillTrainer(LLaVATrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
             return None
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        seed = self.args.seed_of_data
         if self.args.group_by_modality_length:
             self.train_sampler = SeededLengthGroupedSampler(
                 self.args.train_batch_size,
@@ -300,6 +308,9 @@ class CompoDistillTrainer(LLaVATrainer):
         output_dir = output_dir or self.args.output_dir
         if self.args.should_save:
             checkpoint.save(self.model, output_dir, self.args, self.tokenizer_to_save, state_dict, *self._gathered)
+            samples = getattr(self.train_dataset, "list_data_dict", None)
+            if isinstance(samples, Mix):
+                write_manifest(output_dir, samples.manifest())
 
     def _load_rng_state(self, checkpoint):
         with compat.reads_own_rng_state():

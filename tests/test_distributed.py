@@ -53,6 +53,23 @@ def test_two_processes_give_the_losses_of_one(dft, world, sharp_teacher, mixed, 
     assert_same_weights({name: weights[name] for name in names}, names, 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(Version(accelerate.__version__) < Version("1.6"), reason="this accelerate has no FSDP2")
+def test_fsdp_gives_the_losses_of_one_process(dft, world, dpt_path, sharp_teacher, mixed, tmp_path):
+    """FSDP2; the first FSDP does not run without an accelerator."""
+    options = {**PLAIN, "pretrain_mm_mlp_adapter": dpt_path / "mm_projector.bin", "mm_projector_type": "taf"}
+    single, expected = dft("one", max_steps=2, gradient_accumulation_steps=2, **options)
+    config = tmp_path / "fsdp.json"
+    config.write_text(json.dumps({"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}))
+    options |= {"fsdp": "full_shard auto_wrap", "fsdp_config": config, "ddp_backend": "gloo", "max_steps": 2}
+    launch(parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", **options))
+    assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-5)
+    saved = load_file(tmp_path / "two" / "model.safetensors")
+    assert_same_weights(
+        {name: saved[name] for name in trained_weights(single.model)}, trained_weights(single.model), 1e-5
+    )
+
+
 def zero_config(folder, stage: int):
     zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
     if stage == 3:

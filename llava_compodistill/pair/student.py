@@ -204,7 +204,9 @@ def _initialize_vision(core: nn.Module, model_args: Any, training_args: Any) -> 
 
     without_adapter = copy.copy(model_args)
     without_adapter.pretrain_mm_mlp_adapter = None  # loaded by us: weights only, and with errors that name the file
-    core.get_model().initialize_vision_modules(model_args=without_adapter, fsdp=getattr(training_args, "fsdp", None))
+    # LLaVA asks for a length, which transformers 5 has made a bool; it keeps the tower out of FSDP's units.
+    fsdp = ["fsdp"] if getattr(training_args, "fsdp", None) else None
+    core.get_model().initialize_vision_modules(model_args=without_adapter, fsdp=fsdp)
     tower_dtype = compute_dtype(training_args)
     core.get_vision_tower().to(dtype=tower_dtype, device=training_args.device)
     core.config.mm_use_im_start_end = model_args.mm_use_im_start_end

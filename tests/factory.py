@@ -71,6 +71,7 @@ def make_model(
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
+        **({"head_dim": hidden // heads} if family == "qwen3" else {}),  # fixed at 128 otherwise
     )
     values = {
         "mm_vision_tower": str(tower),

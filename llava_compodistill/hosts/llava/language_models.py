@@ -1,7 +1,7 @@
-"""Qwen1.5, Qwen2 and Qwen2.5 language models for LLaVA, beside the Llama and Mistral it has.
+"""Qwen language models for LLaVA, beside the Llama and Mistral it has.
 
 Qwen1.5, 2 and 2.5 share transformers' `qwen2` architecture. Loading them as LlavaLlama drops their q/k/v biases
-without a word; here they keep them, and their padded vocabulary is not shrunk.
+without a word; here they keep them, and their padded vocabulary is not shrunk. Qwen3 needs transformers 4.51 or newer.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
@@ -16,27 +17,13 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 
-class LlavaQwen2Config(Qwen2Config):
-    model_type = "llava_qwen2"
+class MultimodalForward(LlavaMetaForCausalLM):
+    """What makes a causal language model a LLaVA: it takes `images` and `image_sizes` as LLaVA's other models do.
 
+    Stands before the language model among the base classes.
+    """
 
-class LlavaQwen2Model(LlavaMetaModel, Qwen2Model):
-    config_class = LlavaQwen2Config
-
-
-class LlavaQwen2ForCausalLM(Qwen2ForCausalLM, LlavaMetaForCausalLM):
-    """LLaVA on a Qwen2 language model; takes `images` and `image_sizes` as LLaVA's other models do."""
-
-    config_class = LlavaQwen2Config
-
-    def __init__(self, config: LlavaQwen2Config):
-        super(Qwen2ForCausalLM, self).__init__(config)
-        self.model = LlavaQwen2Model(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_model(self) -> LlavaQwen2Model:
+    def get_model(self) -> nn.Module:
         return self.model
 
     def forward(
@@ -103,6 +90,29 @@ class LlavaQwen2ForCausalLM(Qwen2ForCausalLM, LlavaMetaForCausalLM):
         return prepared
 
 
+class LlavaQwen2Config(Qwen2Config):
+    model_type = "llava_qwen2"
+
+
+class LlavaQwen2Model(LlavaMetaModel, Qwen2Model):
+    config_class = LlavaQwen2Config
+
+
+class LlavaQwen2ForCausalLM(MultimodalForward, Qwen2ForCausalLM):
+    """LLaVA on a Qwen1.5, Qwen2 or Qwen2.5 language model."""
+
+    config_class = LlavaQwen2Config
+
+    def __init__(self, config: LlavaQwen2Config):
+        super(Qwen2ForCausalLM, self).__init__(config)
+        self.model = LlavaQwen2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+#: The classes that LLaVA does not have.
+OWN_CLASSES: tuple[type, ...] = (LlavaQwen2ForCausalLM,)
 #: Base language model's `model_type` -> the LLaVA model built on it. A LLaVA checkpoint says "llava_" before it.
 MODEL_CLASSES = {
     "qwen2": LlavaQwen2ForCausalLM,
@@ -110,15 +120,39 @@ MODEL_CLASSES = {
     "mistral": LlavaMistralForCausalLM,
 }
 
+if hasattr(transformers, "Qwen3Config"):
+
+    class LlavaQwen3Config(transformers.Qwen3Config):
+        model_type = "llava_qwen3"
+
+    class LlavaQwen3Model(LlavaMetaModel, transformers.Qwen3Model):
+        config_class = LlavaQwen3Config
+
+    class LlavaQwen3ForCausalLM(MultimodalForward, transformers.Qwen3ForCausalLM):
+        """LLaVA on a Qwen3 language model."""
+
+        config_class = LlavaQwen3Config
+
+        def __init__(self, config: LlavaQwen3Config):
+            super(transformers.Qwen3ForCausalLM, self).__init__(config)
+            self.model = LlavaQwen3Model(config)
+            self.vocab_size = config.vocab_size
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.post_init()
+
+    OWN_CLASSES += (LlavaQwen3ForCausalLM,)
+    MODEL_CLASSES["qwen3"] = LlavaQwen3ForCausalLM
+
 
 def model_class(model_type: str) -> type:
     """The LLaVA model class for the `model_type` of a base language model or of a LLaVA checkpoint.
 
     Raises:
-        ValueError: for an architecture that neither LLaVA nor the plugin has.
+        ValueError: for an architecture that neither LLaVA nor the plugin has, or this transformers has not.
     """
     base = "llama" if model_type == "llava" else model_type.removeprefix("llava_")  # LLaVA 1.0 wrote "llava"
     if base not in MODEL_CLASSES:
         known = ", ".join(sorted(MODEL_CLASSES))
-        raise ValueError(f"model_type {model_type!r} in config.json: supported language models are {known}.")
+        hint = f"; Qwen3 needs transformers 4.51 or newer, not {transformers.__version__}" if base == "qwen3" else ""
+        raise ValueError(f"model_type {model_type!r} in config.json: supported language models are {known}{hint}.")
     return MODEL_CLASSES[base]

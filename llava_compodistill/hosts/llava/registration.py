@@ -147,13 +147,15 @@ def _rebind(module: str, symbol: str, value: Any) -> None:
 def _register_models() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from .language_models import LlavaQwen2Config, LlavaQwen2ForCausalLM
+    from .language_models import OWN_CLASSES
 
-    AutoConfig.register(LlavaQwen2Config.model_type, LlavaQwen2Config, exist_ok=True)
-    AutoModelForCausalLM.register(LlavaQwen2Config, LlavaQwen2ForCausalLM, exist_ok=True)
-    for name, cls in (("LlavaQwen2Config", LlavaQwen2Config), ("LlavaQwen2ForCausalLM", LlavaQwen2ForCausalLM)):
-        if ("llava.model", name) not in _originals:
-            _rebind("llava.model", name, cls)
+    for model in OWN_CLASSES:
+        config = model.config_class
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+        for cls in (config, model):
+            if ("llava.model", cls.__name__) not in _originals:
+                _rebind("llava.model", cls.__name__, cls)
 
 
 def _register_templates() -> None:

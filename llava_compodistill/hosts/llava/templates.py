@@ -28,11 +28,23 @@ QWEN = conversation_lib.Conversation(
     sep="<|im_end|>\n",
 )
 
-#: LLaVA v1's wording with the end token of Qwen's base models, which have not learned ChatML.
+#: LLaVA v1's turns with a short system line and the end token of Qwen's base models, which have not learned ChatML.
 QWEN_BASE = conversation_lib.Conversation(
     system="Answer the questions.",
     roles=("USER", "ASSISTANT"),
     version="qwen_base",
+    messages=(),
+    offset=0,
+    sep_style=conversation_lib.SeparatorStyle.TWO,
+    sep=" ",
+    sep2="<|endoftext|>",
+)
+
+#: LLaVA v1's own wording with that end token, which the authors' code trains under.
+QWEN_V1 = conversation_lib.Conversation(
+    system=conversation_lib.conv_vicuna_v1.system,
+    roles=("USER", "ASSISTANT"),
+    version="qwen_v1",
     messages=(),
     offset=0,
     sep_style=conversation_lib.SeparatorStyle.TWO,
@@ -58,6 +70,7 @@ TEMPLATES = {
     "qwen_2_5": QWEN,
     "qwen_base": QWEN_BASE,
     "qwen_qa": QWEN_QA,
+    "qwen_v1": QWEN_V1,
 }
 
 #: Tokens from which a padding token may be taken, where the tokenizer has them as special tokens: a text cannot

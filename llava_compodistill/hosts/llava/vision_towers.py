@@ -1,7 +1,8 @@
-"""SigLIP as a vision tower, beside LLaVA's CLIP.
+"""SigLIP and SigLIP 2 as vision towers, beside LLaVA's CLIP.
 
 SigLIP has no class token: every patch is a visual token (729 for so400m/14 at 384), where LLaVA's CLIP code would drop
-the first. Its image processor lacks the `crop_size` that LLaVA's data set reads.
+the first. Its image processor lacks the `crop_size` that LLaVA's data set reads. SigLIP 2 of fixed resolution
+(google/siglip2-so400m-patch14-384) has SigLIP's architecture; its NaFlex models, of any resolution, have another.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
+from ...errors import CheckpointError
 from .loader import read_config
 
 
@@ -97,7 +99,20 @@ def tower_name(config: Any) -> str | None:
 
 
 def is_siglip(name: str) -> bool:
-    """Whether a tower is SigLIP: by the config of a local folder, else by its name on the hub."""
+    """Whether a tower is SigLIP: by the config of a local folder, else by its name on the hub.
+
+    Raises:
+        CheckpointError: for a NaFlex model, whose number of visual tokens depends on the image.
+    """
+    naflex = "naflex" in name.lower()
     if os.path.isdir(name):
-        return read_config(name).model_type in ("siglip", "siglip_vision_model")
-    return "siglip" in name.lower()
+        model_type = read_config(name).model_type
+        naflex = model_type in ("siglip2", "siglip2_vision_model")
+        if model_type in ("siglip", "siglip_vision_model"):
+            return True
+    if naflex:
+        raise CheckpointError(
+            f"--vision_tower {name} is a SigLIP 2 NaFlex model, whose number of visual tokens depends on the image: "
+            "use one of fixed resolution, such as google/siglip2-so400m-patch14-384."
+        )
+    return not os.path.isdir(name) and "siglip" in name.lower()

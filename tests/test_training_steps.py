@@ -218,6 +218,17 @@ def test_gradient_checkpointing_gives_the_same_training(dft, kind, world):
     assert_same_weights(trained_weights(saving.model), trained_weights(plain.model), 1e-6)
 
 
+def test_plain_pretraining_can_start_from_the_teachers_adapter(dft, world, sharp_teacher):
+    """PT under TAF, a recipe of Table 14: the teacher gives its adapter, and is in no loss."""
+    options = {"stage": "pt", "mm_projector_type": "taf", "data_path": world["data"] / "pretrain.json"}
+    trainer, log = dft(version="plain", **options)
+    assert trainer.objective.teacher is None and "kl" not in log[0]
+    weights = load_file(sharp_teacher / "model.safetensors")
+    fetched = llava_core(trainer.model).get_model().mm_projector.teacher_adapter.state_dict()
+    for name, value in fetched.items():
+        assert torch.equal(value, weights[f"model.mm_projector.{name}"]), name
+
+
 @pytest.mark.parametrize("kind", ["taf", "no taf", "adaptive", "lora"])
 def test_bf16_stays_near_fp32(dft, sharp_teacher, kind):
     options = {"max_steps": 3, "learning_rate": 1e-3}

@@ -11,7 +11,13 @@ from typing import Any
 from ..errors import DataError
 
 #: Model types that the plugin's loader takes, and the conversation template of each, where nothing names one.
-TEMPLATES = {"llava_qwen2": "qwen_1_5", "llava_llama": "v1", "llava": "v1", "llava_mistral": "mistral_instruct"}
+TEMPLATES = {
+    "llava_qwen2": "qwen_1_5",
+    "llava_qwen3": "qwen_1_5",
+    "llava_llama": "v1",
+    "llava": "v1",
+    "llava_mistral": "mistral_instruct",
+}
 #: Pre-training's template holds no question: nothing can be asked under it.
 _CAPTIONS_ALONE = "plain"
 

@@ -19,6 +19,7 @@ from ..errors import CheckpointError
 from ..hosts.llava import register
 from ..hosts.llava.loader import add_image_tokens, checkpoint_kind, read_tokenizer
 from ..hosts.llava.model import llava_core
+from ..hosts.llava.taf import PROJECTOR_TYPE
 from ..hosts.llava.templates import prepare_tokenizer, use_template
 from ..pair.student import build_student, compute_dtype
 from ..pair.teacher import load_teacher
@@ -49,18 +50,21 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
     tokenizer = load_tokenizer(model_args, args, template)
 
     teacher = None
-    if args.distilled:
+    if args.distilled or fetches_adapter(model_args, args):
         teacher = load_teacher(
             model_args.teacher_model_path,
             model_args.teacher_model_base,
             dtype=teacher_dtype(args),
-            device=args.device,
+            device=args.device if args.distilled else "cpu",
             attn_implementation=model_args.attn_implementation,
             vision_tower=model_args.vision_tower,
         )
+    if args.distilled:
         check_same_tokenizer(tokenizer, model_args)
 
     student = build_student(model_args, args, teacher)
+    if not args.distilled:
+        teacher = None  # it has given its adapter
     configure(student, tokenizer, model_args, data_args, args)
     data_module = make_data_module(tokenizer, data_args, args.seed_of_data)
     checkpoint.check_disk_space(student, args)
@@ -72,6 +76,12 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
     trainer.save_model(args.output_dir)
     checkpoint.report_leftovers(args.output_dir)
     return trainer
+
+
+def fetches_adapter(model_args: ModelArguments, args: TrainingArguments) -> bool:
+    """Whether a stage without a teacher in its loss starts from the teacher's adapter: PT under TAF (Table 14)."""
+    new = args.stage == "pt" and not model_args.pretrain_mm_mlp_adapter
+    return new and model_args.mm_projector_type == PROJECTOR_TYPE and bool(model_args.teacher_model_path)
 
 
 def load_tokenizer(model_args: ModelArguments, args: TrainingArguments, template: Any) -> Any:

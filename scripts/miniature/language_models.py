@@ -87,7 +87,7 @@ def qwen2_config(spec: LanguageModelSpec, tokenizer):
 
 
 def llama_config(spec: LanguageModelSpec, tokenizer):
-    """A ``LlamaConfig`` of this shape, for tests of the Llama path."""
+    """A ``LlamaConfig`` of this shape, for Table 7 and tests of the Llama path."""
     from transformers import LlamaConfig
 
     return LlamaConfig(**_config_values(spec, tokenizer))
@@ -151,10 +151,15 @@ def build_language_model(
     spec: LanguageModelSpec = STUDENT,
     settings: PretrainSettings | None = None,
     progress: bool = True,
+    family: str = "qwen2",
 ) -> dict[str, float]:
-    """Initialise, pre-train on text and save model and tokenizer to the folder ``out``; returns a short report."""
+    """Initialise, pre-train on text and save model and tokenizer to the folder ``out``; returns a short report.
+
+    Args:
+        family: qwen2 or llama.
+    """
     import torch
-    from transformers import AutoTokenizer, Qwen2ForCausalLM
+    from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
 
     from llava_compodistill import compat
 
@@ -162,7 +167,10 @@ def build_language_model(
     out = Path(out)
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_path))
     torch.manual_seed(settings.seed)
-    model = Qwen2ForCausalLM(qwen2_config(spec, tokenizer))
+    if family == "llama":
+        model = LlamaForCausalLM(llama_config(spec, tokenizer))
+    else:
+        model = Qwen2ForCausalLM(qwen2_config(spec, tokenizer))
     losses = pretrain_text(model, tokenizer, settings, progress)
     model.save_pretrained(out)
     compat.make_config_portable(out)

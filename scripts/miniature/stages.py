@@ -90,13 +90,21 @@ def common_environment(settings: Settings) -> dict[str, object]:
     }
 
 
-def train_teacher(settings: Settings, root: Path, threads: int, on_log: Callable[[], None] = lambda: None) -> Path:
-    """Train the teacher with teacher_pretrain.sh and teacher_finetune.sh."""
+def train_teacher(
+    settings: Settings,
+    root: Path,
+    threads: int,
+    on_log: Callable[[], None] = lambda: None,
+    llm: Path | None = None,
+    output: Path | None = None,
+) -> Path:
+    """Train the teacher, or another one from `llm` in `output`, with teacher_pretrain.sh and teacher_finetune.sh."""
     models, data = root / "models", root / "data"
-    output, adapter = models / "llava-teacher", models / "teacher-pretrain"
+    output, llm = output or models / "llava-teacher", llm or models / "qwen-teacher"
+    adapter = output.with_name(f"{output.name}-pretrain")
     environment = {
         **common_environment(settings),
-        "TEACHER_LLM": models / "qwen-teacher",
+        "TEACHER_LLM": llm,
         "TOWER": models / "siglip",
     }
     flags = common_flags(settings, 0)
@@ -110,7 +118,7 @@ def train_teacher(settings: Settings, root: Path, threads: int, on_log: Callable
             "LR": settings.pretrain_learning_rate,
         },
         [*flags, "--max_steps", str(settings.teacher_pretrain_steps)],
-        root / "logs" / "teacher-pretrain.log",
+        root / "logs" / f"{output.name}-pretrain.log",
         threads,
         on_log,
     )
@@ -125,7 +133,7 @@ def train_teacher(settings: Settings, root: Path, threads: int, on_log: Callable
             "LR": settings.teacher_learning_rate,
         },
         [*flags, "--max_steps", str(settings.teacher_steps)],
-        root / "logs" / "teacher-finetune.log",
+        root / "logs" / f"{output.name}-finetune.log",
         threads,
         on_log,
     )

@@ -1,0 +1,57 @@
+"""How a student is trained, as data: the row of a table, apart from where and on what it is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+#: Stages that train the adapter alone; the others train the language model, too.
+ADAPTER_STAGES = ("pt", "dpt")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One student.
+
+    Attributes:
+        stages: of pt, dpt, dft, sft, in their order.
+        method: as `--method`.
+        options: as `--method_options`.
+        projector: `taf` for the teacher's adapter, else LLaVA's own type.
+        vat: whether DFT aligns attention.
+        flags: more flags of the dft stage.
+        teacher, student: names that a world gives models to.
+        data: the share of a world's instruction data.
+    """
+
+    stages: tuple[str, ...] = ("dpt", "dft", "sft")
+    method: str = "compodistill"
+    options: str = "{}"
+    projector: str = "taf"
+    vat: bool = True
+    flags: tuple[str, ...] = ()
+    teacher: str = "default"
+    student: str = "default"
+    data: float = 1.0
+
+    def __post_init__(self) -> None:
+        first, *others = self.stages
+        if first not in ADAPTER_STAGES or any(stage in ADAPTER_STAGES for stage in others):
+            raise ValueError(f"stages {self.stages}: one that trains the adapter, then others.")
+
+    def described(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @property
+    def key(self) -> str:
+        """A short name that is another for every other recipe."""
+        text = json.dumps(self.described(), sort_keys=True)
+        return f"{self.method}-{'-'.join(self.stages)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+SFT = Recipe(stages=("pt", "sft"), method="sft", projector="mlp2x_gelu")
+KD = Recipe(method="kd", projector="mlp2x_gelu", vat=False)
+COMPODISTILL = Recipe()

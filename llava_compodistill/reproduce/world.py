@@ -1,0 +1,70 @@
+"""Where recipes are trained: models, data, scripts, an evaluation. The miniature is one world, a cluster another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from .recipes import ADAPTER_STAGES, Recipe
+
+
+class World(Protocol):
+    """What a grid of recipes needs.
+
+    Attributes:
+        name: the preset.
+        metrics: of `evaluate`, by name, what each is called in a table.
+    """
+
+    name: str
+    metrics: dict[str, str]
+
+    def settings(self) -> dict[str, Any]:
+        """What all its runs depend on, as JSON holds it; runs of other settings are made anew."""
+
+    def normal(self, recipe: Recipe) -> Recipe:
+        """The same training in its shortest words: rows that say this world's defaults aloud are not trained twice."""
+
+    def refusal(self, recipe: Recipe) -> str | None:
+        """Why a recipe cannot run here, or None."""
+
+    def prepare(self, recipes: Iterable[Recipe]) -> None:
+        """Make the data and models that recipes need, where they are missing."""
+
+    def train(
+        self, recipe: Recipe, seed: int, folder: Path, threads: int, on_log: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Train one student in a folder; returns `checkpoint`, `seconds` and `steps`."""
+
+    def evaluate(self, checkpoint: Path | None, teacher: str = "default") -> dict[str, Any]:
+        """Figures of a checkpoint, or of the teacher for None: at least those of `metrics`."""
+
+
+def stage_settings(
+    recipe: Recipe, position: int, outputs: list[Path], student: str
+) -> tuple[str, dict[str, str], list[str]]:
+    """The script of a recipe's stage, and what it is given beside paths and rates (scripts/README.md, "Recipes").
+
+    Args:
+        position: of the stage among `recipe.stages`.
+        outputs: folders of the stages before it.
+        student: the base language model.
+
+    Returns:
+        (script, environment, flags).
+    """
+    stage = recipe.stages[position]
+    environment = {"PROJECTOR": recipe.projector, "VAT": str(recipe.vat)}
+    flags = ["--method", recipe.method, "--method_options", recipe.options]
+    if stage in ADAPTER_STAGES:
+        return "dpt.sh", {**environment, "STUDENT": student}, [*flags, "--stage", stage]
+    adapter, after_adapter = outputs[0], position == 1
+    if stage == "dft":
+        environment |= {"STUDENT": student if after_adapter else str(outputs[-1]), "DPT": str(adapter)}
+        # A whole checkpoint brings its adapter along.
+        more = [] if after_adapter else ["--pretrain_mm_mlp_adapter", ""]
+        return "dft.sh", environment, [*flags, *more]
+    environment |= {"DFT": student if after_adapter else str(outputs[-1])}
+    more = ["--pretrain_mm_mlp_adapter", str(adapter / "mm_projector.bin")] if after_adapter else []
+    return "sft.sh", environment, [*flags, *more]

@@ -1,0 +1,192 @@
+"""The miniature as a world for `llava-compodistill reproduce`: the paper's recipes on coloured shapes.
+
+Every student gets the same number of optimizer steps, whatever its stages: one that trains the adapter, 1,200 of the
+stage that does the work (DFT where there is one) at the main rate, and 140 of another at a tenth of it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llava_compodistill.reproduce.recipes import ADAPTER_STAGES, Recipe
+from llava_compodistill.reproduce.world import stage_settings
+
+from . import weights
+from .quickstart import _write_data, recipe
+from .settings import VERSION, Settings, preset
+from .stages import common_environment, common_flags, run_script, train_teacher
+
+
+class MiniatureWorld:
+    """See `llava_compodistill.reproduce.world.World`.
+
+    Args:
+        name: cpu (the quick start's settings) or smoke (a few steps, to see that all of it runs).
+        root: folder of data and models.
+        split: held-out split of the figures.
+    """
+
+    metrics = {
+        "cr": "compositional, 7 types",
+        "relations": "of these: swap_obj, replace_rel",
+        "vqa": "recognition",
+        "similarity": "attention similarity to the teacher",
+    }
+
+    def __init__(self, name: str, root: Path, split: str = "test"):
+        self.name, self.root, self.split = name, root, split
+        self.preset: Settings = preset("smoke" if name == "smoke" else "default")
+        self._evaluating = threading.Lock()  # one at a time: each takes all cores
+        self._teachers: dict[str, Any] = {}
+
+    def settings(self) -> dict[str, Any]:
+        return {"world": f"miniature, {self.name}", "split": self.split, **recipe(self.preset)}
+
+    def normal(self, recipe: Recipe) -> Recipe:
+        band = ("--student_layers", self.preset.band, "--teacher_layers", self.preset.band)
+        rest = recipe.flags[4:] if recipe.flags[:4] == band else recipe.flags
+        return replace(recipe, flags=rest)
+
+    def refusal(self, recipe: Recipe) -> str | None:
+        if not weights.have_stored_weights():
+            return "the stored weights are not in this checkout"
+        return None
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Data and models
+    # -----------------------------------------------------------------------------------------------------------------
+    def prepare(self, recipes: Iterable[Recipe] = ()) -> None:
+        recipes = list(recipes)
+        if not (self.root / "data" / "manifest.json").is_file():
+            manifest = _write_data(self.preset, self.root, stored=all(r.teacher == "default" for r in recipes))
+            (self.root / "data" / "manifest.json").write_text(json.dumps(manifest, default=str) + "\n")
+        models = self.root / "models"
+        if not (models / "llava-teacher" / "config.json").is_file():
+            weights.install(models)
+        for name in sorted({r.student for r in recipes}):
+            self._make_student(name)
+        for name in sorted({r.teacher for r in recipes}):
+            self._make_teacher(name)
+
+    def student(self, name: str) -> Path:
+        return self.root / "models" / ("qwen-student" if name == "default" else f"{name}-student")
+
+    def teacher(self, name: str) -> Path:
+        return self.root / "models" / ("llava-teacher" if name == "default" else f"llava-{name}-teacher")
+
+    def _make_student(self, name: str) -> None:
+        from .language_models import build_language_model
+
+        if (self.student(name) / "config.json").is_file():
+            return
+        specs = {"shallow": replace(self.preset.student, num_hidden_layers=4), "llama": self.preset.student}
+        build_language_model(
+            self.student(name), self.root / "models" / "tokenizer", specs[name], self.preset.student_text,
+            family="llama" if name == "llama" else "qwen2", progress=False,
+        )  # fmt: skip
+
+    def _make_teacher(self, name: str) -> None:
+        """A teacher that is not stored, trained as the stored one was: some 15 minutes on a core."""
+        from .language_models import build_language_model
+
+        if (self.teacher(name) / "config.json").is_file():
+            return
+        teacher = self.preset.teacher
+        specs = {"small": replace(teacher, hidden_size=72, intermediate_size=192), "llama": teacher}
+        base = self.root / "models" / f"{name}-teacher"
+        build_language_model(
+            base, self.root / "models" / "tokenizer", specs[name], self.preset.teacher_text,
+            family="llama" if name == "llama" else "qwen2", progress=False,
+        )  # fmt: skip
+        train_teacher(self.preset, self.root, 1, llm=base, output=self.teacher(name))
+
+    def _instructions(self, share: float) -> Path:
+        """The students' conversations, or a share of them."""
+        whole = self.root / "data" / "instruct_student.json"
+        if share == 1:
+            return whole
+        path = whole.with_name(f"instruct_student_{share:g}.yaml")
+        path.write_text(f"datasets:\n  - path: {whole.name}\n    weight: {share:g}\n", encoding="utf-8")
+        return path
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Training
+    # -----------------------------------------------------------------------------------------------------------------
+    def steps_and_rate(self, recipe: Recipe, position: int) -> tuple[int, float]:
+        """Optimizer steps and learning rate of a recipe's stage."""
+        settings = self.preset
+        if position == 0:
+            return settings.pretrain_steps, settings.pretrain_learning_rate
+        later = recipe.stages[1:]
+        if len(later) == 1:
+            return settings.distil_steps + settings.supervised_steps, settings.learning_rate
+        main = "dft" if "dft" in later else later[0]
+        if recipe.stages[position] == main:
+            return settings.distil_steps, settings.learning_rate
+        return settings.supervised_steps, settings.supervised_learning_rate
+
+    def train(
+        self, recipe: Recipe, seed: int, folder: Path, threads: int, on_log: Callable[[], None]
+    ) -> dict[str, Any]:
+        settings, models = self.preset, self.root / "models"
+        outputs: list[Path] = []
+        seconds, total = 0.0, 0
+        for position, stage in enumerate(recipe.stages):
+            steps, rate = self.steps_and_rate(recipe, position)
+            last = position == len(recipe.stages) - 1
+            output = folder / ("llava-student" if last else f"{position}-{stage}")
+            script, environment, flags = stage_settings(recipe, position, outputs, str(self.student(recipe.student)))
+            captions = stage in ADAPTER_STAGES
+            environment = {
+                **common_environment(settings),
+                "TEACHER": self.teacher(recipe.teacher),
+                "TOWER": models / "siglip",
+                "DATA": self.root / "data" / "pretrain.json" if captions else self._instructions(recipe.data),
+                "IMAGES": self.root / "data" / "images",
+                "OUTPUT": output,
+                "LR": rate,
+                **environment,
+            }
+            flags = [*common_flags(settings, seed), "--max_steps", str(steps), *flags]
+            flags += ["--kl_weight", str(settings.kl_weight)]
+            if stage == "dft":
+                flags += ["--attention_weight", str(settings.attention_weight)]
+                flags += ["--student_layers", settings.band, "--teacher_layers", settings.band, *recipe.flags]
+            seconds += run_script(script, environment, flags, folder / f"{position}-{stage}.log", threads, on_log)
+            outputs.append(output)
+            total += steps
+        return {"checkpoint": str(outputs[-1]), "seconds": round(seconds, 1), "steps": total}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Evaluation
+    # -----------------------------------------------------------------------------------------------------------------
+    def evaluate(self, checkpoint: Path | None, teacher: str = "default") -> dict[str, Any]:
+        from llava_compodistill.analysis.similarity import similarity
+
+        from .evaluate import evaluate, load_for_evaluation, read_captions
+
+        with self._evaluating:
+            if teacher not in self._teachers:
+                self._teachers[teacher] = load_for_evaluation(self.teacher(teacher))[0]
+            model, tokenizer = load_for_evaluation(checkpoint or self.teacher(teacher))
+            scores = evaluate(model, tokenizer, self.root / "data", self.split).as_dict()
+            captions = read_captions(self.root / "data", self.split)
+            captions = captions[:: max(1, len(captions) // self.preset.similarity_captions)]
+            alike = similarity(
+                model, self._teachers[teacher], captions, tokenizer, version=VERSION, band=self.preset.band
+            )
+        return {
+            "cr": 100 * scores["compositional_mean"],
+            "relations": 100 * scores["relation_types"],
+            "vqa": 100 * scores["recognition"],
+            "similarity": alike.band,
+            "similarity_by_layer": alike.by_layer,
+            "types": {kind: 100 * value for kind, value in scores["compositional"].items()},
+            "relation_questions": 100 * scores["relation"],
+            "unseen": 100 * scores["unseen_mean"],
+        }

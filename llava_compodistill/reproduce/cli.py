@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
 
 from ..cli.miniature import find_scripts
-from .grid import train_grid
-from .studies import STUDIES
+from .grid import environment, finished, run_folder, train_grid
+from .report import collect, markdown, write
+from .studies import STUDIES, Study
 from .world import World
 
 PRESETS = {
@@ -58,9 +64,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = make_world(args.preset, root)
     studies = [STUDIES[name] for name in names]
     recipes = [row.recipe for study in studies for row in study.rows.values() if row.recipe is not None]
-    jobs = args.jobs or _devices()
-    train_grid(world, recipes, seeds, root / "runs", jobs, console)
+    refused = {world.refusal(recipe) for recipe in recipes} - {None}
+    if refused:
+        console.print(f"--preset {args.preset}: {'; '.join(sorted(map(str, refused)))}.")
+        return 2
+    if args.list:
+        console.print(listing(studies, seeds, world, root / "runs"))
+        return 0
+    runs = train_grid(world, recipes, seeds, root / "runs", args.jobs or _devices(), console)
+    findings = [collect(study, runs, world, seeds, _teacher(world, root)) for study in studies]
+    command = f"llava-compodistill reproduce {' '.join(args.studies)} --preset {args.preset} --seeds {args.seeds}"
+    paths = write(findings, runs, world, root, command, environment())
+    for found in findings:
+        console.print(Markdown(markdown(found, world)))
+    for path in paths:
+        console.print(str(path), soft_wrap=True)
     return 0
+
+
+def _teacher(world: World, root: Path) -> dict[str, Any]:
+    """The teacher's figures, measured once."""
+    path, settings = root / "teacher.json", json.loads(json.dumps(world.settings()))
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if kept.get("world") != settings:
+        world.prepare([])
+        kept = {"world": settings, "scores": world.evaluate(None)}
+        path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    return kept["scores"]
+
+
+def listing(studies: Sequence[Study], seeds: Sequence[int], world: World, root: Path) -> Table:
+    """The rows of studies, and which of their runs are finished."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("table", "row", "stages", "method", "finished seeds"):
+        table.add_column(name)
+    for study in studies:
+        for row in study.rows.values():
+            if row.recipe is None:
+                table.add_row(study.name, row.label, "", "", "")
+                continue
+            recipe = world.normal(row.recipe)
+            done = [str(seed) for seed in seeds if finished(run_folder(root, world, recipe, seed))]
+            table.add_row(study.name, row.label, " ".join(recipe.stages), recipe.method, ", ".join(done) or "-")
+    return table
 
 
 def make_world(preset: str, root: Path) -> World:

@@ -1,0 +1,137 @@
+"""What a grid has found: tables of means and standard errors beside the paper's figures, and a verdict a claim."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from .claims import Verdict, judge
+from .studies import Study
+from .world import World
+
+#: By (recipe's key, seed): what `grid.train_grid` returns.
+Runs = Mapping[tuple[str, int], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A study's results.
+
+    Attributes:
+        study: the study.
+        scores: by metric, row and seed.
+        verdicts: of its claims; of those alone that two seeds or more speak to.
+    """
+
+    study: Study
+    scores: dict[str, dict[str, dict[int, float]]]
+    verdicts: list[Verdict]
+
+
+def collect(study: Study, runs: Runs, world: World, seeds: Sequence[int], teacher: Mapping[str, Any]) -> Found:
+    """Put a study's figures together; the teacher's stand in for rows without a recipe."""
+    scores: dict[str, dict[str, dict[int, float]]] = {}
+    for metric in world.metrics:
+        rows: dict[str, dict[int, float]] = {}
+        for name, row in study.rows.items():
+            if row.recipe is None:
+                rows[name] = {seeds[0]: teacher[metric]}
+                continue
+            records = {seed: runs.get((world.normal(row.recipe).key, seed)) for seed in seeds}
+            rows[name] = {seed: record["scores"][metric] for seed, record in records.items() if record}
+        scores[metric] = rows
+    verdicts = [judge(claim, scores[claim.metric]) for claim in study.claims]
+    return Found(study, scores, [verdict for verdict in verdicts if verdict is not None])
+
+
+def markdown(found: Found, world: World) -> str:
+    """A study as a section of a report."""
+    study = found.study
+    lines = [f"## {study.title}", ""]
+    if study.note:
+        lines += [study.note, ""]
+    names = ["row", *world.metrics.values(), "seeds", "paper: VQA", "paper: CR"]
+    lines += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for name, row in study.rows.items():
+        values = [found.scores[metric][name] for metric in world.metrics]
+        cells = [_cell(list(value.values()), metric) for value, metric in zip(values, world.metrics, strict=True)]
+        count = str(len(values[0])) if row.recipe is not None else "–"
+        paper = [f"{row.paper[key]:.1f}" if key in row.paper else "–" for key in ("vqa", "cr")]
+        lines.append("| " + " | ".join([row.label, *cells, count, *paper]) + " |")
+    lines.append("")
+    if found.verdicts:
+        lines += ["| the paper's claim | difference here | 95 % interval | p | verdict |", "|---|---|---|---|---|"]
+        lines += [f"| {_claim(verdict, world)} |" for verdict in found.verdicts]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float], metric: str) -> str:
+    """mean ± standard error."""
+    if not values:
+        return "–"
+    digits = 3 if metric == "similarity" else 1
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {stdev(values) / math.sqrt(len(values)):.{digits}f}"
+
+
+def _claim(verdict: Verdict, world: World) -> str:
+    claim = verdict.claim
+    text = verdict.verdict
+    if verdict.needed is not None:
+        text += f" (about {verdict.needed} seeds)"
+    return " | ".join(
+        [
+            f"{claim.text} ({world.metrics[claim.metric]})",
+            f"{verdict.difference:+.1f}",
+            f"{verdict.low:+.1f} to {verdict.high:+.1f}",
+            f"{verdict.p:.3f}" if verdict.p >= 0.001 else "< 0.001",
+            f"**{text}**" if verdict.verdict != "undecided" else text,
+        ]
+    )
+
+
+def write(
+    findings: Sequence[Found], runs: Runs, world: World, root: Path, command: str, environment: Mapping[str, Any]
+) -> list[Path]:
+    """Write report.md and results.json; returns their paths."""
+    commits = sorted({record["environment"]["commit"] for record in runs.values() if record})
+    hours = sum(record["seconds"] for record in runs.values() if record) / 3600
+    head = [
+        f"# The paper's tables in the world “{world.name}”",
+        "",
+        f"`{command}`; {sum(1 for record in runs.values() if record)} runs, {hours:.1f} hours of training, trained at "
+        f"{', '.join(str(commit) for commit in commits)}, reported at {environment['commit']} "
+        f"(torch {environment['torch']}, transformers {environment['transformers']}, {environment['device']}).",
+        "",
+        "Values are means ± standard errors over seeds. The paper's figures are those of its full-size models "
+        "(arXiv 2510.12184): averages of VQA and of compositional reasoning (CR) benchmarks. They stand beside the "
+        "others to compare orders, not sizes. A claim **holds** or **does not hold** where the 95 % interval of the "
+        "difference, paired by seed, leaves 0 out; else it is undecided, with the number of seeds after which a "
+        "difference of this size would be found in four of five experiments.",
+        "",
+    ]
+    report, results = root / "report.md", root / "results.json"
+    report.write_text(
+        "\n".join(head) + "\n" + "\n".join(markdown(found, world) for found in findings), encoding="utf-8"
+    )
+    content = {
+        "world": world.settings(),
+        "environment": dict(environment),
+        "runs": [record for record in runs.values() if record],
+        "studies": {
+            found.study.name: {
+                "scores": found.scores,
+                "verdicts": [{**asdict(verdict)} for verdict in found.verdicts],
+            }
+            for found in findings
+        },
+    }
+    results.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return [report, results]

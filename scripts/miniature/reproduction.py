@@ -1,9 +1,9 @@
 """The miniature as a world for `llava-compodistill reproduce`: the paper's recipes on coloured shapes.
 
-Every student gets the same number of optimizer steps, whatever its stages: 60 of the one that trains the adapter, 1,200
-of the one that does the work (DFT where there is one), and 140 of another at a lower rate; a recipe without another
-gives these to the one that does the work. Recognition stands in for VQA, the compositional types for CR; the relation
-types (swap_obj, replace_rel) are those that the set of objects does not give away.
+Every student gets the same number of optimizer steps, whatever its stages: 60 of the one that trains the adapter,
+1,200 of the one that does the work (DFT where there is one), and 140 of another at a lower rate; a recipe without
+another gives these to the one that does the work. Recognition stands in for VQA, the compositional types for CR; the
+relation types (swap_obj, replace_rel) are those that the set of objects does not give away.
 """
 
 from __future__ import annotations

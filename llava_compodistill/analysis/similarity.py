@@ -41,11 +41,11 @@ def all_maps(model: nn.Module, inputs: dict[str, torch.Tensor], layers: Sequence
     core = llava_core(model)
     layers = range(core.config.num_hidden_layers) if layers is None else layers
     with record_merge(core) as recorder, capture_visual_attention(core, layers, lambda: recorder.batch) as capture:
-        core.get_model()(**_merged(core, inputs))
+        core.get_model()(**merged_inputs(core, inputs))
         return dict(capture.maps), recorder.batch
 
 
-def _merged(core: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+def merged_inputs(core: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The backbone's inputs: the head is not needed to see where a model looks."""
     _, position_ids, mask, _, embeds, _ = core.prepare_inputs_labels_for_multimodal(
         inputs["input_ids"], None, inputs.get("attention_mask"), None, inputs.get("labels"), inputs["images"]
@@ -79,7 +79,7 @@ def similarity(
     for inputs in batches(questions, student, tokenizer, version=version, batch_size=batch_size):
         maps, batch = all_maps(student, inputs)
         teacher_maps, teacher_batch = all_maps(teacher, inputs)
-        _check_same_places(batch, teacher_batch)
+        check_same_places(batch, teacher_batch)
         means = GroupMeans(groups)
         for layer in means.layers:
             means.receive(layer, teacher_maps[layer])
@@ -94,6 +94,6 @@ def similarity(
     return Similarity(float(band_sum / samples), (layer_sums / samples).tolist())
 
 
-def _check_same_places(student: MergedBatch, teacher: MergedBatch) -> None:
+def check_same_places(student: MergedBatch, teacher: MergedBatch) -> None:
     if not torch.equal(student.visual_index, teacher.visual_index):
         raise ValueError("The models place visual tokens differently: their encoders have other numbers of patches.")

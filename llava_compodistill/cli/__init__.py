@@ -35,6 +35,9 @@ COMMANDS: dict[str, Command] = {
     "train": Command("llava_compodistill.train.run", "main", "train one stage (flags as in LLaVA's scripts)", True),
     "eval": Command("llava_compodistill.eval.cli", "main", "compositional and hallucination benchmarks"),
     "compare": Command("llava_compodistill.eval.compare", "main", "models side by side, with intervals and p-values"),
+    "analyze": Command(
+        "llava_compodistill.analysis.cli", "main", "where models look: the paper's figures of attention"
+    ),
     "reproduce": Command("llava_compodistill.reproduce.cli", "main", "the paper's tables: train, compare, report"),
     "sade": Command("llava_compodistill.eval.sade_sources", "main", "SADE's sources as the one file that eval reads"),
     "miniature": Command(

@@ -308,18 +308,33 @@ def small_pair(siglip, student_tower=None, **config):
     return student, teacher.requires_grad_(False)
 
 
-def test_sequences_that_are_cut_at_different_answers_are_an_error(siglip, tmp_path):
-    """Encoders with other numbers of patches, and a limit that only one model's sequence reaches."""
+def test_sequences_that_are_cut_at_different_answers_share_the_others(siglip, tmp_path):
+    """Encoders with other numbers of patches: the limit that leaves the same text beside an image leaves more or less
+    of a text alone. L_KL takes the answers that both models have, L_LM all of the student's."""
     tower = save_tower(tmp_path / "siglip-4", patches=4)
     student, teacher = small_pair(siglip, tower, tokenizer_model_max_length=20)
     objective = make_objective(student, teacher, arguments(tmp_path, vat=False), 91)
-    assert not objective.pair.shares_encoder
+    assert not objective.pair.shares_encoder and teacher.config.tokenizer_model_max_length == 20 + 16 - 4
+    batch = make_batch(["qIaaaaaaaaaaaaaaaaaaa", "qq" + "a" * 28], dtype=torch.float32)
     with objective.running():
-        objective(student, make_batch(["qIa"], dtype=torch.float32).inputs)
-        with pytest.raises(
-            ValueError, match=r"different answer tokens \(3 and 6 rows\).*only one sequence was truncated"
-        ):
-            objective(student, make_batch(["qIaaaaaa"], dtype=torch.float32).inputs)
+        sums = objective(student, batch.inputs)["answers"]
+        found = {name: float(value) for name, value in sums.logged.items()}
+    expected = {"lm": 0.0, "kl": 0.0}
+    for ids, labels, first in batch.samples:
+        inputs = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
+        inputs["images"] = batch.inputs["images"][first : first + 1]
+        logits, targets = [], []
+        for model in (student, teacher):
+            with torch.no_grad(), record_merge(model) as recorder:
+                out = model(**inputs, use_cache=False).logits[0].double()
+            logits.append(out[recorder.batch.answer_mask()[0]])
+            targets.append(recorder.batch.answer_targets())
+        count = min(map(len, logits))
+        expected["lm"] += float(torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="sum"))
+        p, q = (part[:count, :91].log_softmax(-1) for part in (logits[1], logits[0]))
+        expected["kl"] += float((p.exp() * (p - q)).sum())
+        assert (len(logits[0]), len(logits[1])) == ((15, 15) if -200 in ids else (18, 28))
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_wrong_use_of_the_objective_is_an_error(siglip, tmp_path):

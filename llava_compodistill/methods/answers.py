@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import torch
 
+from ..hosts.base import MergedBatch
 from ..ops.answer_loss import answer_loss
 from ..pair import Pair
 from ..record.forward import Needs, Pass
+from ..record.head import HeadRows
 from .base import Sums, Term
+
+#: Which of a batch's answer rows.
+Rows = slice | torch.Tensor
+
+
+def _common_rows(mine: MergedBatch, theirs: MergedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the answer rows of two models' layouts of the same samples, those that both have: where an encoder of more
+    patches, or a limit, has cut one of them, its last answers are missing there."""
+    counts = [batch.answer_mask().sum(dim=1).tolist() for batch in (mine, theirs)]
+    found: list[list[torch.Tensor]] = [[], []]
+    starts = [0, 0]
+    for pair in zip(*counts, strict=True):
+        for model in (0, 1):
+            found[model].append(torch.arange(starts[model], starts[model] + min(pair)))
+            starts[model] += pair[model]
+    first, second = (torch.cat(rows).to(mine.labels.device) for rows in found)
+    return first, second
 
 
 class AnswerTerm(Term):
@@ -36,20 +55,34 @@ class AnswerTerm(Term):
 
     def on_head(self, student: Pass, teacher: Pass | None) -> torch.Tensor:
         """[3]: the weighted sum that gradients come from, the sum of cross-entropies, the sum of divergences T^2."""
-        rows = student.head["answer"]
-        theirs = teacher.head["answer"] if teacher is not None and self.distilled else None
-        weight, bias = rows.weights
+        mine = student.head["answer"]
+        if teacher is None or not self.distilled:
+            return self._sums(mine, slice(None))
+        theirs = teacher.head["answer"]
+        if self.pair.shares_encoder:  # and one limit: one sequence
+            self._check_same_rows(mine.targets, theirs.targets)
+            return self._sums(mine, slice(None), theirs, slice(None))
+        both, others = _common_rows(student.batch, teacher.batch)
+        self._check_same_rows(mine.targets[both], theirs.targets[others], compare=True)
+        total = self._sums(mine, both, theirs, others)
+        alone = torch.ones(len(mine.targets), dtype=torch.bool, device=both.device)
+        alone[both] = False
+        return total + self._sums(mine, alone) if alone.any() else total
+
+    def _sums(
+        self, mine: HeadRows, rows: Rows, theirs: HeadRows | None = None, their_rows: Rows | None = None
+    ) -> torch.Tensor:
+        weight, bias = mine.weights
         teacher_weight = teacher_bias = None
         if theirs is not None:
-            self._check_same_rows(rows.targets, theirs.targets)
             with torch.no_grad():
                 teacher_weight, teacher_bias = theirs.weights
         return torch.stack(
             answer_loss(
-                rows.hidden,
+                mine.hidden[rows],
                 weight,
-                rows.targets,
-                None if theirs is None else theirs.hidden,
+                mine.targets[rows],
+                None if theirs is None else theirs.hidden[their_rows],
                 teacher_weight,
                 student_bias=bias,
                 teacher_bias=teacher_bias,
@@ -60,14 +93,12 @@ class AnswerTerm(Term):
             )
         )
 
-    def _check_same_rows(self, mine: torch.Tensor, theirs: torch.Tensor) -> None:
-        # One encoder and one limit give one sequence. Comparing values would wait for the device.
-        same = len(mine) == len(theirs) and (self.pair.shares_encoder or torch.equal(mine, theirs))
-        if not same:
+    def _check_same_rows(self, mine: torch.Tensor, theirs: torch.Tensor, compare: bool = False) -> None:
+        # Comparing values waits for the device.
+        if len(mine) != len(theirs) or (compare and not torch.equal(mine, theirs)):
             raise ValueError(
                 f"Teacher and student predict different answer tokens ({len(theirs)} and {len(mine)} rows): their "
-                "tokenizers or --model_max_length differ, or their encoders give other numbers of visual tokens and "
-                "only one sequence was truncated."
+                "tokenizers or --model_max_length differ."
             )
 
     def __call__(self, student: Pass, teacher: Pass | None, returned: torch.Tensor) -> Sums:

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..hosts.base import MergedBatch
+from ..hosts.llava.model import count_visual_tokens
 from ..losses.attention import attention_distillation_loss, attention_similarity, counting_samples
 from ..pair import Pair
 from ..pair.layers import match_layers, parse_band, visual_understanding_layers
 from ..record.attention import refuse_windows
 from ..record.forward import Needs, Pass
+from ..record.resample import on_other_grid, repeated
 from .base import Sums, Term
-from .places import check_same_visual_places, refuse_other_counts
+from .places import check_same_visual_places
 
 if TYPE_CHECKING:
     from ..train.arguments import TrainingArguments
@@ -48,7 +51,9 @@ class VisualAttentionTerm(Term):
     # -----------------------------------------------------------------------------------------------------------------
     def prepare(self, pair: Pair) -> None:
         self.pair = pair
-        refuse_other_counts(pair, "L_ADL", "attention", "--vat False")
+        self._patches = count_visual_tokens(pair.teacher), count_visual_tokens(pair.student)
+        if self._patches[0] != self._patches[1]:
+            logger.info("L_ADL: the teacher's maps are resampled from %d to %d patches an image.", *self._patches)
         args = self.args
         self.student_layers = visual_understanding_layers(
             pair.student.config.num_hidden_layers, parse_band(args.student_layers, "student_layers")
@@ -62,7 +67,8 @@ class VisualAttentionTerm(Term):
         else:
             self._match()
         refuse_windows(pair.student, self.student_layers, pair.longest)
-        refuse_windows(pair.teacher, self._candidates, pair.longest)
+        longest = getattr(pair.teacher.config, "tokenizer_model_max_length", None)
+        refuse_windows(pair.teacher, self._candidates, longest)
 
     def _match(self, distances: Any = None) -> None:
         matching = self.args.layer_matching
@@ -88,7 +94,7 @@ class VisualAttentionTerm(Term):
         for student, teacher in passes:
             if not student.maps:
                 continue  # a batch without an image
-            rows = student.batch.attention_rows(self.args.attention_rows)
+            rows = self._rows(student, teacher)
             distances = [
                 [
                     attention_distillation_loss(student.maps[(mine,)], teacher.maps[(theirs,)], rows, kind="kl")
@@ -114,8 +120,7 @@ class VisualAttentionTerm(Term):
             zero = batch.labels.new_zeros((), dtype=torch.float32)
             logged = {self.name: zero} if self.trained else {}
             return Sums(None, logged, measured={"attention_similarity": (zero, zero)})
-        check_same_visual_places(self.pair, batch, teacher.batch)
-        rows = batch.attention_rows(args.attention_rows)
+        rows = self._rows(student, teacher)
         columns = batch.visual_index >= 0
         counts = counting_samples(rows)
         order = _another_image(batch.has_image) if args.shuffle_attention_targets else None
@@ -137,6 +142,27 @@ class VisualAttentionTerm(Term):
             return Sums(None, measured=measured)
         loss = torch.stack(losses).mean(dim=0).sum()
         return Sums(loss, {self.name: loss.detach()}, {self.name: self.weight}, measured)
+
+    def _rows(self, student: Pass, teacher: Pass) -> torch.Tensor:
+        """[B, N] bool: the student's queries that count; the teacher's maps are brought to the student's tokens."""
+        rows = student.batch.attention_rows(self.args.attention_rows)
+        if self._patches[0] != self._patches[1]:
+            return rows & self._resample(student.batch, teacher)
+        check_same_visual_places(self.pair, student.batch, teacher.batch)
+        return rows
+
+    def _resample(self, mine: MergedBatch, teacher: Pass) -> torch.Tensor:
+        """Bring the teacher's maps to the student's tokens; returns the queries that have a counterpart."""
+        known = mine.real
+        for maps in (teacher.maps, teacher.head_maps):
+            for key, attention in maps.items():
+                flat = attention.flatten(0, 1) if attention.ndim == 4 else attention
+                heads = flat.shape[0] // len(attention)
+                layouts = [repeated(batch, heads) for batch in (teacher.batch, mine)]
+                found, known = on_other_grid(flat, *layouts, self._patches)
+                maps[key] = found.view(*attention.shape[:-2], *found.shape[1:])
+                known = known.view(len(attention), heads, -1)[:, 0]
+        return known
 
     def _maps(self, place: int, student: Pass, teacher: Pass) -> tuple[torch.Tensor, torch.Tensor]:
         """The map of a student layer and its target, [B, N, N_v]."""

@@ -68,7 +68,7 @@ class MatchedHeadsTerm(VisualAttentionTerm):
         for student, teacher in passes:
             if not student.head_maps:
                 continue  # a batch without an image
-            rows = student.batch.attention_rows(self.args.attention_rows)
+            rows = self._rows(student, teacher)
             found = []
             for layer, group in zip(self.student_layers, self.groups, strict=True):
                 mine = student.head_maps[_all_heads(self.pair.student, layer)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..hosts.llava.model import llava_core, projector
+from ..hosts.llava.model import count_visual_tokens, llava_core, projector
 from ..hosts.llava.taf import TAFProjector
 from .vision import has_adapter_of, same_tower, share_tower
 
@@ -47,8 +47,11 @@ class Pair:
         pair = cls(student, teacher, vocab_size, shares_encoder=same_tower(student, teacher))
         pair._check_taf()
         pair.shares_adapter = pair.shares_encoder and has_adapter_of(student, teacher)
-        # The sequences must be cut at the same length for their rows to correspond.
-        teacher.config.tokenizer_model_max_length = getattr(student.config, "tokenizer_model_max_length", None)
+        # The sequences must be cut behind the same text for their rows to correspond.
+        limit = getattr(student.config, "tokenizer_model_max_length", None)
+        if limit is not None and not pair.shares_encoder:
+            limit += count_visual_tokens(teacher) - count_visual_tokens(student)
+        teacher.config.tokenizer_model_max_length = limit
         teacher.config.tokenizer_padding_side = getattr(student.config, "tokenizer_padding_side", "right")
         return pair
 
@@ -68,19 +71,11 @@ class Pair:
         )
 
     def share_vision(self) -> None:
-        """Let both use one encoder where they can, and say what runs.
-
-        Raises:
-            ValueError: for encoders that take images of different sizes.
-        """
-        sizes = [model.get_vision_tower().config.image_size for model in (self.teacher, self.student)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"Teacher and student encoders take images of {sizes[0]} and {sizes[1]} pixels, and a batch holds "
-                "each image once, prepared for the student: use the teacher's tower, or one of its image size."
-            )
+        """Let both use one encoder where they can, and say what runs."""
         if not self.shares_encoder:
-            logger.info("Vision: the towers differ, so each model encodes the images itself.")
+            sizes = [model.get_vision_tower().config.image_size for model in (self.student, self.teacher)]
+            resized = "" if sizes[0] == sizes[1] else f", resized from {sizes[0]} to {sizes[1]} pixels for the teacher"
+            logger.info("Vision: the towers differ, so each model encodes the images itself%s.", resized)
             return
         share_tower(self.student, self.teacher)
         if isinstance(projector(self.student), TAFProjector) and not self.shares_adapter:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..hosts import host_of
@@ -59,7 +60,8 @@ def encode_once(pair: Pair) -> Iterator[None]:
 @contextlib.contextmanager
 def encode_separately(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
     """Inside the context the teacher encodes the images with a tower of its own, although they were prepared for the
-    student's: normalised its way, and in its precision, which a teacher in bf16 beside a student in fp32 would refuse.
+    student's: in its size, normalised its way, and in its precision, which a teacher in bf16 beside a student in fp32
+    would refuse.
     """
     host = host_of(teacher)
     student, teacher = host_of(student).core(student), host.core(teacher)
@@ -67,7 +69,12 @@ def encode_separately(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
         student.get_vision_tower().image_processor, teacher.get_vision_tower().image_processor
     )
 
+    size = teacher.get_vision_tower().config.image_size
+
     def encode(images: torch.Tensor) -> torch.Tensor:
+        if images.shape[-1] != size:
+            options = {"mode": "bicubic", "align_corners": False, "antialias": True}
+            images = F.interpolate(images.float(), size=(size, size), **options).to(images.dtype)
         if (scale, shift) != IDENTITY:
             images = images * images.new_tensor(scale).view(3, 1, 1) + images.new_tensor(shift).view(3, 1, 1)
         return host.project(teacher, teacher.get_vision_tower()(images))

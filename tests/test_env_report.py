@@ -93,3 +93,16 @@ def test_every_command_is_in_the_help():
     text = cli.build_parser().format_help()
     for name, command in cli.COMMANDS.items():
         assert f"  {name}" in text and command.help in text
+
+
+def test_a_peft_that_does_not_fit_is_shown(monkeypatch):
+    assert rows()["peft"].detail == ""
+    original = importlib.import_module
+
+    def broken(name):
+        if name == "peft":
+            raise ImportError("cannot import name 'clear_device_cache'")
+        return original(name)
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    assert rows()["peft"].detail.startswith("cannot be imported beside these versions: cannot import name 'clear_")

@@ -341,6 +341,16 @@ def test_a_rival_trains_and_accumulates(dft, method):
     assert parts[1]["lm"] != parts[0]["lm"]
 
 
+@pytest.mark.parametrize("options", [*({"method": name} for name in TERMS), {"attention_heads": "matched"}], ids=str)
+def test_gradient_checkpointing_changes_nothing(dft, options):
+    """It runs layers again in the backward, which has to meet the same operations."""
+    options = {**options, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0}
+    _, plain = dft("plain", **options)
+    _, checkpointed = dft("checkpointed", gradient_checkpointing=True, **options)
+    for ours, theirs in zip(checkpointed, plain, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5) and ours["lm"] == theirs["lm"]
+
+
 @pytest.mark.parametrize("method", ["llava_kd", "align_kd", "release"])
 def test_a_rival_pretrains_the_adapter_alone(dft, world, method):
     data = world["data"] / "pretrain.json"

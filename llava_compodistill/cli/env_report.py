@@ -37,6 +37,8 @@ REQUIRED = {
     "sentencepiece": "pip install sentencepiece",
     "safetensors": "pip install safetensors",
 }
+#: Of these, what breaks when its versions do not fit the others'.
+IMPORTED = ("peft",)
 OPTIONAL = {
     "deepspeed": "ZeRO on several GPUs: pip install 'llava-compodistill[deepspeed]'",
     "flash-attn": "flash attention 2: pip install 'llava-compodistill[flash]' (CUDA); SDPA is used without it",
@@ -107,11 +109,19 @@ def _pyproject_version(root: Path) -> str | None:
 
 def _package_row(name: str, hint: str) -> Row:
     try:
-        return Row(name, importlib.metadata.version(name))
+        return Row(name, importlib.metadata.version(name), _import_problem(name) if name in IMPORTED else "")
     except importlib.metadata.PackageNotFoundError:
         return Row(name, None, hint)
     except Exception as error:  # damaged metadata is for the report to show
         return Row(name, None, f"unreadable metadata: {error}")
+
+
+def _import_problem(name: str) -> str:
+    try:
+        importlib.import_module(name)
+        return ""
+    except Exception as error:
+        return f"cannot be imported beside these versions: {error}"
 
 
 def _torch_rows() -> list[Row]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,8 @@ class AttentionCapture:
         batch: Callable[[], MergedBatch],
         impl: str = "auto",
         heads: str | Mapping[int, str] = "mean",
-        receive: Callable[[int, torch.Tensor], None] | None = None,
+        receive: Callable[[int, Any], None] | None = None,
+        reduce: Callable[[int, torch.Tensor], Any] | None = None,
     ):
         self.layers = list(layers)
         self.impl = impl
@@ -42,6 +44,7 @@ class AttentionCapture:
         self.detach = False
         self._batch = batch
         self._receive = receive or self.maps.__setitem__
+        self._reduce = reduce or (lambda layer, attention: attention)
         self._seen: set[int] = set()
 
     def begin(self) -> None:
@@ -67,11 +70,12 @@ class AttentionCapture:
             attention = visual_attention_map(
                 query, key, batch.visual_index, key_mask=key_mask, scale=scale, impl=self.impl, heads=heads
             )
-            # Gradient checkpointing runs the layer again in the backward: the op must run again, as it did in the
-            # forward, but its result belongs to the recomputation and is not recorded twice.
+            # Gradient checkpointing runs the layer again in the backward: what is made of the map must be made again,
+            # as in the forward, but the result belongs to the recomputation and is not recorded twice.
+            reduced = self._reduce(layer, attention)
             if layer not in self._seen:
                 self._seen.add(layer)
-                self._receive(layer, attention)
+                self._receive(layer, reduced)
 
         return receive
 
@@ -113,7 +117,8 @@ def capture_visual_attention(
     *,
     impl: str = "auto",
     heads: str | Mapping[int, str] = "mean",
-    receive: Callable[[int, torch.Tensor], None] | None = None,
+    receive: Callable[[int, Any], None] | None = None,
+    reduce: Callable[[int, torch.Tensor], Any] | None = None,
 ) -> Iterator[AttentionCapture]:
     """Capture the attention over visual tokens of some layers.
 
@@ -127,6 +132,8 @@ def capture_visual_attention(
         impl: implementation of the op, see `visual_attention_map`.
         heads: "mean" for [B, N, N_v], "all" for [B, H, N, N_v]; or one of them for each layer.
         receive: called with (layer, map) instead of keeping the map in `maps`.
+        reduce: what is made of a layer's map before it is received. With gradient checkpointing it runs again with the
+            layer, so that operations with a graph belong here and not into `receive`.
 
     Raises:
         ValueError: for a layer the model does not have; in the forward, for a sequence longer than a layer's window.
@@ -137,7 +144,7 @@ def capture_visual_attention(
         if not 0 <= layer < len(modules):
             raise ValueError(f"Layer {layer}: the model has layers 0 to {len(modules) - 1}.")
     _refuse_reentrant_checkpointing(model)
-    capture = AttentionCapture(layers, batch, impl, heads, receive)
+    capture = AttentionCapture(layers, batch, impl, heads, receive, reduce)
     with contextlib.ExitStack() as taps:
         for layer in capture.layers:
             window = compat.sliding_window(model.config, layer)

@@ -131,13 +131,16 @@ def record(
         if capture is not None:
             capture.begin()
 
-    def receive(layer: int, attention: torch.Tensor) -> None:
-        if layer in by_head:
-            for key in needs.heads:
-                if key[0] == layer:
-                    recorder.latest.head_maps[key] = attention[:, list(key[1])]
-            attention = attention.mean(dim=1)
+    def reduce(layer: int, attention: torch.Tensor) -> tuple[torch.Tensor, dict[LayerHeads, torch.Tensor]]:
+        if layer not in by_head:
+            return attention, {}
+        heads = {key: attention[:, list(key[1])] for key in sorted(needs.heads) if key[0] == layer}
+        return attention.mean(dim=1), heads
+
+    def receive(layer: int, reduced: tuple[torch.Tensor, dict[LayerHeads, torch.Tensor]]) -> None:
+        attention, heads = reduced
         means.receive(layer, attention)
+        recorder.latest.head_maps.update(heads)
 
     def head_forward(hidden: torch.Tensor, run_head: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         latest = recorder.latest
@@ -162,7 +165,7 @@ def record(
         layers = sorted(by_head.union(means.layers))
         if layers:
             heads = {layer: "all" if layer in by_head else "mean" for layer in layers}
-            options = {"impl": impl, "receive": receive, "heads": heads}
+            options = {"impl": impl, "receive": receive, "reduce": reduce, "heads": heads}
             taps = capture_visual_attention(model, layers, lambda: recorder.latest.batch, **options)
             capture = stack.enter_context(taps)
             capture.detach = not needs.graph

@@ -279,7 +279,8 @@ class CompoDistillTrainer(LLaVATrainer):
         self.objective.pair.student.to(self.args.device)
         dtype = compute_dtype(self.args)
         # Nothing has wrapped the models for mixed precision yet.
-        with torch.autocast(self.args.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        whole = dtype == torch.float32  # which older releases of torch refuse on a CPU, even when it is not enabled
+        with contextlib.nullcontext() if whole else torch.autocast(self.args.device.type, dtype=dtype):
             found = [self.objective.calibrate(batches)]
         # Equal by construction, not by the hope that every rank rounds alike.
         self.objective.use(broadcast_object_list(found)[0])

@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StageFailed as error:
         console.print(str(error), markup=False)
         return 1
+    if args.preset == "smoke":
+        console.print(f"{settings.student_steps} steps a student show that all of it runs; its scores mean nothing.")
     console.print(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
     return 0
 

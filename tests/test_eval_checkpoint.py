@@ -74,7 +74,7 @@ def test_no_code_of_a_base_model_runs(world, tmp_path, capsys):
 def test_types_that_are_not_llavas(tmp_path):
     for kind in TEMPLATES:
         check_checkpoint(str(checkpoint(tmp_path / kind, model_type=kind)))
-    with pytest.raises(DataError, match="model_type 'llava_mpt' is not supported: there are llava_qwen2, llava_llama"):
+    with pytest.raises(DataError, match="model_type 'llava_mpt' is not supported: there are llava_qwen2, llava_qwen3"):
         check_checkpoint(str(checkpoint(tmp_path / "mpt", model_type="llava_mpt")))
     with pytest.raises(DataError, match="model_type 'qwen2' is no LLaVA model"):
         check_checkpoint(str(checkpoint(tmp_path / "qwen", model_type="qwen2")))

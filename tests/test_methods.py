@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from checks import PLAIN, assert_same_log, assert_same_weights, trained_weights
+from factory import save_tower
 
 from llava_compodistill.hosts.llava.model import llava_core
 from llava_compodistill.methods import METHODS, find_method
@@ -131,6 +132,7 @@ def test_its_weights_are_kept_for_resuming_and_stay_out_of_llavas_files(dft, tmp
     assert not any("distillation" in name for name in model.state_dict())
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.invariant
 def test_two_processes_train_a_terms_weights_alike(dft, world, sharp_teacher, mixed, tmp_path):
@@ -146,3 +148,30 @@ def test_two_processes_train_a_terms_weights_alike(dft, world, sharp_teacher, mi
     saved = torch.load(tmp_path / "two" / "distillation.bin", weights_only=True)
     weight = llava_core(single.model).distillation["features"].weight.detach()
     torch.testing.assert_close(saved["features.weight"], weight, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "llavadi", "vision_tower": "other"}, r"\(9 and 4 an image\): L_feat compares hidden states"),
+        ({"method": "llava_kd", "vision_tower": "other"}, r"\(9 and 4 an image\): .* compares"),
+        ({"mm_projector_type": "taf", "vision_tower": "other"}, "TAF fetches the teacher's adapter"),
+        ({"student_layers": "all", "teacher_layers": "2,3"}, "student band .* has 4 and the teacher band .* has 2"),
+        ({"student_layers": "3,9"}, r"layers \[3, 9\] are outside a model with 4 layers"),
+        ({"method": "llavadi", "method_options": '{"map": "deep"}'}, "map: must be one of mlp, linear, got 'deep'"),
+    ],
+)
+def test_a_pair_that_does_not_fit_is_refused_before_anything_is_loaded(dft, tmp_path, monkeypatch, options, message):
+    from llava_compodistill.train import run
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(run, "load_teacher", loaded)
+    monkeypatch.setattr(run, "build_student", loaded)
+    if options.get("vision_tower") == "other":
+        options = {**options, "vision_tower": save_tower(tmp_path / "siglip-other", patches=4, pixels=42)}
+    with pytest.raises(ValueError, match=message):
+        dft(**options)
+    with pytest.raises(AssertionError, match="weights are read"):
+        dft()

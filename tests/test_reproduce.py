@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -242,6 +243,7 @@ def test_a_table_of_the_miniature(tmp_path, monkeypatch, capsys):
     """A recipe through the real scripts, with half of the data; listed before and after."""
     study = Study("tiny", "Table 0: one", {"sft": Row("half", Recipe(("pt", "sft"), "sft", data=0.5))})
     monkeypatch.setattr(cli, "STUDIES", {"tiny": study})
+    monkeypatch.chdir(Path(__file__).parents[1])  # the miniature is found in the checkout
     command = ["reproduce", "tiny", "--preset", "smoke", "--seeds", "5", "--output", str(tmp_path), "--jobs", "1"]
     assert main([*command, "--list"]) == 0
     assert capsys.readouterr().out.split()[-1] == "-"

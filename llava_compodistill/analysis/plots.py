@@ -40,12 +40,15 @@ def draw_similarity(
     reference: str,
     band: tuple[float, float],
     path: Path,
+    unit: str = "samples",
+    bands: str = "95 % over samples",
 ) -> Path:
     """Figures 2 and 9: a panel for each (data, keys), a curve for each model over relative depth.
 
     Args:
         found: by (data, keys), then by model, the mean of each of its layers.
         band: relative depths between which the visual understanding layers lie.
+        unit: of what the means are over; `bands`: what their half-widths are.
     """
     names = list(dict.fromkeys(name for name, _ in found))
     kinds = list(dict.fromkeys(kind for _, kind in found))
@@ -59,20 +62,26 @@ def draw_similarity(
             axis.plot(depth, values, "o-", color=color, label=model, markersize=3.5)
             axis.fill_between(depth, values - half, values + half, color=color, alpha=0.2, linewidth=0)
         count = next(iter(curves.values()))[0].n
-        axis.set_title(f"{name}, {count} samples: {kind} tokens", fontsize=10)
+        axis.set_title(f"{name}, {count} {unit}: {kind} tokens", fontsize=10)
         axis.set_xlim(0, 1)
         axis.set_xlabel("relative depth of the layer")
         axis.set_ylabel(f"cosine similarity to {reference}")
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.suptitle(
-        "Attention of the answer's tokens (bands: 95 % over samples; grey: the layers that VAT aligns)", fontsize=11
+        f"Attention of the answer's tokens (bands: {bands}; grey: the layers that VAT aligns)", fontsize=11
     )
     figure.tight_layout()
     return _save(figure, path)
 
 
-def draw_probability(found: Mapping[str, Bins], reference: str, path: Path) -> Path:
-    """Figure 3: a curve for each model."""
+def draw_probability(
+    found: Mapping[str, Bins], reference: str, path: Path, count: int | None = None, bars: str = "95 % over samples"
+) -> Path:
+    """Figure 3: a curve for each model.
+
+    Args:
+        count: samples, where the points are not made of them.
+    """
     figure, axes = _new()
     axis = axes[0][0]
     for color, (model, bins) in zip(COLORS, found.items(), strict=False):
@@ -84,16 +93,17 @@ def draw_probability(found: Mapping[str, Bins], reference: str, path: Path) -> P
             color=color,
             capsize=2,
             markersize=4,
-            label=f"{model}: Spearman {bins.correlation:+.2f}, n = {sum(point.n for point in bins.probability)}",
+            label=f"{model}: Spearman {bins.correlation:+.2f}, "
+            f"n = {count or sum(point.n for point in bins.probability)}",
         )
     axis.set_xlabel(f"similarity of the attention to {reference}'s (mean of the bin)")
     axis.set_ylabel("probability of the right answer, a token")
-    axis.set_title("Samples in bins of equal size (bars: 95 % over samples)", fontsize=10)
+    axis.set_title(f"Samples in bins of equal size (bars: {bars})", fontsize=10)
     axis.legend(frameon=False, fontsize=8)
     return _save(figure, path)
 
 
-def draw_intervention(found: Mapping[str, Intervention], path: Path) -> Path:
+def draw_intervention(found: Mapping[str, Intervention], path: Path, bars: str = "95 % of paired differences") -> Path:
     """Figure 4: for each model and subset, the change of its accuracy."""
     figure, axes = _new(width=6.4)
     axis = axes[0][0]
@@ -111,7 +121,7 @@ def draw_intervention(found: Mapping[str, Intervention], path: Path) -> Path:
     axis.set_xticks(range(len(names)), [f"{name or 'all'}\nn = {counts[name].n}" for name in names], fontsize=8)
     axis.set_ylabel("change of accuracy, percentage points")
     axis.set_title(
-        "With the mean of the teacher's and its own attention over the image\n(bars: 95 % of paired differences)",
+        f"With the mean of the teacher's and its own attention over the image\n(bars: {bars})",
         fontsize=10,
     )
     axis.legend(frameon=False, fontsize=8)

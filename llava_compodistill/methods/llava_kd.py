@@ -20,7 +20,7 @@ from ..pair import Pair
 from ..record.forward import Needs, Pass
 from .answers import AnswerTerm
 from .base import Method, Sums, Term
-from .places import check_same_visual_places, samples_of
+from .places import check_same_visual_places, refuse_other_counts, samples_of
 
 if TYPE_CHECKING:
     from ..train.arguments import TrainingArguments
@@ -36,6 +36,7 @@ class _AtVisualTokens(Term):
 
     def prepare(self, pair: Pair) -> None:
         self.pair = pair
+        refuse_other_counts(pair, self.name, "logits", "another method")
 
     def needs(self) -> tuple[Needs, Needs]:
         visual = Needs(head=frozenset({"visual"}))

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..hosts.llava.model import count_visual_tokens, llava_core, projector
 from ..hosts.llava.taf import TAFProjector
-from .vision import has_adapter_of, same_tower, share_tower
+from .vision import check_taf, has_adapter_of, same_tower, share_tower
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,9 @@ class Pair:
         student = llava_core(student)
         if teacher is None:
             return cls(student, None, vocab_size)
-        pair = cls(student, teacher, vocab_size, shares_encoder=same_tower(student, teacher))
-        pair._check_taf()
+        pair = cls(student, teacher, vocab_size, shares_encoder=same_tower(student.config, teacher.config))
+        if isinstance(projector(student), TAFProjector):
+            check_taf(student.config, teacher.config)
         pair.shares_adapter = pair.shares_encoder and has_adapter_of(student, teacher)
         # The sequences must be cut behind the same text for their rows to correspond.
         limit = getattr(student.config, "tokenizer_model_max_length", None)
@@ -59,16 +60,6 @@ class Pair:
     def longest(self) -> int | None:
         """The length that sequences are cut at, images included; None where there is no limit."""
         return getattr(self.student.config, "tokenizer_model_max_length", None)
-
-    def _check_taf(self) -> None:
-        if not isinstance(projector(self.student), TAFProjector) or self.shares_encoder:
-            return
-        mine, theirs = self.student.config, self.teacher.config
-        raise ValueError(
-            "TAF fetches the teacher's adapter, which reads the teacher's encoder: --vision_tower "
-            f"{mine.mm_vision_tower} (layer {mine.mm_vision_select_layer}) is not the teacher's "
-            f"{theirs.mm_vision_tower} (layer {theirs.mm_vision_select_layer})."
-        )
 
     def share_vision(self) -> None:
         """Let both use one encoder where they can, and say what runs."""

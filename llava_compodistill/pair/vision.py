@@ -13,11 +13,10 @@ from ..hosts.llava.model import llava_core, projector
 from ..hosts.llava.taf import TAFProjector
 
 
-def same_tower(student: nn.Module, teacher: nn.Module) -> bool:
-    """Whether both models see the same features: one encoder, the same layer and patches of it."""
+def same_tower(student: Any, teacher: Any) -> bool:
+    """Whether the models of two configs see the same features: one encoder, the same layer and patches of it."""
 
-    def identity(model: nn.Module) -> tuple:
-        config = llava_core(model).config
+    def identity(config: Any) -> tuple:
         name = config.mm_vision_tower
         return (
             os.path.realpath(name) if os.path.isdir(name) else name,
@@ -26,6 +25,20 @@ def same_tower(student: nn.Module, teacher: nn.Module) -> bool:
         )
 
     return identity(student) == identity(teacher)
+
+
+def check_taf(student: Any, teacher: Any) -> None:
+    """Refuse TAF between the models of two configs that see other features.
+
+    Raises:
+        ValueError: naming both towers.
+    """
+    if not same_tower(student, teacher):
+        raise ValueError(
+            "TAF fetches the teacher's adapter, which reads the teacher's encoder: --vision_tower "
+            f"{student.mm_vision_tower} (layer {student.mm_vision_select_layer}) is not the teacher's "
+            f"{teacher.mm_vision_tower} (layer {teacher.mm_vision_select_layer})."
+        )
 
 
 def share_tower(student: nn.Module, teacher: nn.Module) -> None:

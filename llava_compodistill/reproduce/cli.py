@@ -17,8 +17,9 @@ from rich.table import Table
 
 from ..cli.miniature import find_scripts
 from .grid import environment, finished, run_folder, train_grid
-from .report import collect, markdown, write
-from .studies import STUDIES, Study
+from .recipes import COMPODISTILL, KD, SFT
+from .report import collect, figure_markdown, markdown, write
+from .studies import LLAVA_KD, STUDIES, Study
 from .world import World
 
 PRESETS = {
@@ -27,16 +28,27 @@ PRESETS = {
 }
 
 
+#: Figures of attention, and what they show; `figures` draws them.
+FIGURES = {
+    "figure2": "similarity of attention to the teacher, by layer",
+    "figure3": "probability of the answer against the similarity of attention",
+    "figure4": "the mean of the teacher's and the student's attention",
+}
+FIGURE_STUDENTS = [SFT, KD, LLAVA_KD, COMPODISTILL]
+
+
 def build_parser() -> argparse.ArgumentParser:
-    names = "\n".join(f"  {name:<9} {study.title.split(': ', 1)[1]}" for name, study in STUDIES.items())
+    titles = {name: study.title.split(": ", 1)[1] for name, study in STUDIES.items()} | FIGURES
+    names = "\n".join(f"  {name:<9} {title}" for name, title in titles.items())
     presets = "\n".join(f"  {name:<9} {text}" for name, text in PRESETS.items())
+    kept = "Finished runs stay in --output, and are not made again."
     parser = argparse.ArgumentParser(
         prog="llava-compodistill reproduce",
         description="Train the rows of the paper's tables, several at a time, and report them beside its figures.",
-        epilog=f"tables:\n{names}\n\npresets:\n{presets}\n\nFinished runs are kept in --output and not made again.",
+        epilog=f"tables and figures:\n{names}\n\npresets:\n{presets}\n\n{kept}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("studies", nargs="+", metavar="TABLE", help="tables, or all")
+    parser.add_argument("studies", nargs="+", metavar="TABLE|FIGURE", help="tables and figures, or all")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the students (default: 0,1,2)")
     parser.add_argument("--output", type=Path, default=None, help="folder (default: runs/reproduce-PRESET)")
@@ -51,10 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`llava-compodistill reproduce`."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    names = list(STUDIES) if args.studies == ["all"] else args.studies
-    unknown = [name for name in names if name not in STUDIES]
+    names = [*STUDIES, *FIGURES] if args.studies == ["all"] else args.studies
+    known = [*STUDIES, *FIGURES]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        parser.error(f"unknown {', '.join(unknown)}: there are {', '.join(STUDIES)} and all.")
+        parser.error(f"unknown {', '.join(unknown)}: there are {', '.join(known)} and all.")
     try:
         seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
@@ -62,8 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     root = (args.output or Path("runs") / f"reproduce-{args.preset}").resolve()
     world = make_world(args.preset, root)
-    studies = [STUDIES[name] for name in names]
+    studies = [STUDIES[name] for name in names if name in STUDIES]
+    figures = [name for name in names if name in FIGURES]
     recipes = [row.recipe for study in studies for row in study.rows.values() if row.recipe is not None]
+    recipes += FIGURE_STUDENTS if figures else []
     refused = {world.refusal(recipe) for recipe in recipes} - {None}
     if refused:
         console.print(f"--preset {args.preset}: {'; '.join(sorted(map(str, refused)))}.")
@@ -74,12 +89,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = train_grid(world, recipes, seeds, root / "runs", args.jobs or _devices(), console)
     findings = [collect(study, runs, world, seeds, _teacher(world, root)) for study in studies]
     command = f"llava-compodistill reproduce {' '.join(args.studies)} --preset {args.preset} --seeds {args.seeds}"
-    paths = write(findings, runs, world, root, command, environment())
+    drawn = _drawn(figures, runs, world, seeds, root)
+    paths = write(findings, runs, world, root, command, environment(), drawn)
     for found in findings:
         console.print(Markdown(markdown(found, world)))
+    for figure in drawn:
+        console.print(Markdown(figure_markdown(figure)))
     for path in paths:
         console.print(str(path), soft_wrap=True)
     return 0
+
+
+def _drawn(names: Sequence[str], runs: Any, world: World, seeds: Sequence[int], root: Path) -> list[Any]:
+    if not names:
+        return []
+    from .figures import draw
+
+    world.prepare([])
+    return [draw(name, runs, world, seeds, root) for name in names]
 
 
 def _teacher(world: World, root: Path) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def markdown(found: Found, world: World) -> str:
     lines.append("")
     if found.verdicts:
         lines += ["| the paper's claim | difference here | 95 % interval | p | verdict |", "|---|---|---|---|---|"]
-        lines += [f"| {_claim(verdict, world)} |" for verdict in found.verdicts]
+        lines += [f"| {_claim(verdict, world.metrics)} |" for verdict in found.verdicts]
         lines.append("")
     return "\n".join(lines)
 
@@ -81,14 +81,14 @@ def _cell(values: Sequence[float], metric: str) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
-def _claim(verdict: Verdict, world: World) -> str:
+def _claim(verdict: Verdict, names: Mapping[str, str]) -> str:
     claim = verdict.claim
     text = verdict.verdict
     if verdict.needed is not None:
         text += f" (about {verdict.needed} seeds)"
     return " | ".join(
         [
-            f"{claim.text} ({world.metrics[claim.metric]})",
+            f"{claim.text} ({names.get(claim.metric, claim.metric)})",
             f"{verdict.difference:+.1f}",
             f"{verdict.low:+.1f} to {verdict.high:+.1f}",
             f"{verdict.p:.3f}" if verdict.p >= 0.001 else "< 0.001",
@@ -97,10 +97,30 @@ def _claim(verdict: Verdict, world: World) -> str:
     )
 
 
+def figure_markdown(drawn: Any) -> str:
+    """A figure as a section of a report."""
+    lines = [f"## {drawn.figure.title}", "", f"![{drawn.figure.title}]({drawn.picture.name})", ""]
+    if drawn.verdicts:
+        lines += ["| the paper's claim | difference here | 95 % interval | p | verdict |", "|---|---|---|---|---|"]
+        lines += [f"| {_claim(verdict, {})} |" for verdict in drawn.verdicts]
+        lines.append("")
+    return "\n".join(lines)
+
+
 def write(
-    findings: Sequence[Found], runs: Runs, world: World, root: Path, command: str, environment: Mapping[str, Any]
+    findings: Sequence[Found],
+    runs: Runs,
+    world: World,
+    root: Path,
+    command: str,
+    environment: Mapping[str, Any],
+    drawn: Sequence[Any] = (),
 ) -> list[Path]:
-    """Write report.md and results.json; returns their paths."""
+    """Write report.md and results.json; returns their paths.
+
+    Args:
+        drawn: figures, as `figures.draw` returns them.
+    """
     commits = sorted({record["environment"]["commit"] for record in runs.values() if record})
     hours = sum(record["seconds"] for record in runs.values() if record) / 3600
     head = [
@@ -118,9 +138,8 @@ def write(
         "",
     ]
     report, results = root / "report.md", root / "results.json"
-    report.write_text(
-        "\n".join(head) + "\n" + "\n".join(markdown(found, world) for found in findings), encoding="utf-8"
-    )
+    sections = [*(markdown(found, world) for found in findings), *map(figure_markdown, drawn)]
+    report.write_text("\n".join([*head, *sections]), encoding="utf-8")
     content = {
         "world": world.settings(),
         "environment": dict(environment),
@@ -131,6 +150,13 @@ def write(
                 "verdicts": [{**asdict(verdict)} for verdict in found.verdicts],
             }
             for found in findings
+        },
+        "figures": {
+            figure.picture.stem: {
+                "values": figure.values,
+                "verdicts": [asdict(verdict) for verdict in figure.verdicts],
+            }
+            for figure in drawn
         },
     }
     results.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

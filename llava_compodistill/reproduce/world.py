@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .recipes import ADAPTER_STAGES, Recipe
+
+if TYPE_CHECKING:
+    from ..analysis.samples import Sample
+    from ..eval.engine import Engine
 
 
 class World(Protocol):
@@ -15,10 +19,12 @@ class World(Protocol):
     Attributes:
         name: the preset.
         metrics: of `evaluate`, by name, what each is called in a table.
+        band: the layers that its recipes align.
     """
 
     name: str
     metrics: dict[str, str]
+    band: str
 
     def settings(self) -> dict[str, Any]:
         """What all its runs depend on, as JSON holds it; runs of other settings are made anew."""
@@ -36,6 +42,12 @@ class World(Protocol):
         self, recipe: Recipe, seed: int, folder: Path, threads: int, on_log: Callable[[], None]
     ) -> dict[str, Any]:
         """Train one student in a folder; returns `checkpoint`, `seconds` and `steps`."""
+
+    def load(self, checkpoint: Path | None) -> Engine:
+        """A checkpoint, or the teacher for None, to be asked."""
+
+    def samples(self, kind: str) -> list[Sample]:
+        """What the figures of attention look at: vqa, questions; cr, captions with false ones beside them."""
 
     def evaluate(self, checkpoint: Path | None, teacher: str = "default") -> dict[str, Any]:
         """Figures of a checkpoint, or of the teacher for None: at least those of `metrics`."""

@@ -26,6 +26,7 @@ from ..pair.teacher import load_teacher
 from . import checkpoint, resume
 from .arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
 from .data import make_data_module
+from .rehearsal import rehearse
 from .trainer import CompoDistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
     template = use_template(model_args.version)
     tokenizer = load_tokenizer(model_args, args, template)
 
+    if args.distilled:
+        check_same_tokenizer(tokenizer, model_args)
+        rehearse(model_args, args)
+
     teacher = None
     if args.distilled or fetches_adapter(model_args, args):
         teacher = load_teacher(
@@ -59,9 +64,6 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
             attn_implementation=model_args.attn_implementation,
             vision_tower=model_args.vision_tower,
         )
-    if args.distilled:
-        check_same_tokenizer(tokenizer, model_args)
-
     student = build_student(model_args, args, teacher)
     if not args.distilled:
         teacher = None  # it has given its adapter

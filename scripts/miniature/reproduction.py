@@ -43,6 +43,7 @@ class MiniatureWorld:
     def __init__(self, name: str, root: Path, split: str = "test"):
         self.name, self.root, self.split = name, root, split
         self.preset: Settings = preset("smoke" if name == "smoke" else "default")
+        self.band = self.preset.band
         self._evaluating = threading.Lock()  # one at a time: each takes all cores
         self._teachers: dict[str, Any] = {}
 
@@ -167,6 +168,30 @@ class MiniatureWorld:
     # -----------------------------------------------------------------------------------------------------------------
     # Evaluation
     # -----------------------------------------------------------------------------------------------------------------
+    def load(self, checkpoint: Path | None) -> Any:
+        from llava_compodistill.eval.loading import load_engine
+
+        return load_engine(str(checkpoint or self.teacher("default")), VERSION)
+
+    def samples(self, kind: str) -> list[Any]:
+        from llava_compodistill.analysis.samples import Sample, read_samples, thinned
+
+        from .language import CAPTION_PROMPT
+
+        data = self.root / "data"
+        if kind == "vqa":
+            found = read_samples(str(data / f"recognition_{self.split}.jsonl"), str(data / "images"))
+        else:
+            found = [
+                Sample(
+                    str(data / "images" / item["filename"]), CAPTION_PROMPT, item["caption"],
+                    (item["negative_caption"],), path.stem,
+                )
+                for path in sorted((data / f"compositional_{self.split}").glob("*.json"))
+                for item in json.loads(path.read_text(encoding="utf-8")).values()
+            ]  # fmt: skip
+        return thinned(found, self.preset.similarity_captions)
+
     def evaluate(self, checkpoint: Path | None, teacher: str = "default") -> dict[str, Any]:
         from llava_compodistill.analysis.similarity import similarity
 

@@ -161,7 +161,7 @@ def load_model(
     kind = checkpoint_kind(path) if os.path.isdir(path) else "full"
     config = read_config(path)
     cls = model_class(config.model_type)
-    _find_tower(config, path, vision_tower)
+    find_tower(config, path, vision_tower)
     if kind in ("full", "base"):
         if not isinstance(config, cls.config_class):
             values = config.to_dict()
@@ -218,7 +218,7 @@ def _expecting_missing_weights() -> Iterator[None]:
         logger.removeFilter(is_worth_showing)
 
 
-def _find_tower(config: Any, path: str, substitute: str | None) -> None:
+def find_tower(config: Any, path: str, substitute: str | None) -> None:
     """A tower given as a folder may have moved since training; hub names are left to transformers."""
     name = getattr(config, "mm_vision_tower", None)
     is_hub_name = name is None or (not name.startswith((".", "/")) and name.count("/") <= 1)

@@ -1,0 +1,76 @@
+"""Does a method fit a pair? Asked of the configs, before weights are read: large models take minutes to load."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ..hosts.llava.host import import_llava
+from ..hosts.llava.loader import find_tower, read_config
+from ..hosts.llava.model import count_visual_tokens
+from ..hosts.llava.taf import PROJECTOR_TYPE
+from ..pair import Pair
+from ..pair.vision import check_taf
+from .arguments import ModelArguments, TrainingArguments
+
+
+class ConfigOnly:
+    """What a term asks of a model before training, without the model: its config and its tower's sizes."""
+
+    def __init__(self, config: Any, tower: Any):
+        self.config, self._tower = config, tower
+
+    def get_vision_tower(self) -> Any:
+        return self._tower
+
+
+def rehearse(model_args: ModelArguments, args: TrainingArguments) -> None:
+    """Let the terms of a stage look at the pair.
+
+    Raises:
+        ValueError: as the terms do: which of them cannot run on this pair, and what can be done.
+    """
+    if not args.distilled:
+        return
+    config = read_config(model_args.teacher_model_path)
+    if getattr(config, "mm_vision_tower", None) is None:
+        return  # no LLaVA checkpoint, which loading it will say
+    student, teacher = _student(model_args), _sketch(config, model_args.teacher_model_path, model_args)
+    if getattr(student.config, "mm_projector_type", None) == PROJECTOR_TYPE:
+        check_taf(student.config, teacher.config)
+    limit = args.model_max_length
+    student.config.tokenizer_model_max_length = limit
+    teacher.config.tokenizer_model_max_length = limit + count_visual_tokens(teacher) - count_visual_tokens(student)
+    pair = Pair(student, teacher)
+    methods = logging.getLogger("llava_compodistill.methods")
+    level = methods.level
+    methods.setLevel(logging.ERROR)  # what they report, they will report in earnest
+    try:
+        with torch.random.fork_rng(devices=[]):  # their own weights must not move the seed
+            for term in args.chosen_method.terms(args.stage, args):
+                term.prepare(pair)
+    finally:
+        methods.setLevel(level)
+
+
+def _student(model_args: ModelArguments) -> ConfigOnly:
+    config = read_config(model_args.model_name_or_path)
+    if getattr(config, "mm_vision_tower", None) is None:  # a base language model: the flags decide
+        config.mm_vision_tower = model_args.vision_tower
+        for name in ("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type"):
+            setattr(config, name, getattr(model_args, name))
+    return _sketch(config, model_args.model_name_or_path, model_args)
+
+
+def _sketch(config: Any, path: str, model_args: ModelArguments) -> ConfigOnly:
+    find_tower(config, path, model_args.vision_tower)
+    build = import_llava("llava.model.llava_arch").build_vision_tower
+    tower = SimpleNamespace(
+        mm_vision_tower=config.mm_vision_tower,
+        mm_vision_select_layer=config.mm_vision_select_layer,
+        mm_vision_select_feature=getattr(config, "mm_vision_select_feature", "patch"),
+    )
+    return ConfigOnly(config, build(tower, delay_load=True))

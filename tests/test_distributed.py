@@ -114,6 +114,7 @@ def test_deepspeed_gives_the_losses_of_one_process(dft, world, dpt_path, sharp_t
     output = launch(flags, entry=[str(tmp_path / "entry.py")], DS_ACCELERATOR="cpu")
     assert output.count("ENGINE") == 2, "DeepSpeed was not used"
     assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-4)
+    assert all(("sight" in entry) == (stage == 2) for entry in tiny.read_log(tmp_path / "two"))
     if kind == "full":
         saved = load_file(tmp_path / "two" / "model.safetensors")
     else:

@@ -78,6 +78,7 @@ def textvqa(checkout) -> str:
     return passed(script(checkout, "textvqa", model="llava-teacher"))
 
 
+@pytest.mark.once  # in the other environment it is one of the twelve
 def test_pope_is_scored_by_llava_and_from_the_records(checkout, pope):
     accuracies = [float(value) for value in re.findall(r"Accuracy: ([\d.]+)", pope)]
     assert len(accuracies) == 3 and min(accuracies) > 0.6  # of a few questions a part

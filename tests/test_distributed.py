@@ -88,7 +88,7 @@ def zero_config(folder, stage: int):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-@pytest.mark.parametrize("stage, kind", [(2, "full"), (3, "lora")])
+@pytest.mark.parametrize("stage, kind", [pytest.param(2, "full", marks=pytest.mark.once), (3, "lora")])
 def test_deepspeed_gives_the_losses_of_one_process(dft, world, dpt_path, sharp_teacher, mixed, tmp_path, stage, kind):
     options = {"pretrain_mm_mlp_adapter": dpt_path / "mm_projector.bin", "mm_projector_type": "taf"}
     if (

@@ -242,6 +242,7 @@ def test_missing_data_is_said_before_the_model_is_loaded(place, capsys, tmp_path
     assert "SADE has likelihood, yes" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.once
 def test_two_processes_give_the_records_of_one(place):
     alone, shared = place["root"] / "alone", place["root"] / "shared"
     flags = [*place["flags"], "--protocol", "likelihood", "--benchmarks", "sugarcrepe"]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from scipy import stats
 
+from llava_compodistill import about, train
 from llava_compodistill.cli import main
 from llava_compodistill.reproduce import cli, grid, report
 from llava_compodistill.reproduce.claims import interval, judge, seeds_needed
@@ -236,6 +240,16 @@ def test_the_report_has_means_errors_and_the_papers_figures(tmp_path):
     assert content["studies"]["table"]["verdicts"][0]["verdict"] == "holds"
 
 
+def in_this_process(name, environment, flags, log, threads, on_log):
+    """The command that a script would start, without another interpreter's imports."""
+    command = ["bash", str(about.folder("scripts") / name), *flags]
+    variables = {**os.environ, "PYTHON": sys.executable, **{key: str(value) for key, value in environment.items()}}
+    printed = subprocess.run(command, env={**variables, "DRY_RUN": "1"}, capture_output=True, text=True, check=True)
+    arguments = printed.stdout.rstrip("\n").split("\n")
+    train.main(arguments[arguments.index("llava_compodistill.train") + 1 :])
+    return 1.0
+
+
 @pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.skipif(not weights.have_stored_weights(), reason="no stored weights")
@@ -244,6 +258,7 @@ def test_a_table_of_the_miniature(tmp_path, monkeypatch, capsys):
     study = Study("tiny", "Table 0: one", {"sft": Row("half", Recipe(("pt", "sft"), "sft", data=0.5))})
     monkeypatch.setattr(cli, "STUDIES", {"tiny": study})
     monkeypatch.chdir(Path(__file__).parents[1])  # the miniature is found in the checkout
+    monkeypatch.setattr("miniature.reproduction.run_script", in_this_process)
     command = ["reproduce", "tiny", "--preset", "smoke", "--seeds", "5", "--output", str(tmp_path), "--jobs", "1"]
     assert main([*command, "--list"]) == 0
     assert capsys.readouterr().out.split()[-1] == "-"

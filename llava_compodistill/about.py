@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -30,6 +34,23 @@ def git_commit(root: Path) -> str | None:
         return result.stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def environment() -> dict[str, Any]:
+    """What measured results depend on beside their settings, to be kept with them."""
+    import torch
+    import transformers
+
+    cuda = torch.cuda.is_available()
+    return {
+        "version": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
+        "date": date.today().isoformat(),
+    }
 
 
 def folder(name: str) -> Path:

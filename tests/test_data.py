@@ -210,6 +210,9 @@ def test_towers_of_other_sizes_are_aligned(stage, tmp_path, caplog, patches, pix
     assert f"maps are resampled from 9 to {patches} patches an image" in caplog.text
     assert (f"resized from {pixels} to 42 pixels" in caplog.text) == (pixels != 42)
     assert stage(vision_tower=tower, vat=False).state.global_step == 2
+    for options in ({"attention_heads": "matched"}, {"layer_matching": "adaptive"}):
+        log = stage(vision_tower=tower, **options).state.log_history
+        assert all(0 < entry["attention"] < 1 for entry in log if "attention" in entry)
 
 
 def test_too_few_teacher_layers_is_refused(stage):

@@ -77,7 +77,7 @@ def test_no_two_files_import_each_other_in_a_circle():
 
 
 #: From the bottom up: a room imports from those before it. (`cli` calls all, and is called by none.)
-FLOORS = ("ops", "losses", "hosts", "pair", "record", "methods", "train", "eval", "analysis")
+FLOORS = ("ops", "losses", "hosts", "pair", "record", "methods", "train", "eval", "analysis", "reproduce")
 
 
 def test_rooms_import_downwards():

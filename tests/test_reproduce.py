@@ -226,7 +226,7 @@ def test_the_report_has_means_errors_and_the_papers_figures(tmp_path):
     world = FakeWorld()
     runs = run_grid(world, tmp_path / "runs", seeds=(0, 1, 2))
     found = report.collect(STUDY, runs, world, [0, 1, 2], world.evaluate(None))
-    paths = report.write([found], runs, world, tmp_path, "the command", grid.environment())
+    paths = report.write([found], runs, world, tmp_path, "the command", about.environment())
     text = paths[0].read_text()
     error = 1 / math.sqrt(3)
     assert f"| CompoDistill | 71.0 ± {error:.1f} | 70.0 ± 0.0 | 3 | – | – |" in text

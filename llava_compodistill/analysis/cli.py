@@ -13,10 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from ..about import environment
 from ..errors import DataError
 from ..eval.checkpoint import check_checkpoint, template_of
 from ..pair.layers import parse_band, visual_understanding_layers
-from ..reproduce.grid import environment
 from .samples import CAPTION_PROMPT, Sample, read_samples, thinned
 
 console = Console()
@@ -84,8 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     names = _names(args.checkpoints)
     engines = {name: _load(path, args) for name, path in zip(names, args.checkpoints, strict=True)}
-    run: Callable[..., tuple[Path, Any]] = globals()[f"_{args.analysis}"]
-    picture, found = run(engines, sources, band, args)
+    picture, found = _RUN[args.analysis](engines, sources, band, args)
     record = {
         "analysis": args.analysis,
         "checkpoints": dict(zip(names, map(str, args.checkpoints), strict=True)),
@@ -229,3 +228,12 @@ def _overlay(engines: dict[str, Any], sources: dict[str, list[Sample]], band: An
         looked = {model: look.tolist() for model, look in looks.items()}
         found.append({"image": sample.image, "phrase": phrase, "attention": looked})
     return draw_overlays(rows, next(iter(engines)), args.output / "overlay.png"), found
+
+
+_RUN: dict[str, Callable[..., tuple[Path, Any]]] = {
+    "similarity": _similarity,
+    "probability": _probability,
+    "intervention": _intervention,
+    "knockout": _knockout,
+    "overlay": _overlay,
+}

@@ -24,8 +24,6 @@ from .samples import Sample
 from .similarity import all_maps, check_same_places, layer_at_equal_depth
 
 Progress = Callable[[Sequence[Any], str], Iterator[Any]]
-#: [samples]: of each sample, how probable its answer is (the product over its tokens).
-Probabilities = list[float]
 
 
 @dataclass(frozen=True)
@@ -171,9 +169,8 @@ def intervene(
     """Answer with the student's attention over the image replaced by the mean of the teacher's and its own."""
     layers = visual_understanding_layers(depth_of(student), band)
     groups = match_layers(layers, visual_understanding_layers(depth_of(teacher), band))
-    engine = _Shadowed(teacher, student, layers, groups, share)
     _, before = answer_scores(student, samples, batch_size)
-    after = engine.answers(samples)
+    after = _blended_answers(teacher, student, samples, layers, groups, share)
     found = Intervention()
     names = sorted({sample.subset for sample in samples} - {""})
     for name in ["", *names]:
@@ -184,40 +181,36 @@ def intervene(
     return found
 
 
-class _Shadowed:
-    """The student's answers, each batch run by the teacher first, whose maps the student's layers receive."""
+def _blended_answers(
+    teacher: Engine,
+    student: Engine,
+    samples: Sequence[Sample],
+    layers: list[int],
+    groups: list[list[int]],
+    share: float,
+) -> list[float]:
+    """As `answer_scores` tells right from wrong. The teacher runs first, and the student's layers receive its maps."""
+    right: list[float] = []
+    # One sample a time: its answers are a batch, which both models see in one order.
+    for sample in samples:
+        questions = [sample.asked(answer) for answer in (sample.answer, *sample.wrong)]
+        options = {"version": teacher.version, "batch_size": len(questions)}
+        (inputs,) = batches(questions, teacher.model, teacher.tokenizer, **options)
+        means = GroupMeans(groups)
+        maps, batch = all_maps(teacher.model, inputs, means.layers)
+        for layer, attention in maps.items():
+            means.receive(layer, attention)
+        targets = dict(zip(layers, means.means, strict=True))
 
-    def __init__(
-        self, teacher: Engine, student: Engine, layers: list[int], groups: list[list[int]], share: float
-    ) -> None:
-        self.teacher, self.student = teacher, student
-        self.layers, self.groups, self.share = layers, groups, share
+        def inside(recorder, targets=targets, batch=batch):
+            def placed():
+                check_same_places(recorder.batch, batch)
+                return targets
 
-    def answers(self, samples: Sequence[Sample]) -> list[float]:
-        right: list[float] = []
-        # One sample a time: its answers are a batch, which both models see in one order.
-        for sample in samples:
-            questions = [sample.asked(answer) for answer in (sample.answer, *sample.wrong)]
-            options = {"version": self.teacher.version, "batch_size": len(questions)}
-            (inputs,) = batches(questions, self.teacher.model, self.teacher.tokenizer, **options)
-            means = GroupMeans(self.groups)
-            maps, batch = all_maps(self.teacher.model, inputs, means.layers)
-            for layer, attention in maps.items():
-                means.receive(layer, attention)
-            targets = dict(zip(self.layers, means.means, strict=True))
+            return blended_attention(student.model, layers, placed, lambda: recorder.batch, share=share)
 
-            def inside(recorder, targets=targets, batch=batch):
-                def placed():
-                    check_same_places(recorder.batch, batch)
-                    return targets
-
-                return blended_attention(
-                    self.student.model, self.layers, placed, lambda: recorder.batch, share=self.share
-                )
-
-            _, found = answer_scores(self.student, [sample], len(questions), inside)
-            right += found
-        return right
+        right += answer_scores(student, [sample], len(questions), inside)[1]
+    return right
 
 
 # ---------------------------------------------------------------------------------------------------------------------

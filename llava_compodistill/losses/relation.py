@@ -24,12 +24,18 @@ def head_gram(weight: torch.Tensor, bias: torch.Tensor | None = None, vocab_size
         vocab_size: rows that count, the real vocabulary; all by default.
     """
     rows = slice(vocab_size)
-    gram = _Gram.apply(weight[rows])
-    if bias is None:
-        return gram
-    weight, bias = wide(weight[rows]), wide(bias[rows])
-    mixed = (bias @ weight)[:, None]
-    return torch.cat([torch.cat([gram, mixed], dim=1), torch.cat([mixed.t(), (bias @ bias).view(1, 1)], dim=1)])
+    with _whole_precision(weight):
+        gram = _Gram.apply(weight[rows])
+        if bias is None:
+            return gram
+        weight, bias = wide(weight[rows]), wide(bias[rows])
+        mixed = (bias @ weight)[:, None]
+        return torch.cat([torch.cat([gram, mixed], dim=1), torch.cat([mixed.t(), (bias @ bias).view(1, 1)], dim=1)])
+
+
+def _whole_precision(tensor: torch.Tensor) -> torch.autocast:
+    """Outside of autocast, under which matrix products would be those of half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 class _Gram(torch.autograd.Function):
@@ -66,8 +72,9 @@ def relation_loss(
 
     Returns a scalar in float32 (float64 stays); 1 when a matrix is 0.
     """
-    student = _gram_of_logits(student_hidden, student_gram)
-    teacher = _gram_of_logits(teacher_hidden.detach(), teacher_gram.detach())
+    with _whole_precision(student_hidden):
+        student = _gram_of_logits(student_hidden, student_gram)
+        teacher = _gram_of_logits(teacher_hidden.detach(), teacher_gram.detach())
     return 1 - torch.nn.functional.cosine_similarity(student.flatten(), teacher.flatten(), dim=0)
 
 

@@ -100,7 +100,8 @@ def _similarities(student: torch.Tensor, teacher: torch.Tensor, rows: torch.Tens
         nn.functional.normalize(attention.float().masked_fill(~rows[:, None, :, None], 0.0), dim=-1)
         for attention in (student, teacher)
     )
-    return torch.einsum("bhnv,bmnv->hm", mine, theirs)
+    with torch.autocast(mine.device.type, enabled=False):
+        return torch.einsum("bhnv,bmnv->hm", mine, theirs)
 
 
 def _assign(similarities: torch.Tensor) -> list[int]:

@@ -1,9 +1,8 @@
 """CompoDistill as its authors' public code computes it (github.com/ptkjw1997/CompoDistill at 8411926).
 
-It differs from the paper in the attention loss (`losses.release`: its gradient is nearly orthogonal to the paper's),
-in the layers, in the sum over layers where the paper has a mean, and in L_KL, which is taken at the rows whose own
-label counts, without the causal shift, over the padded vocabulary of the student. Which of the two made the published
-figures is not known.
+It differs from the paper in the attention loss (`losses.release`), in the layers, in the sum over layers where the
+paper has a mean, and in L_KL, which is taken at the rows whose own label counts, without the causal shift, over the
+padded vocabulary of the student. Which of the two made the published figures is not known.
 
 The code's logged L_KL is the cross-entropy -sum p_T log p_S; here it is the divergence, whose gradient is the same.
 Its text-only samples enter the attention loss with text in the image's place; here they do not enter. Rates, LoRA and

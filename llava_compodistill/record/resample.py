@@ -52,7 +52,8 @@ def on_other_grid(
 def _resampled(values: torch.Tensor, images: int, source: int, target: int) -> torch.Tensor:
     """[images * source, C] on square grids -> [images * target, C]."""
     old, new = math.isqrt(source), math.isqrt(target)
-    grid = values.view(images, old, old, -1).permute(0, 3, 1, 2).float()
+    grid = values.view(images, old, old, -1).permute(0, 3, 1, 2)
+    grid = grid if grid.dtype == torch.float64 else grid.float()
     if new <= old:
         grid = F.interpolate(grid, size=(new, new), mode="area")
     else:

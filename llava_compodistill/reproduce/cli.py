@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
+from ..about import environment
 from ..cli.miniature import find_scripts
-from .grid import environment, finished, run_folder, train_grid
+from .grid import finished, run_folder, train_grid
 from .recipes import COMPODISTILL, KD, SFT
 from .report import collect, figure_markdown, markdown, write
 from .studies import LLAVA_KD, STUDIES, Study

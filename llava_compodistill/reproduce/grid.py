@@ -5,37 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..about import commit
+from ..about import environment
 from .recipes import Recipe
 from .world import World
 
 RUN_FILE = "run.json"
-
-
-def environment() -> dict[str, Any]:
-    """What results depend on beside the code."""
-    import torch
-    import transformers
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return {
-        "commit": commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": device,
-        "date": date.today().isoformat(),
-    }
 
 
 def run_folder(root: Path, world: World, recipe: Recipe, seed: int) -> Path:

@@ -63,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _store(run: Path) -> int:
     import json
 
+    from llava_compodistill.about import environment
+
     from . import weights
-    from .report import environment
 
     path = run / "models" / "manifest.json"
     if not path.is_file():

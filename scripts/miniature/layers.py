@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from llava_compodistill.about import environment
 from llava_compodistill.record.sight import without_sight
 
 from .evaluate import Scores, evaluate, load_for_evaluation
-from .report import environment
 
 console = Console()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llava_compodistill.about import __version__, commit
+from llava_compodistill.about import environment
 from llava_compodistill.analysis.similarity import similarity
 
 from . import pictures
@@ -107,19 +106,3 @@ def percent(values: Sequence[float], spread_digits: int = 1) -> str:
     if len(values) == 1:
         return f"{100 * values[0]:.1f}"
     return f"{100 * mean(values):.{spread_digits}f}±{100 * stdev(values):.{spread_digits}f}"
-
-
-def environment() -> dict[str, Any]:
-    """Versions and commit, so that a figure can be traced."""
-    import torch
-    import transformers
-
-    return {
-        "llava_compodistill": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "commit": commit(),
-    }

@@ -7,6 +7,7 @@ tokenized piece by piece, so the mask is exact by construction, whatever the tok
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,16 +42,7 @@ QWEN_BASE = conversation_lib.Conversation(
 )
 
 #: LLaVA v1's own wording with that end token, which the authors' code trains under.
-QWEN_V1 = conversation_lib.Conversation(
-    system=conversation_lib.conv_vicuna_v1.system,
-    roles=("USER", "ASSISTANT"),
-    version="qwen_v1",
-    messages=(),
-    offset=0,
-    sep_style=conversation_lib.SeparatorStyle.TWO,
-    sep=" ",
-    sep2="<|endoftext|>",
-)
+QWEN_V1 = dataclasses.replace(QWEN_BASE, system=conversation_lib.conv_vicuna_v1.system, version="qwen_v1")
 
 #: Question and answer with nothing around them, the image first, for base models too small for wrapping.
 QWEN_QA = conversation_lib.Conversation(

@@ -27,6 +27,7 @@ MORE_TERMS = {
     "release": {"dpt": ["kl"], "dft": ["kl", "attention"]},
     "llava_kd": {stage: ["visual_kl", "relation"] for stage in ("dpt", "dft")},
     "llavadi": {"dft": ["features"]},
+    "llava_mod": {},
     "align_kd": {stage: ["first_attention", "visual_features"] for stage in ("dpt", "dft")},
 }
 

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from llava_compodistill import about
 
 SCRIPTS = about.folder("scripts")
-TRAINING = ("teacher_pretrain", "teacher_finetune", "dpt", "dft", "sft", "baseline_sft")
+TRAINING = ("teacher_pretrain", "teacher_finetune", "dpt", "dft", "sft", "baseline_sft", "llava_mod")
 # A machine that need not be asked: nothing is started to find out what it has.
 CPU = {"GPUS": "0", "HAS_BF16": "0", "HAS_TF32": "0", "HAS_DEEPSPEED": "1"}
 EIGHT_GPUS = {"GPUS": "8", "HAS_BF16": "1", "HAS_TF32": "1", "HAS_DEEPSPEED": "1"}
@@ -89,6 +89,7 @@ RECIPES = {
     "dft": [("dft", 128, 1e-4)],
     "sft": [("sft", 128, 1e-4)],
     "baseline_sft": [("pt", 256, 1e-3), ("sft", 128, 1e-4)],
+    "llava_mod": [("pt", 256, 1e-3), ("d2d", 128, 2e-5), ("d2s", 128, 2e-5), ("preference", 128, 2e-6)],
 }
 
 

@@ -58,3 +58,23 @@ def test_a_stage_goes_on_from_a_lora_checkpoint(dft, world, dpt_path, teacher_pa
     states = next((tmp_path / "two" / "checkpoint-2").glob("global_step*/*rank_1*.pt"))
     states.write_bytes(states.read_bytes()[:1000])
     assert resume.last_complete(str(tmp_path / "two")) == str(tmp_path / "two" / "checkpoint-1")
+
+
+@pytest.mark.once
+def test_experts_are_made_before_their_weights_are_split(dft, world, sharp_teacher, mixed, tmp_path):
+    """And every rank meets all of them in every step, whatever its tokens choose."""
+    # With one choice nothing is drawn: every rank draws for itself.
+    options = {"method": "llava_mod", "method_options": '{"choices": 1}', "per_device_train_batch_size": 1, **PLAIN}
+    dft("dense", stage="d2d", **options)
+    options |= {"model_name_or_path": tmp_path / "dense", "max_steps": 2}
+    _, expected = dft("one", stage="d2s", gradient_accumulation_steps=2, **options)
+    (tmp_path / "entry.py").write_text(ENTRY)
+    options |= {"teacher_model_path": sharp_teacher, "mm_projector_type": "mlp2x_gelu", "data_path": mixed}
+    options |= {"deepspeed": zero_config(tmp_path, 3), "ddp_backend": "gloo"}
+    flags = tiny.flags(world, "d2s", tmp_path / "two", **options)
+    launch(flags, entry=[str(tmp_path / "entry.py")], DS_ACCELERATOR="cpu")
+    log = tiny.read_log(tmp_path / "two")
+    assert_same_log(log, expected, 2e-4)
+    assert [entry["balance"] for entry in log] == pytest.approx([entry["balance"] for entry in expected], rel=1e-4)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert_same_weights({name: two[name] for name in one}, one, 1e-4)

@@ -94,7 +94,7 @@ def _model_type(path: Path) -> str:
     kind = _config(path).get("model_type")
     if kind is None:
         raise DataError(f"{path / 'config.json'} does not tell the model's type: is {path} a checkpoint's folder?")
-    return str(kind)
+    return str(kind).removesuffix("_sparse")
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -115,5 +115,9 @@ class Host(Protocol):
     def head(self, core: nn.Module) -> nn.Module:
         """[…, D] -> [..., V]."""
 
+    def routers(self, core: nn.Module) -> dict[int, nn.Module]:
+        """By the numbers of their layers, the modules that route tokens to experts; each returns a routing with a
+        scalar `balance` and a scalar `dropped`. Empty for a dense model."""
+
     def project(self, core: nn.Module, features: torch.Tensor) -> torch.Tensor:
         """Features of the encoder [B, N_v, D_v] -> visual tokens [B, N_v, D]."""

@@ -16,6 +16,7 @@ METHODS = {
     "release": ("release", "Release"),
     "llava_kd": ("llava_kd", "LLaVAKD"),
     "llavadi": ("llavadi", "LLaVADI"),
+    "llava_mod": ("llava_mod", "LLaVAMoD"),
     "align_kd": ("align_kd", "AlignKD"),
 }
 

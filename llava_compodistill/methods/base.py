@@ -107,6 +107,7 @@ class Method:
         name: what `--method` calls it.
         recipe: its stages, in their order.
         teacher_stages: the stages that load a teacher.
+        paired_stages: the stages whose data are pairs of answers, see `train.data.PairedDataset`.
         defaults: the options and their defaults.
 
     Raises:
@@ -116,6 +117,7 @@ class Method:
     name: ClassVar[str]
     recipe: ClassVar[Sequence[str]] = ("dpt", "dft", "sft")
     teacher_stages: ClassVar[Sequence[str]] = ()
+    paired_stages: ClassVar[Sequence[str]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, options: Mapping[str, Any] | None = None):
@@ -130,5 +132,20 @@ class Method:
         self.options = {**self.defaults, **(options or {})}
 
     def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
-        """The terms of one of the stages pt, dpt, dft, sft."""
+        """The terms of one of the stages: pt, dpt, dft, sft, or another of `recipe`."""
         raise NotImplementedError
+
+    def changes_student(self, stage: str) -> bool:
+        """Whether `change_student` does anything in this stage."""
+        return False
+
+    def change_student(self, core: nn.Module, stage: str) -> None:
+        """Change the student's architecture in place before a stage, on the weights that it starts from.
+
+        Raises:
+            ValueError: for a student that the stage cannot start from, with the way out.
+        """
+
+    def trained(self, stage: str, name: str) -> bool:
+        """Whether a stage beyond the adapter's trains this weight of the language model (by its name in the model)."""
+        return True

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +36,13 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
     register()
     from ..hosts.llava.loader import load_lora_weights
 
-    model = _load_student(model_args, training_args)
-    core = llava_core(model)
+    method, stage = training_args.chosen_method, training_args.stage
+    changes = method.changes_student(stage)
+    with compat.outside_zero3() if changes else contextlib.nullcontext():
+        model = _load_student(model_args, training_args)
+        core = llava_core(model)
+        if changes:
+            method.change_student(core, stage)
     core.config.use_cache = False
     continued = getattr(core.get_model(), "mm_projector", None) is not None
     if continued:
@@ -45,16 +53,17 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
     if not model_args.pretrain_mm_mlp_adapter and not continued:
         if isinstance(projector(core), TAFProjector):
             fetch_teacher_adapter(projector(core), projector(teacher))
-        if training_args.stage not in ("pt", "dpt"):
+        if stage not in ("pt", "dpt"):
             logger.warning("The adapter starts from random weights: --pretrain_mm_mlp_adapter loads a trained one.")
     continues_lora = _is_peft(model)
     if training_args.lora_enable and not continues_lora:
         model = _add_lora(model, training_args)
     set_trainable(
         model,
-        training_args.stage,
+        stage,
         freeze_backbone=model_args.freeze_backbone,
         freeze_adapter=training_args.freeze_mm_mlp_adapter,
+        trained=partial(method.trained, stage),
     )
     if not training_args.deepspeed:  # what is trained is held in fp32, see student_dtype
         for parameter in model.parameters():
@@ -68,15 +77,26 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
 
 
 def set_trainable(
-    model: nn.Module, stage: str, *, freeze_backbone: bool = False, freeze_adapter: bool = False
+    model: nn.Module,
+    stage: str,
+    *,
+    freeze_backbone: bool = False,
+    freeze_adapter: bool = False,
+    trained: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Freeze and unfreeze by stage (paper, Section 4.3). The vision encoder and P_T are frozen in every stage."""
+    """Freeze and unfreeze by stage (paper, Section 4.3). The vision encoder and P_T are frozen in every stage.
+
+    Args:
+        trained: says of a weight of the language model, by its name, whether it is trained where the stage trains the
+            language model.
+    """
     core = llava_core(model)
     adapter = projector(core)
     if stage in ("pt", "dpt"):
         model.requires_grad_(False)
     elif not _is_peft(model):
-        core.requires_grad_(not freeze_backbone)
+        for name, parameter in core.named_parameters():
+            parameter.requires_grad_(not freeze_backbone and trained(name))
     if core.get_vision_tower() is not None:
         core.get_vision_tower().requires_grad_(False)
     adapter.requires_grad_(not freeze_adapter)

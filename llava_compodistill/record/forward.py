@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Needs:
         heads: (layer, heads): the attention of these heads over the visual tokens is kept, head by head.
         hidden: (layer, name of rows): the layer's output there is kept; for EMBEDDINGS what the first layer receives.
         graph: whether gradients flow through maps (what else is kept has the graph that the forward had).
+        routing: whether it is kept how layers with experts route tokens.
     """
 
     head: frozenset[str] = frozenset()
@@ -49,6 +51,7 @@ class Needs:
     hidden: frozenset[LayerRows] = frozenset()
     graph: bool = False
     heads: frozenset[LayerHeads] = frozenset()
+    routing: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -57,6 +60,7 @@ class Needs:
             self.hidden | other.hidden,
             self.graph or other.graph,
             self.heads | other.heads,
+            self.routing or other.routing,
         )
 
 
@@ -70,6 +74,7 @@ class Pass:
         maps: by group, the mean map [B, N, N_v]; empty for a batch without an image.
         head_maps: by (layer, heads), [B, number of heads, N, N_v]; empty for a batch without an image.
         hidden: by (layer, name of rows), [R, D].
+        routing: by layer, what its router returned.
         returned: what `on_head` returned, as it came out of the head's call.
     """
 
@@ -78,6 +83,7 @@ class Pass:
     maps: dict[Group, torch.Tensor] = field(default_factory=dict)
     head_maps: dict[LayerHeads, torch.Tensor] = field(default_factory=dict)
     hidden: dict[LayerRows, torch.Tensor] = field(default_factory=dict)
+    routing: dict[int, Any] = field(default_factory=dict)
     returned: torch.Tensor | None = None
 
 
@@ -172,8 +178,15 @@ def record(
         for layer, rows in sorted(needs.hidden):
             module = host.decoder_layers(model)[max(layer, 0)]
             stack.enter_context(_keep_hidden(module, recorder, (layer, rows)))
+        for layer, router in host.routers(model).items() if needs.routing else ():
+            handle = router.register_forward_hook(partial(_keep_routing, recorder, layer))
+            stack.callback(handle.remove)
         stack.enter_context(replaced(model, "forward", forward))
         yield recorder
+
+
+def _keep_routing(recorder: PassRecorder, layer: int, module: nn.Module, args: tuple, output: Any) -> None:
+    recorder.latest.routing.setdefault(layer, output)  # not that of a recomputation, as in _keep_hidden
 
 
 @contextlib.contextmanager

@@ -67,11 +67,12 @@ class DataArguments(llava_training.DataArguments):
 class TrainingArguments(llava_training.TrainingArguments):
     """LLaVA's training arguments, with the stage and the loss (paper, Sections 4.1 and 4.3)."""
 
-    stage: Literal["pt", "dpt", "dft", "sft"] = field(
+    stage: str = field(
         default="dft",
         metadata={
             "help": "pt: adapter, L_LM. dpt: adapter, L_LM + L_KL. dft: LLM and adapter, L_LM + L_KL + L_ADL. "
-            "sft: LLM and adapter, L_LM, no teacher."
+            "sft: LLM and adapter, L_LM, no teacher. Some methods have stages of their own (llava_mod: d2d, d2s, "
+            "preference)."
         },
     )
     method: str = field(
@@ -154,9 +155,10 @@ class TrainingArguments(llava_training.TrainingArguments):
     def __post_init__(self) -> None:
         compat.translate_training_arguments(self)
         super().__post_init__()
-        if self.stage not in STAGES:
-            raise ValueError(f"--stage {self.stage!r}: must be one of {', '.join(STAGES)}.")
         self.chosen_method = _read_method(self.method, self.method_options)
+        stages = dict.fromkeys([*STAGES, *self.chosen_method.recipe])
+        if self.stage not in stages:
+            raise ValueError(f"--stage {self.stage!r}: must be one of {', '.join(stages)} (--method {self.method}).")
         if self.kd_temperature <= 0:
             raise ValueError(f"--kd_temperature {self.kd_temperature}: must be greater than 0.")
         for name in ("lm_weight", "kl_weight", "attention_weight"):
@@ -187,6 +189,11 @@ class TrainingArguments(llava_training.TrainingArguments):
         """Whether this stage has a teacher in its loss."""
         return self.stage in self.chosen_method.teacher_stages
 
+    @property
+    def paired(self) -> bool:
+        """Whether this stage learns from pairs of answers."""
+        return self.stage in self.chosen_method.paired_stages
+
 
 def _read_method(name: str, options: str) -> Method:
     try:
@@ -215,6 +222,9 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         raise ValueError(f"--taf_depth {model.taf_depth}: MLP_S has 1 or 2 linear layers.")
     if training.stage in ADAPTER_STAGES and training.lora_enable:
         raise ValueError(f"--stage {training.stage} trains the adapter alone: --lora_enable does not go with it.")
+    if training.chosen_method.changes_student(training.stage) and (training.lora_enable or training.bits in (4, 8)):
+        flag = "--lora_enable" if training.lora_enable else f"--bits {training.bits}"
+        raise ValueError(f"--stage {training.stage} of {training.method} trains new experts whole: leave {flag} out.")
     if model.mm_use_im_start_end and (training.stage in ADAPTER_STAGES or training.lora_enable):
         what = "the adapter alone" if training.stage in ADAPTER_STAGES else "the adapter and LoRA weights"
         raise ValueError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -29,12 +31,15 @@ class CheckedDataset(LazySupervisedDataset):
         DataError: for an unreadable file, or bad samples under "error".
     """
 
+    #: Whether each sample needs a rejected answer.
+    paired = False
+
     def __init__(self, data_path: str, tokenizer: Any, data_args: Any, seed: int = 0):
         self.tokenizer = tokenizer
         self.data_args = data_args
         data_args.image_folder = data_args.image_folder or ""
         options = data_args.image_folder, data_args.bad_samples, data_args.check_images
-        self.list_data_dict = Mix(read_sources(data_path), *options, seed)
+        self.list_data_dict = Mix(read_sources(data_path), *options, seed, self.paired)
 
     @property
     def lengths(self) -> list[int]:
@@ -53,7 +58,7 @@ class CheckedDataset(LazySupervisedDataset):
             position = (index + offset) % len(self)
             record = self.list_data_dict[position]
             try:
-                return super().__getitem__(position)
+                return self.read(position)
             except Exception as error:
                 cause = self._fault(record, error)
                 if cause is None:
@@ -63,6 +68,10 @@ class CheckedDataset(LazySupervisedDataset):
                     raise DataError(f"{message}. --bad_samples skip leaves such samples out.") from error
                 logger.warning("Skipped %s", message)
         raise DataError("No sample of the data can be used.")
+
+    def read(self, position: int) -> dict[str, Any]:
+        """LLaVA's sample: input_ids, labels and image."""
+        return super().__getitem__(position)
 
     def _fault(self, record: dict[str, Any], error: Exception) -> str | None:
         """What is wrong with a sample that could not be read; None when the error is not the sample's."""
@@ -83,9 +92,59 @@ class CheckedDataset(LazySupervisedDataset):
         return None
 
 
-def make_data_module(tokenizer: Any, data_args: Any, seed: int = 0) -> dict[str, Any]:
-    """The Trainer's data arguments: a checked data set and LLaVA's own collator."""
-    return {
-        "train_dataset": CheckedDataset(data_args.data_path, tokenizer, data_args, seed),
-        "data_collator": DataCollatorForSupervisedDataset(tokenizer=tokenizer),
-    }
+class PairedDataset(CheckedDataset):
+    """Samples with a second, worse answer under `rejected`: each is read with its own last answer and with that one.
+
+        {"id": ..., "image": ..., "conversations": [..., {"from": "gpt", "value": "chosen"}], "rejected": "worse"}
+
+    Args and Raises as for `CheckedDataset`.
+    """
+
+    paired = True
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._rejected = copy.copy(self)
+        self._rejected.list_data_dict = _WithRejected(self.list_data_dict)
+
+    def read(self, position: int) -> dict[str, Any]:
+        """{"chosen": LLaVA's sample, "rejected": the same with the other answer}."""
+        return {"chosen": super().read(position), "rejected": CheckedDataset.read(self._rejected, position)}
+
+
+class _WithRejected(Sequence):
+    """Records whose last answer is the rejected one."""
+
+    def __init__(self, records: Sequence[dict[str, Any]]):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._records[index]
+        turns = record["conversations"]
+        return {**record, "conversations": [*turns[:-1], {**turns[-1], "value": record["rejected"]}]}
+
+
+class PairedCollator:
+    """Collates P pairs as 2 P samples, the chosen answers before the rejected ones; single samples as they are.
+
+    Args:
+        collator: of single samples.
+    """
+
+    def __init__(self, collator: Callable[[Sequence[Any]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if "chosen" not in samples[0]:  # sight is measured on the chosen answers alone
+            return self.collator(samples)
+        return self.collator([sample[answer] for answer in ("chosen", "rejected") for sample in samples])
+
+
+def make_data_module(tokenizer: Any, data_args: Any, seed: int = 0, paired: bool = False) -> dict[str, Any]:
+    """The Trainer's data arguments: a checked data set and LLaVA's own collator; with `paired`, of pairs."""
+    dataset = (PairedDataset if paired else CheckedDataset)(data_args.data_path, tokenizer, data_args, seed)
+    collator = DataCollatorForSupervisedDataset(tokenizer=tokenizer)
+    return {"train_dataset": dataset, "data_collator": PairedCollator(collator) if paired else collator}

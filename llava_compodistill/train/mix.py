@@ -116,10 +116,18 @@ class Mix(Sequence):
         DataError: as `Records` does, and where a weight leaves nothing of a file.
     """
 
-    def __init__(self, sources: Sequence[Source], image_folder: str, bad_samples: str, check_images: bool, seed: int):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        image_folder: str,
+        bad_samples: str,
+        check_images: bool,
+        seed: int,
+        paired: bool = False,
+    ):
         self.sources, self.seed = list(sources), seed
         self._files = [
-            Records(source.path, os.path.join(image_folder, source.image_folder), bad_samples, check_images)
+            Records(source.path, os.path.join(image_folder, source.image_folder), bad_samples, check_images, paired)
             for source in sources
         ]
         self._file, self._place = array("q"), array("q")

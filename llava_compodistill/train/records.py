@@ -36,6 +36,7 @@ class Records(Sequence):
         image_folder: where the samples' image names begin.
         bad_samples: "error", or "skip" to leave bad samples out with a warning.
         check_images: whether to look if each image file exists.
+        paired: whether each sample needs a second answer, `rejected`, that is worse than its last.
 
     Attributes:
         words: number of words in the conversation of each sample.
@@ -45,7 +46,14 @@ class Records(Sequence):
         DataError: for an unreadable file, for bad samples under "error", or when no sample is left.
     """
 
-    def __init__(self, path: str, image_folder: str | None, bad_samples: str, check_images: bool = True):
+    def __init__(
+        self,
+        path: str,
+        image_folder: str | None,
+        bad_samples: str,
+        check_images: bool = True,
+        paired: bool = False,
+    ):
         self._path = path
         self._places, self._sizes, self._checksums = array("q"), array("q"), array("L")
         self.words, self.with_image = array("q"), array("b")
@@ -57,6 +65,8 @@ class Records(Sequence):
         count = 0
         for record, place, text in scan(path):
             problem = find_problem(record, image_folder, check_images, seen)
+            if problem is None and paired:
+                problem = find_pair_problem(record)
             if problem is None:
                 self._places.append(place)
                 self._sizes.append(len(text))
@@ -257,4 +267,16 @@ def find_problem(record: Any, image_folder: str | None, check_images: bool, seen
             seen[path] = os.path.isfile(path)
         if not seen[path]:
             return f"missing image: {path}"
+    return None
+
+
+def find_pair_problem(record: dict[str, Any]) -> str | None:
+    """What keeps a usable sample from being one of a pair; None when nothing does."""
+    rejected, last = record.get("rejected"), record["conversations"][-1]
+    if not isinstance(rejected, str) or not rejected.strip():
+        return "no rejected answer (a text under `rejected`)"
+    if last["from"] != "gpt":
+        return "the last turn is not gpt's: there is nothing to reject"
+    if rejected.strip() == last["value"].strip():
+        return "the rejected answer is the chosen one"
     return None

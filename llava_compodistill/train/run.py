@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
     if not args.distilled:
         teacher = None  # it has given its adapter
     configure(student, tokenizer, model_args, data_args, args)
-    data_module = make_data_module(tokenizer, data_args, args.seed_of_data)
+    data_module = make_data_module(tokenizer, data_args, args.seed_of_data, args.paired)
     checkpoint.check_disk_space(student, args)
 
     trainer = CompoDistillTrainer(model=student, teacher=teacher, args=args, tokenizer=tokenizer, **data_module)

@@ -134,6 +134,7 @@ class SightGuard(transformers.TrainerCallback):
         share = min(share, len(chosen) // args.world_size)
         mine = chosen[args.process_index * share : (args.process_index + 1) * share]
         samples = [dataset[index] for index in mine]
+        samples = [sample.get("chosen", sample) for sample in samples]  # of a pair of answers
         images = [sample["image"] for sample in samples]
         others = [{**sample, "image": images[place - 1]} for place, sample in enumerate(samples)]
         size = args.per_device_train_batch_size

@@ -6,6 +6,7 @@ without a word; here they keep them, and their padded vocabulary is not shrunk. 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+
+from .experts import Experts, install_experts, read_experts
 
 
 class MultimodalForward(LlavaMetaForCausalLM):
@@ -144,6 +147,24 @@ if hasattr(transformers, "Qwen3Config"):
     MODEL_CLASSES["qwen3"] = LlavaQwen3ForCausalLM
 
 
+def _sparse(dense: type) -> type:
+    """The class of a LLaVA model whose feed-forward layers are mixtures of experts."""
+    kind = f"{dense.config_class.model_type}_sparse"
+    name = dense.__name__.replace("For", "SparseFor")
+    config = type(f"{name.removesuffix('ForCausalLM')}Config", (dense.config_class,), {"model_type": kind})
+
+    def __init__(self, config):
+        dense.__init__(self, config)
+        install_experts(self)
+
+    return type(name, (dense,), {"config_class": config, "__init__": __init__, "__doc__": _sparse.__doc__})
+
+
+_SPARSE = {f"{base}_sparse": _sparse(dense) for base, dense in MODEL_CLASSES.items()}
+MODEL_CLASSES |= _SPARSE
+OWN_CLASSES += tuple(_SPARSE.values())
+
+
 def model_class(model_type: str) -> type:
     """The LLaVA model class for the `model_type` of a base language model or of a LLaVA checkpoint.
 
@@ -152,7 +173,38 @@ def model_class(model_type: str) -> type:
     """
     base = "llama" if model_type == "llava" else model_type.removeprefix("llava_")  # LLaVA 1.0 wrote "llava"
     if base not in MODEL_CLASSES:
-        known = ", ".join(sorted(MODEL_CLASSES))
+        known = ", ".join(sorted(MODEL_CLASSES.keys() - _SPARSE))
         hint = f"; Qwen3 needs transformers 4.51 or newer, not {transformers.__version__}" if base == "qwen3" else ""
         raise ValueError(f"model_type {model_type!r} in config.json: supported language models are {known}{hint}.")
     return MODEL_CLASSES[base]
+
+
+def _sparse_class(model_type: str) -> type:
+    dense = model_class(model_type)
+    if dense in _SPARSE.values():
+        raise ValueError(f"model_type {model_type}: this model has experts already.")
+    return next(sparse for sparse in _SPARSE.values() if sparse.__base__ is dense)
+
+
+def upcycle(core: nn.Module, settings: Experts) -> None:
+    """Turn a dense LLaVA model into a sparse one, in place: each expert starts as a copy of the layer's network.
+
+    Raises:
+        ValueError: for a model that has experts already, or cannot have them.
+    """
+    cls = _sparse_class(core.config.model_type)
+    if any(hasattr(parameter, "ds_id") for parameter in core.parameters()):
+        raise ValueError("Weights that ZeRO-3 has partitioned cannot be copied into experts.")
+    # Layers hold the same config and there are hooks on modules: both change their class and stay who they are.
+    core.config.__class__ = cls.config_class
+    core.config.experts = {**asdict(settings), "layers": list(settings.layers)}
+    core.__class__ = cls
+    layers = core.get_model().layers
+    dense = {number: layers[number].mlp for number in read_experts(core.config).layers}
+    install_experts(core)
+    for number, network in dense.items():
+        sparse = layers[number].mlp
+        weight = next(network.parameters())
+        sparse.to(device=weight.device, dtype=weight.dtype).train(network.training)
+        for expert in sparse.experts:
+            expert.load_state_dict(network.state_dict())

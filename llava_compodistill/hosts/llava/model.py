@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..base import IGNORE_INDEX, MergedBatch
+from .experts import routers as routers
 
 MERGE = "prepare_inputs_labels_for_multimodal"
 ENCODE = "encode_images"

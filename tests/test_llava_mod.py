@@ -1,0 +1,347 @@
+"""LLaVA-MoD: experts and preferences against their formulas, and the whole recipe from dense student to sparse one."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from checks import assert_same_weights, trained_weights
+from factory import checkpoint_folder, make_batch, make_model
+from torch import nn
+
+from llava_compodistill.errors import DataError
+from llava_compodistill.hosts.llava import experts as experts_module
+from llava_compodistill.hosts.llava.experts import Experts, Router, SparseMLP, routers
+from llava_compodistill.hosts.llava.language_models import upcycle
+from llava_compodistill.losses.preference import preference_loss
+from llava_compodistill.methods import find_method
+from llava_compodistill.record.forward import Needs, record
+from llava_compodistill.record.merge import record_merge
+from llava_compodistill.train.arguments import TrainingArguments
+from llava_compodistill.train.objective import Objective
+
+
+class _Expert(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, 7)
+        self.down = nn.Linear(7, config.hidden_size)
+
+    def forward(self, states):
+        return self.down(F.silu(self.up(states)))
+
+
+class _Config:
+    hidden_size = 5
+
+
+def routed_by_hand(network, tokens, settings, noise):
+    """Token by token: output, balance and the share of dropped choices."""
+    tokens_count, count = len(tokens), settings.count
+    capacity = math.ceil(tokens_count * settings.choices / count * settings.capacity_factor)
+    logits = tokens @ network.router.weight.t()
+    probabilities = logits.exp() / logits.exp().sum(1, keepdim=True)
+    chosen = []
+    for token in range(tokens_count):
+        order = [max(range(count), key=lambda e, t=token: probabilities[t, e].item())]
+        while len(order) < settings.choices:
+            left = [e for e in range(count) if e not in order]
+            order.append(max(left, key=lambda e, t=token: (logits[t, e] + noise[t, e]).item()))
+        chosen.append(order)
+    load, kept = [0] * count, set()
+    for choice in range(settings.choices):
+        for token in range(tokens_count):
+            expert = chosen[token][choice]
+            load[expert] += 1
+            if not network.training or load[expert] <= capacity:
+                kept.add((token, expert))
+    outputs = []
+    for token in range(tokens_count):
+        mine = [expert for expert in chosen[token] if (token, expert) in kept]
+        total = sum(probabilities[token, expert] for expert in mine)
+        parts = [probabilities[token, e] / total * network.experts[e](tokens[token]) for e in mine]
+        outputs.append(sum(parts) if parts else torch.zeros_like(tokens[token]))
+    first = [sum(order[0] == e for order in chosen) / tokens_count for e in range(count)]
+    balance = sum(probabilities[:, e].mean() * first[e] for e in range(count)) / count * count**2
+    return torch.stack(outputs), balance, 1 - len(kept) / (tokens_count * settings.choices)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("count, choices, factor", [(4, 2, 1.5), (4, 2, 0.6), (3, 1, 1.0), (5, 3, 0.8)])
+def test_experts_against_token_by_token(monkeypatch, training, count, choices, factor):
+    settings = Experts((0,), count, choices, factor)
+    network = SparseMLP(_Config, _Expert, settings).train(training)
+    tokens = torch.randn(3, 7, 5, requires_grad=True)
+    noise = torch.randn(21, count)
+    monkeypatch.setattr(experts_module, "_gumbel", lambda like: noise)
+    found = []
+    network.router.register_forward_hook(lambda module, args, routing: found.append(routing))
+    output = network(tokens)
+    expected, balance, dropped = routed_by_hand(
+        network, tokens.view(-1, 5), settings, noise if training else 0 * noise
+    )
+    torch.testing.assert_close(output.view(-1, 5), expected, atol=2e-6, rtol=1e-5)
+    assert float(found[0].balance) == pytest.approx(float(balance), rel=1e-5)
+    assert float(found[0].dropped) == pytest.approx(dropped, abs=1e-6)
+    assert training or dropped == 0
+    assert not training or factor > 1 or dropped > 0
+    target = torch.randn_like(expected)
+    of = [tokens, *network.parameters()]
+    mine = torch.autograd.grad((output.view(-1, 5) * target).sum() + found[0].balance, of)
+    theirs = torch.autograd.grad((expected * target).sum() + balance, of, allow_unused=True)
+    for ours, wanted in zip(mine, theirs, strict=True):  # None: an expert that no token has chosen
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if wanted is None else wanted, atol=5e-6, rtol=1e-4)
+
+
+def test_the_second_expert_is_drawn_by_its_probability():
+    router = Router(2, Experts((0,), 3, 2)).train()
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[5.0, 0.0], [1.0, 0.0], [0.0, 0.0]]))
+        chosen = router(torch.tensor([[1.0, 0.0]]).repeat(4000, 1)).experts
+        assert (chosen[:, 0] == 0).all()
+        # Of experts 1 and 2, with logits 1 and 0.
+        assert float((chosen[:, 1] == 1).float().mean()) == pytest.approx(1 / (1 + math.exp(-1)), abs=0.03)
+        assert (router.eval()(torch.tensor([[1.0, 0.0]])).experts == torch.tensor([[0, 1]])).all()
+
+
+def test_even_use_of_experts_costs_one():
+    router = Router(4, Experts((0,), 4, 2))
+    with torch.no_grad():
+        router.weight.copy_(3 * torch.eye(4))
+    assert float(router(torch.eye(4)).balance) == pytest.approx(1.0)
+    assert float(router(torch.eye(4)[:1].repeat(4, 1)).balance) > 2
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_an_upcycled_model_answers_as_the_dense_one(siglip, family):
+    """Every expert is a copy, and weights of a token add up to 1."""
+    model = make_model(siglip, family, dtype=torch.float32)
+    batch = make_batch(["qIqaa", "Iqa"], dtype=torch.float32)
+    before = model(**batch.inputs).logits
+    upcycle(model, Experts((0, 2)))
+    assert model.config.model_type == f"llava_{family}_sparse" and list(routers(model)) == [0, 2]
+    torch.testing.assert_close(model(**batch.inputs).logits, before, atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="has experts already"):
+        upcycle(model, Experts((0, 2)))
+
+
+@pytest.mark.parametrize("values, message", [((9,), "layer 9 of 4"), (([0], 2, 3), "3 choices of 2 experts")])
+def test_experts_that_cannot_be(siglip, values, message):
+    with pytest.raises(ValueError, match=f"experts: {message}"):
+        upcycle(make_model(siglip), Experts(values if isinstance(values[0], int) else tuple(values[0]), *values[1:]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preferences
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["dpo", "kto_pair"])
+def test_preference_losses_by_hand(kind):
+    chosen, rejected, beta = [0.7, -2.0, 3.0], [-1.0, 0.4, 2.0], 0.3
+    losses = preference_loss(torch.tensor(chosen), torch.tensor(rejected), kind, beta)
+
+    def sigma(x):
+        return 1 / (1 + math.exp(-x))
+
+    if kind == "dpo":
+        expected = [-math.log(sigma(beta * (c - r))) for c, r in zip(chosen, rejected, strict=True)]
+    else:
+        up, low = max(0, sum(chosen) / 3), max(0, sum(rejected) / 3)
+        ones = [1 - sigma(beta * (c - low)) for c in chosen]
+        others = [1 - sigma(beta * (up - r)) for r in rejected]
+        expected = [(one + other) / 2 for one, other in zip(ones, others, strict=True)]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto_pair"])
+def test_the_preference_step_against_whole_logits(siglip, tmp_path, kind):
+    teacher = make_model(siglip, hidden=48, layers=6, heads=6, vocab=128, seed=1, dtype=torch.float32)
+    student = make_model(siglip, seed=2, dtype=torch.float32)
+    upcycle(student, Experts((0, 2)))
+    args = TrainingArguments(
+        str(tmp_path), stage="preference", method="llava_mod", use_cpu=True, report_to=[],
+        method_options=json.dumps({"preference": kind, "beta": 0.5}),
+    )  # fmt: skip
+    objective = Objective(student, teacher.requires_grad_(False), args.chosen_method.terms("preference", args), 91)
+    batch = make_batch(["qIqaa", "qqa", "qIqaaa", "qqaa"], dtype=torch.float32)  # two pairs, one of text alone
+
+    def likelihoods(model):
+        with record_merge(model) as recorder:
+            logits = model(**batch.inputs, use_cache=False).logits.log_softmax(-1)
+        labels = recorder.batch.labels
+        return torch.stack(
+            [
+                sum(logits[b, n - 1, labels[b, n]] for n in range(labels.shape[1]) if labels[b, n] != -100)
+                for b in range(4)
+            ]
+        )
+
+    with objective.running():
+        sums = objective(student, {**batch.inputs, "use_cache": False})
+    with record(student, Needs(routing=True)) as recorder:
+        student(**batch.inputs, use_cache=False)
+    ratios = likelihoods(student) - likelihoods(teacher).detach()
+    expected = preference_loss(ratios[:2], ratios[2:], kind, 0.5).mean()
+    # Both are sums that are divided by four samples.
+    assert float(sums["preference"].loss) / 4 == pytest.approx(float(expected), rel=1e-4)
+    balance = sum(routing.balance for routing in recorder.latest.routing.values())
+    assert float(sums["balance"].loss) / 4 == pytest.approx(float(balance), rel=1e-5)
+    assert objective.term("balance").weight == 0.02
+    margin, pairs = sums["preference"].measured["reward_margin"]
+    assert int(pairs) == 2 and float(margin) == pytest.approx(0.5 * float((ratios[:2] - ratios[2:]).sum()), rel=1e-3)
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(sums["preference"].loss / 4, trained, allow_unused=True)
+    wanted = torch.autograd.grad(expected, trained, allow_unused=True)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def pairs(mixed, tmp_path_factory):
+    """The mixed samples, each with a rejected answer."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.json"
+    path.write_text(json.dumps([{**sample, "rejected": "blue"} for sample in json.loads(mixed.read_text())]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(world, sharp_teacher, mixed, pairs, tmp_path_factory):
+    """{stage: its trainer}, and the folder that they are in."""
+    root = tmp_path_factory.mktemp("llava-mod")
+    options = {"method": "llava_mod", "mm_projector_type": "mlp2x_gelu"}
+    distilled = {**options, "teacher_model_path": sharp_teacher, "data_path": mixed}
+    adapter = root / "pt" / "mm_projector.bin"
+    found = {"pt": tiny.run(world, "pt", root / "pt", **options)}
+    found["d2d"] = tiny.run(
+        world, "d2d", root / "d2d", version="qwen_1_5", pretrain_mm_mlp_adapter=adapter, **distilled
+    )
+    found["d2s"] = tiny.run(
+        world, "d2s", root / "d2s", model_name_or_path=root / "d2d", gradient_checkpointing=True,
+        save_strategy="steps", save_steps=1, **distilled,
+    )  # fmt: skip
+    preference = {**distilled, "data_path": pairs, "model_name_or_path": root / "d2s"}
+    found["preference"] = tiny.run(world, "preference", root / "preference", sight_steps=1, **preference)
+    return found, root
+
+
+def test_each_step_has_its_terms(recipe):
+    trainers, root = recipe
+    logs = {stage: tiny.read_log(root / stage)[-1] for stage in trainers}
+    assert logs["pt"]["loss"] == pytest.approx(logs["pt"]["lm"], rel=1e-4)
+    assert logs["d2d"]["loss"] == pytest.approx(logs["d2d"]["kl"], rel=1e-4)
+    d2s = logs["d2s"]
+    assert d2s["loss"] == pytest.approx(d2s["lm"] + d2s["kl"] + 0.01 * d2s["balance"], rel=1e-3)
+    last = logs["preference"]
+    assert last["loss"] == pytest.approx(last["preference"] + 0.02 * last["balance"], rel=1e-3)
+    assert {"reward_margin", "reward_accuracy", "dropped", "sight"} <= last.keys() and "lm" not in last
+
+
+@pytest.mark.invariant
+def test_the_sparse_steps_train_experts_and_adapter_alone(recipe):
+    trainers, root = recipe
+    for stage in ("d2s", "preference"):
+        names = {name for name, p in trainers[stage].model.named_parameters() if p.requires_grad}
+        assert {name.split(".")[1] for name in names} == {"layers", "mm_projector"}
+        assert all(".mlp." in name or "mm_projector" in name for name in names)
+    before, after = (load(root / stage) for stage in ("d2d", "preference"))
+    for name, value in before.items():
+        frozen = ".mlp." not in name and "mm_projector" not in name
+        assert name not in after or torch.equal(value, after[name]) == frozen, name
+    copies = [after[f"model.layers.2.mlp.experts.{number}.up_proj.weight"] for number in range(4)]
+    assert sum(not torch.equal(copy, before["model.layers.2.mlp.up_proj.weight"]) for copy in copies) > 1
+
+
+def load(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_llava_loads_the_sparse_student(recipe, world):
+    from llava.mm_utils import get_model_name_from_path
+    from llava.model.builder import load_pretrained_model
+
+    trainers, root = recipe
+    config = json.loads((root / "preference" / "config.json").read_text())
+    assert config["model_type"] == "llava_qwen2_sparse" and config["architectures"] == ["LlavaQwen2SparseForCausalLM"]
+    assert config["experts"] == {"layers": [0, 2], "count": 4, "choices": 2, "capacity_factor": 1.5}
+    assert config["compodistill"]["stage"] == "preference" and config["compodistill"]["template"] == "qwen_1_5"
+    path = str(root / "preference")
+    _, model, _, _ = load_pretrained_model(path, None, get_model_name_from_path(path), device="cpu", device_map="cpu")
+    student = trainers["preference"].model.eval()
+    inputs = make_batch(["qIqq"], dtype=torch.float32).inputs
+    inputs["images"] = torch.rand(1, 3, *[student.get_vision_tower().config.image_size] * 2)
+    with torch.no_grad():
+        expected = student(**inputs).logits
+        torch.testing.assert_close(model.float()(**inputs).logits, expected, atol=1e-4, rtol=1e-3)
+        answer = model.generate(inputs["input_ids"], images=inputs["images"], max_new_tokens=3, do_sample=False)
+    assert answer.shape[1] >= 1
+
+
+@pytest.mark.invariant
+def test_the_sparse_step_resumed_is_the_step_unbroken(recipe, world, sharp_teacher, mixed, tmp_path, monkeypatch):
+    trainers, root = recipe
+    (tmp_path / "d2s").mkdir()
+    (root / "d2s" / "checkpoint-1").rename(tmp_path / "d2s" / "checkpoint-1")
+    resumed = tiny.run(
+        world, "d2s", tmp_path / "d2s", method="llava_mod", mm_projector_type="mlp2x_gelu", data_path=mixed,
+        teacher_model_path=sharp_teacher, model_name_or_path=root / "d2d", gradient_checkpointing=True,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    assert_same_weights(trained_weights(resumed.model), trained_weights(trainers["d2s"].model), 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+def test_what_the_stages_cannot_start_from(world, sharp_teacher, mixed, pairs, tmp_path, recipe):
+    options = {"method": "llava_mod", "mm_projector_type": "mlp2x_gelu", "teacher_model_path": sharp_teacher}
+    with pytest.raises(ValueError, match="--stage preference trains a sparse student, and this one is dense"):
+        tiny.run(world, "preference", tmp_path / "a", data_path=pairs, **options)
+    with pytest.raises(ValueError, match="--stage d2s of llava_mod trains new experts whole: leave --lora_enable out"):
+        tiny.run(world, "d2s", tmp_path / "b", data_path=mixed, lora_enable=True, **options)
+    with pytest.raises(ValueError, match="--stage 'd2d': must be one of pt, dpt, dft, sft \\(--method kd\\)"):
+        tiny.run(world, "d2d", tmp_path / "c", data_path=mixed, **{**options, "method": "kd"})
+    with pytest.raises(DataError, match="16 x no rejected answer"):
+        tiny.run(world, "preference", tmp_path / "d", data_path=mixed, **options, model_name_or_path=recipe[1] / "d2s")
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"preference": "ppo"}, "one of kto_pair, dpo"), ({"beta": 0}, "above 0")]
+)
+def test_options_of_the_preference_step(tmp_path, options, message):
+    args = TrainingArguments(str(tmp_path), stage="preference", method="llava_mod", use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match=f"--method_options .*{message}"):
+        find_method("llava_mod", options).terms("preference", args)
+
+
+def test_pairs_are_checked():
+    from llava_compodistill.train.records import find_pair_problem
+
+    sample = tiny.sample(0, "x.png", 1)
+    assert find_pair_problem({**sample, "rejected": "Green"}) is None
+    assert "no rejected" in find_pair_problem({**sample, "rejected": " "})
+    assert "the chosen one" in find_pair_problem({**sample, "rejected": sample["conversations"][-1]["value"]})
+    turns = [*sample["conversations"], {"from": "human", "value": "And?"}]
+    assert "nothing to reject" in find_pair_problem({**sample, "conversations": turns, "rejected": "x"})
+
+
+def test_the_saved_experts_are_read_back(siglip, world, tmp_path):
+    """By the loader that training and evaluation use, from a checkpoint in LLaVA's generation's format."""
+    from llava_compodistill.hosts import load_model
+
+    model = make_model(siglip, dtype=torch.float32)
+    upcycle(model, Experts((1, 3), count=3))
+    with torch.no_grad():
+        for parameter in model.get_model().layers[1].mlp.parameters():
+            parameter.normal_(std=0.2)
+    again = load_model(str(checkpoint_folder(tmp_path / "sparse", model, world["tokenizer"])))
+    weights = dict(again.named_parameters())
+    for name, value in model.named_parameters():
+        assert "vision_tower" in name or torch.equal(weights[name], value), name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,7 +188,11 @@ def test_a_mean_has_its_interval():
 
 
 def test_checkpoints_are_named_by_what_tells_them_apart():
-    assert cli._names(["a/llava", "b/llava"]) == ["a/llava", "b/llava"] and cli._names(["a/x", "b/y"]) == ["x", "y"]
+    assert cli._names(["a/llava", "b/llava", "teacher"]) == ["a", "b", "teacher"]
+    assert cli._names(["a/x", "b/y"]) == ["x", "y"] and cli._names(["a/x", "a/x/x"])[0] != "x"
+    assert cli._names(["a/x", "b/x"], "one, two") == ["one", "two"]
+    with pytest.raises(DataError, match="--names one: there must be 2 different names"):
+        cli._names(["a/x", "b/x"], "one")
     with pytest.raises(DataError, match="named twice"):
         cli._names(["a/x", "a/x"])
 
@@ -240,6 +246,21 @@ def test_bad_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
         cli.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_models_that_read_other_prompts_are_not_compared(tmp_path):
+    folders = {"one": str(tmp_path / "one"), "two": str(tmp_path / "two")}
+    for path, template in zip(folders.values(), ("qwen_1_5", "qwen_qa"), strict=True):
+        config = {"model_type": "llava_qwen2", "compodistill": {"template": template}}
+        Path(path).mkdir()
+        (Path(path) / "config.json").write_text(json.dumps(config))
+    args = argparse.Namespace(analysis="similarity", conv_mode=None)
+    with pytest.raises(DataError, match=r"templates \(one: qwen_1_5, two: qwen_qa\).*--conv-mode names one for all"):
+        cli._templates(folders, args)
+    args.analysis = "overlay"
+    assert list(cli._templates(folders, args).values()) == ["qwen_1_5", "qwen_qa"]
+    args = argparse.Namespace(analysis="similarity", conv_mode="qwen_base")
+    assert set(cli._templates(folders, args).values()) == {"qwen_base"}
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path):

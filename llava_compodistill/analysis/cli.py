@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--data", action="append", required=True, metavar="FILE|BENCHMARK",
         help="LLaVA's JSON, .jsonl of image, text, answer, or a benchmark's name (repeatable for similarity)",
     )  # fmt: skip
+    parser.add_argument("--names", default=None, help="of the checkpoints in pictures, with commas (parts of paths)")
     parser.add_argument("--images", default="", help="folder that the image names of a file begin in")
     parser.add_argument("--data-root", type=Path, default=None, help="folder of the benchmarks' files")
     parser.add_argument(
@@ -82,8 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _name(source): thinned(read_samples(source, args.images, args.data_root, args.caption_prompt), args.limit)
         for source in args.data
     }
-    names = _names(args.checkpoints)
-    engines = {name: _load(path, args) for name, path in zip(names, args.checkpoints, strict=True)}
+    names = _names(args.checkpoints, args.names)
+    templates = _templates(dict(zip(names, args.checkpoints, strict=True)), args)
+    engines = {name: _load(path, templates[name], args) for name, path in zip(names, args.checkpoints, strict=True)}
     picture, found = _RUN[args.analysis](engines, sources, band, args)
     record = {
         "analysis": args.analysis,
@@ -105,20 +108,50 @@ def _name(source: str) -> str:
     return Path(source).stem if Path(source).suffix else source
 
 
-def _names(checkpoints: Sequence[str]) -> list[str]:
-    """What each checkpoint is called: the last part of its path that tells it from the others."""
-    parts = [Path(checkpoint).resolve().parts for checkpoint in checkpoints]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise DataError(f"a checkpoint is named twice: {', '.join(map(str, checkpoints))}.")
+def _names(checkpoints: Sequence[str], given: str | None = None) -> list[str]:
+    """What each checkpoint is called: the last part of its path that tells it from the others, or what is given.
+
+    Raises:
+        DataError: for a checkpoint that is there twice, and for names that are not one for each.
+    """
+    if given is not None:
+        names = [name.strip() for name in given.split(",")]
+        if len(set(names)) != len(checkpoints) or len(names) != len(checkpoints):
+            raise DataError(f"--names {given}: there must be {len(checkpoints)} different names, one a checkpoint.")
+        return names
+    parts = [Path(os.path.abspath(checkpoint)).parts for checkpoint in checkpoints]
+    found = []
+    for place, mine in enumerate(parts):
+        others = {part for other in (*parts[:place], *parts[place + 1 :]) for part in other}
+        own = [part for part in mine if part not in others]
+        found.append(own[-1] if own else "/".join(mine))
+    if len(set(parts)) < len(parts):
+        raise DataError(f"a checkpoint is named twice: {', '.join(map(str, checkpoints))}.")
+    return found
 
 
-def _load(path: str, args: argparse.Namespace) -> Any:
+def _templates(checkpoints: dict[str, str], args: argparse.Namespace) -> dict[str, str]:
+    """The conversation template of each checkpoint.
+
+    Raises:
+        DataError: where models are compared token by token, and read other prompts.
+    """
+    found = {
+        name: args.conv_mode or template_of(path, lambda text: console.print(text, soft_wrap=True))
+        for name, path in checkpoints.items()
+    }
+    if args.analysis in _COMPARE and len(set(found.values())) > 1:
+        listed = ", ".join(f"{name}: {template}" for name, template in found.items())
+        raise DataError(
+            f"The checkpoints have different conversation templates ({listed}), so their tokens stand at different "
+            "places: --conv-mode names one for all."
+        )
+    return found
+
+
+def _load(path: str, template: str, args: argparse.Namespace) -> Any:
     from ..eval.loading import load_engine
 
-    template = args.conv_mode or template_of(path, lambda text: console.print(text, soft_wrap=True))
     with console.status(f"loading {path}"):
         return load_engine(path, template, device=args.device, batch_size=args.batch_size)
 
@@ -224,11 +257,16 @@ def _overlay(engines: dict[str, Any], sources: dict[str, list[Sample]], band: An
             for model, engine in engines.items()
         }
         with Image.open(sample.image) as image:
-            rows.append((f"{sample.prompt}\n{sample.answer}\n[{phrase}]", image.convert("RGB"), looks))
+            of = "the answer" if args.phrase is None else f"“{phrase}”"
+            title = f"{sample.prompt}\nAnswer: {sample.answer}\nAttention of {of}"
+            rows.append((title, image.convert("RGB"), looks))
         looked = {model: look.tolist() for model, look in looks.items()}
         found.append({"image": sample.image, "phrase": phrase, "attention": looked})
     return draw_overlays(rows, next(iter(engines)), args.output / "overlay.png"), found
 
+
+#: Analyses that compare models token by token.
+_COMPARE = ("similarity", "probability", "intervention")
 
 _RUN: dict[str, Callable[..., tuple[Path, Any]]] = {
     "similarity": _similarity,

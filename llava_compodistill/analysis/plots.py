@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ def _new(columns: int = 1, rows: int = 1, width: float = 4.8, height: float = 3.
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _legend(figure: Any, axis: Any) -> None:
+    """Below the figure, where long names cover nothing."""
+    handles, labels = axis.get_legend_handles_labels()
+    columns = max(1, min(len(labels), int(figure.get_figwidth() * 11 // max(map(len, labels)))))
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": columns}
+    figure.legend(handles, labels, frameon=False, fontsize=8, **place)
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -53,9 +62,16 @@ def draw_similarity(
     names = list(dict.fromkeys(name for name, _ in found))
     kinds = list(dict.fromkeys(kind for _, kind in found))
     figure, axes = _new(len(names), len(kinds))
+    means = [layer for curves in found.values() for layers in curves.values() for layer in layers]
+    lowest, highest = (
+        fold(layer.value + sign * layer.half for layer in means) for fold, sign in ((min, -1), (max, 1))
+    )
+    shown = band[1] - band[0] < 1
     for (name, kind), curves in found.items():
         axis = axes[kinds.index(kind)][names.index(name)]
-        axis.axvspan(*band, color="0.93", zorder=0)
+        axis.set_ylim(lowest - 0.02, highest + 0.02)
+        if shown:
+            axis.axvspan(*band, color="0.93", zorder=0)
         for color, (model, layers) in zip(COLORS, curves.items(), strict=False):
             depth = (np.arange(len(layers)) + 0.5) / len(layers)
             values, half = (np.array([getattr(layer, what) for layer in layers]) for what in ("value", "half"))
@@ -66,11 +82,10 @@ def draw_similarity(
         axis.set_xlim(0, 1)
         axis.set_xlabel("relative depth of the layer")
         axis.set_ylabel(f"cosine similarity to {reference}")
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.suptitle(
-        f"Attention of the answer's tokens (bands: {bands}; grey: the layers that VAT aligns)", fontsize=11
-    )
+    grey = "; grey: the layers that VAT aligns" if shown else ""
+    figure.suptitle(f"Attention of the answer's tokens (bands: {bands}{grey})", fontsize=11)
     figure.tight_layout()
+    _legend(figure, axes[0][0])
     return _save(figure, path)
 
 
@@ -88,7 +103,7 @@ def draw_probability(
         axis.errorbar(
             [point.value for point in bins.similarity],
             [point.value for point in bins.probability],
-            yerr=[point.half for point in bins.probability],
+            yerr=np.array([(min(p.half, p.value), min(p.half, 1 - p.value)) for p in bins.probability]).T,
             fmt="o-",
             color=color,
             capsize=2,
@@ -96,10 +111,11 @@ def draw_probability(
             label=f"{model}: Spearman {bins.correlation:+.2f}, "
             f"n = {count or sum(point.n for point in bins.probability)}",
         )
-    axis.set_xlabel(f"similarity of the attention to {reference}'s (mean of the bin)")
+    axis.set_xlabel(f"similarity of the attention to that of {reference} (mean of the bin)")
     axis.set_ylabel("probability of the right answer, a token")
     axis.set_title(f"Samples in bins of equal size (bars: {bars})", fontsize=10)
-    axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    _legend(figure, axis)
     return _save(figure, path)
 
 
@@ -108,7 +124,7 @@ def draw_intervention(found: Mapping[str, Intervention], path: Path, bars: str =
     figure, axes = _new(width=6.4)
     axis = axes[0][0]
     names = list(next(iter(found.values())).difference)
-    width = 0.8 / len(found)
+    width = min(0.8 / len(found), 0.25)
     for place, (color, (model, result)) in enumerate(zip(COLORS, found.items(), strict=False)):
         at = np.arange(len(names)) + (place - (len(found) - 1) / 2) * width
         values = [result.difference[name] for name in names]
@@ -124,7 +140,9 @@ def draw_intervention(found: Mapping[str, Intervention], path: Path, bars: str =
         f"With the mean of the teacher's and its own attention over the image\n(bars: {bars})",
         fontsize=10,
     )
-    axis.legend(frameon=False, fontsize=8)
+    axis.set_xlim(-0.6, len(names) - 0.4)
+    figure.tight_layout()
+    _legend(figure, axis)
     return _save(figure, path)
 
 
@@ -142,11 +160,11 @@ def draw_knockout(found: Mapping[str, tuple[tuple[Mean, Mean], Sequence[tuple[Me
             axis.axhline(whole[which].value, color=color, linestyle=":", linewidth=1)
         axis.set_xlabel("layer in which text does not see the image")
         axis.set_ylabel(label)
-    axes[0][0].legend(frameon=False, fontsize=8)
     figure.suptitle(
         "One layer without sight at a time (dotted: the whole model; bars: 95 % over samples)", fontsize=11
     )
     figure.tight_layout()
+    _legend(figure, axes[0][0])
     return _save(figure, path)
 
 
@@ -160,7 +178,7 @@ def draw_overlays(rows: Sequence[tuple[str, Any, Mapping[str, np.ndarray]]], ref
     figure, axes = _new(len(models) + 1, len(rows), 2.5, 2.8)
     for line, (title, image, looks) in zip(axes, rows, strict=True):
         line[0].imshow(image)
-        line[0].set_title(title, fontsize=8, wrap=True)
+        line[0].set_title("\n".join(textwrap.fill(part, 34) for part in title.split("\n")), fontsize=8)
         gray = np.asarray(image.convert("L"))
         extent = (0, image.width, image.height, 0)
         top = max(float((look / look.sum()).max()) for look in looks.values())
@@ -172,10 +190,11 @@ def draw_overlays(rows: Sequence[tuple[str, Any, Mapping[str, np.ndarray]]], ref
             )
             other = looks[reference] / looks[reference].sum()
             cosine = float((look * other).sum() / np.sqrt((look**2).sum() * (other**2).sum()))
-            axis.set_title(
-                model if model == reference else f"{model}\ncosine to {reference}: {cosine:.2f}", fontsize=8
-            )
+            title = textwrap.fill(model, 24)
+            axis.set_title(title if model == reference else f"{title}\ncosine {cosine:.2f}", fontsize=8)
         figure.colorbar(shown, ax=list(line), fraction=0.012, pad=0.01, label="share of the attention")
     for axis in axes.flat:
         axis.set_axis_off()
+    what = f"Attention over the visual tokens (cosine: with that of {reference})"
+    figure.text(0.5, 0.09, what, ha="center", va="top", fontsize=9)
     return _save(figure, path)

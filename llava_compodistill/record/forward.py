@@ -71,6 +71,8 @@ class Pass:
         head_maps: by (layer, heads), [B, number of heads, N, N_v]; empty for a batch without an image.
         hidden: by (layer, name of rows), [R, D].
         returned: what `on_head` returned, as it came out of the head's call.
+        aligned: of a teacher with another tokenizer, [B, S, 2]: the answer rows that correspond, by their numbers
+            within a sample, of the student and of the teacher, padded with -1 (`pair.tokens.align_answers`).
     """
 
     batch: MergedBatch
@@ -79,6 +81,7 @@ class Pass:
     head_maps: dict[LayerHeads, torch.Tensor] = field(default_factory=dict)
     hidden: dict[LayerRows, torch.Tensor] = field(default_factory=dict)
     returned: torch.Tensor | None = None
+    aligned: torch.Tensor | None = None
 
 
 class PassRecorder:

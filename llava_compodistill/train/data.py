@@ -10,7 +10,9 @@ from PIL import Image
 
 from ..errors import DataError, SampleError
 from ..hosts.llava.training import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from ..pair.tokens import TEACHER
 from .mix import Mix, read_sources
+from .teacher_text import PairedCollator, TeacherText
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +26,16 @@ class CheckedDataset(LazySupervisedDataset):
         tokenizer: of the student.
         data_args: LLaVA's data arguments with `bad_samples` ("error" or "skip") and `check_images`.
         seed: draws samples where a mix takes a share of a file.
+        teacher: how a teacher with another tokenizer reads the samples, which then hold that, too.
 
     Raises:
         DataError: for an unreadable file, or bad samples under "error".
     """
 
-    def __init__(self, data_path: str, tokenizer: Any, data_args: Any, seed: int = 0):
-        self.tokenizer = tokenizer
+    def __init__(
+        self, data_path: str, tokenizer: Any, data_args: Any, seed: int = 0, teacher: TeacherText | None = None
+    ):
+        self.tokenizer, self.teacher = tokenizer, teacher
         self.data_args = data_args
         data_args.image_folder = data_args.image_folder or ""
         options = data_args.image_folder, data_args.bad_samples, data_args.check_images
@@ -53,7 +58,8 @@ class CheckedDataset(LazySupervisedDataset):
             position = (index + offset) % len(self)
             record = self.list_data_dict[position]
             try:
-                return super().__getitem__(position)
+                sample = super().__getitem__(position)
+                return sample if self.teacher is None else {**sample, TEACHER: self.teacher.read(record, sample)}
             except Exception as error:
                 cause = self._fault(record, error)
                 if cause is None:
@@ -83,9 +89,12 @@ class CheckedDataset(LazySupervisedDataset):
         return None
 
 
-def make_data_module(tokenizer: Any, data_args: Any, seed: int = 0) -> dict[str, Any]:
-    """The Trainer's data arguments: a checked data set and LLaVA's own collator."""
-    return {
-        "train_dataset": CheckedDataset(data_args.data_path, tokenizer, data_args, seed),
-        "data_collator": DataCollatorForSupervisedDataset(tokenizer=tokenizer),
-    }
+def make_data_module(
+    tokenizer: Any, data_args: Any, seed: int = 0, teacher: TeacherText | None = None
+) -> dict[str, Any]:
+    """The Trainer's data arguments: a checked data set and LLaVA's own collator, one for each tokenizer."""
+    collator = DataCollatorForSupervisedDataset(tokenizer=tokenizer)
+    if teacher is not None:
+        collator = PairedCollator(collator, DataCollatorForSupervisedDataset(tokenizer=teacher.tokenizer))
+    dataset = CheckedDataset(data_args.data_path, tokenizer, data_args, seed, teacher)
+    return {"train_dataset": dataset, "data_collator": collator}

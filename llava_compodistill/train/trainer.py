@@ -31,6 +31,7 @@ from .mix import Mix, write_manifest
 from .objective import Objective
 from .samplers import SeededLengthGroupedSampler, SeededRandomSampler, TellEpoch
 from .sight import SightGuard, can_measure
+from .teacher_text import TeacherText
 from .terms_log import TermsLog
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class CompoDistillTrainer(LLaVATrainer):
         teacher: the frozen teacher, for stages that need one. It is kept outside the student: in no state dict, in no
             optimizer.
         tokenizer: saved beside the student; its length bounds the vocabulary that L_KL runs over.
+        teacher_text: how a teacher with another tokenizer reads the samples (`find_teacher_text`); the data come from
+            `make_data_module(..., teacher=teacher_text)`.
         Other arguments as for `transformers.Trainer`.
     """
 
@@ -54,6 +57,7 @@ class CompoDistillTrainer(LLaVATrainer):
         args: TrainingArguments,
         teacher: nn.Module | None = None,
         tokenizer: Any = None,
+        teacher_text: TeacherText | None = None,
         **kwargs: Any,
     ):
         if args.distilled and teacher is None:
@@ -64,6 +68,7 @@ class CompoDistillTrainer(LLaVATrainer):
             args.chosen_method.terms(args.stage, args),
             vocab_size=None if tokenizer is None else len(tokenizer),
             impl=args.attention_map_impl,
+            teacher_vocab_size=None if teacher_text is None else len(teacher_text.tokenizer),
         )
         checkpoint.attach_modules(model, self.objective.modules)
         super().__init__(model=model, args=args, **compat.tokenizer_argument(tokenizer), **kwargs)
@@ -73,7 +78,10 @@ class CompoDistillTrainer(LLaVATrainer):
             )
         core = llava_core(model)
         self._limit = getattr(core.config, "tokenizer_model_max_length", None)
-        self.data_collator = CountingCollator(self.data_collator, count_visual_tokens(core), self._limit)
+        theirs = None
+        if teacher_text is not None:
+            theirs = count_visual_tokens(teacher), teacher.config.tokenizer_model_max_length
+        self.data_collator = CountingCollator(self.data_collator, count_visual_tokens(core), self._limit, theirs)
         self.tokenizer_to_save = tokenizer
         self.train_sampler: Any = None
         self._gathered: tuple[dict | None, dict | None] = None, None
@@ -161,7 +169,7 @@ class CompoDistillTrainer(LLaVATrainer):
         """The collator's; a batch that was made elsewhere is counted here, on its device."""
         if facts.KEY in batch:
             return batch[facts.KEY]
-        return BatchFacts.of(batch, self.data_collator.visual_tokens, self._limit)
+        return self.data_collator.facts(batch)
 
     def _watch_answers(self, found: list[BatchFacts]) -> None:
         """Announce the first sample whose answers are all cut off: its loss is a zero that nobody sees in the mean."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from functools import partial
 from types import SimpleNamespace
 
 import factory
 import pytest
-import tiny
 import torch
 from checks import PLAIN, assert_same_weights, trained_weights
 from factory import make_batch, make_model
@@ -18,8 +16,8 @@ from transformers import AutoTokenizer
 
 from llava_compodistill.hosts.llava import register
 from llava_compodistill.hosts.token_bytes import TokenBytes
-from llava_compodistill.pair.tokens import TEACHER, align_answers, first_difference
-from llava_compodistill.train.arguments import ModelArguments, TrainingArguments
+from llava_compodistill.pair.tokens import TEACHER, align_answers
+from llava_compodistill.train.arguments import TrainingArguments
 
 register(train=True)
 
@@ -27,8 +25,6 @@ from llava_compodistill.hosts.llava.host import import_llava_train  # noqa: E402
 from llava_compodistill.hosts.llava.reading import read_conversation  # noqa: E402
 from llava_compodistill.hosts.llava.templates import current_template, prepare_tokenizer, use_template  # noqa: E402
 from llava_compodistill.record.merge import record_merge  # noqa: E402
-from llava_compodistill.train import teacher_text  # noqa: E402
-from llava_compodistill.train.data import CheckedDataset, make_data_module  # noqa: E402
 from llava_compodistill.train.objective import Objective  # noqa: E402
 
 IGNORE = -100
@@ -221,3 +217,294 @@ def test_reading_leaves_the_students_template(qwen, llama):
     with pytest.raises(ValueError, match="template 'v1' .TWO. with Qwen2Tokenizer ends 0 of 1 answers"):
         read_conversation(turns, True, qwen, TokenBytes(qwen), "v1")
     assert current_template() == "qwen_1_5"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Terms on a pair, against whole logits and maps
+# ---------------------------------------------------------------------------------------------------------------------
+LAYOUTS = ["qqIqaaqaa", "qIqa", "qqaaa", "Iqqaaaa"]
+THEIRS = ["qIqqaaaqa", "qqIqqaa", "qaa", "IqIqaa"[1:] + "a"]
+#: Answer rows of the student and of the teacher that correspond; -1 pads. The last of the first and third samples lie
+#: beyond a cut.
+ALIGNED = [[[0, 0], [1, 2], [2, 3], [3, 9]], [[0, 1], [-1, -1], [-1, -1], [-1, -1]],
+           [[0, 0], [2, 1], [7, 1], [-1, -1]], [[0, 0], [1, 1], [3, 2], [-1, -1]]]  # fmt: skip
+VOCABS = (91, 117)  # the heads have 96 and 128 rows
+
+
+@pytest.fixture
+def pair(siglip, monkeypatch):
+    # transformers 4.37 fills eager attention's mask with float64's smallest number in torch's default dtype.
+    monkeypatch.setattr(torch, "full", partial(torch.full, dtype=torch.float64))
+    teacher = make_model(siglip, "llama", hidden=48, layers=6, heads=6, kv_heads=6, vocab=128, seed=1,
+                         attention="eager")  # fmt: skip
+    return make_model(siglip, seed=2, attention="eager"), teacher.requires_grad_(False)
+
+
+def paired_batch():
+    """The same images to both; text of one length here and another there."""
+    mine, theirs = make_batch(LAYOUTS), make_batch(THEIRS, vocab=110, seed=5)
+    other = {name: value for name, value in theirs.inputs.items() if name != "images"}
+    return {**mine.inputs, TEACHER: {**other, "aligned": torch.tensor(ALIGNED)}, "use_cache": False}
+
+
+def whole(model, inputs):
+    with record_merge(model) as recorder:
+        outputs = model(**inputs, use_cache=False, output_attentions=True, output_hidden_states=True)
+    return outputs, recorder.batch
+
+
+def run(pair, folder, method="compodistill", **changes):
+    """The sums of a method's terms in the dft stage, and both models' whole passes."""
+    values = {"stage": "dft", "use_cpu": True, "report_to": "none", "method": method}
+    values |= {"student_layers": "0,2,3", "teacher_layers": "1,2,3,4,5", **changes}
+    args = TrainingArguments(str(folder), **values)
+    torch.manual_seed(3)
+    objective = Objective(*pair, args.chosen_method.terms("dft", args), VOCABS[0], teacher_vocab_size=VOCABS[1])
+    for module in objective.modules.values():
+        module.double()
+    batch = paired_batch()
+    with objective.running():
+        sums = objective(pair[0], batch)
+        sum(found.loss for found in sums.values()).backward()
+        for found in sums.values():
+            found.loss = found.loss.detach()
+    mine = {name: value for name, value in batch.items() if name not in (TEACHER, "use_cache")}
+    theirs = {**batch[TEACHER], "images": batch["images"]}
+    theirs.pop("aligned")
+    return objective, sums, whole(pair[0], mine), whole(pair[1], theirs)
+
+
+def corresponding(mine, theirs):
+    """(sample, row of the student, row of the teacher) of what ALIGNED names and both have."""
+    found = []
+    for sample, pairs in enumerate(ALIGNED):
+        rows = [
+            [place - 1 for place, label in enumerate(batch.labels[sample].tolist()) if label != IGNORE]
+            for batch in (mine, theirs)
+        ]
+        found += [(sample, rows[0][i], rows[1][j]) for i, j in pairs if 0 <= i < len(rows[0]) and j < len(rows[1])]
+    return found
+
+
+def universal(mine, theirs):
+    """L_ULD of the corresponding rows, summed, on whole logits."""
+    total = 0
+    for sample, row, other in corresponding(mine[1], theirs[1]):
+        p = mine[0].logits[sample, row, : VOCABS[0]].softmax(0).sort(descending=True).values
+        q = theirs[0].logits[sample, other, : VOCABS[1]].softmax(0).sort(descending=True).values.detach()
+        total = total + (torch.cat([p, p.new_zeros(len(q) - len(p))]) - q).abs().sum()
+    return total
+
+
+def cross_entropy(mine):
+    outputs, batch = mine
+    rows = batch.labels[:, 1:] != IGNORE
+    logits = outputs.logits[:, :-1][rows]
+    return torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:][rows], reduction="sum")
+
+
+def attention_loss(mine, theirs, layer, group, pairs):
+    """1 - cosine of each corresponding query over the visual tokens: means over the sample's queries."""
+    losses = []
+    for sample in range(len(LAYOUTS)):
+        keys, others = (batch.visual[sample].nonzero().flatten() for batch in (mine[1], theirs[1]))
+        queries = [*zip(keys.tolist(), others.tolist(), strict=True)]
+        queries += [(row, other) for number, row, other in pairs if number == sample]
+        queries = [(row, other) for row, other in queries if len(keys) and row >= keys[0]]
+        cosines = []
+        for row, other in queries:
+            a = mine[0].attentions[layer][sample].mean(0)[row, keys]
+            b = torch.stack([theirs[0].attentions[t][sample].mean(0)[other, others] for t in group]).mean(0).detach()
+            cosines.append(1 - a @ b / (a.norm() * b.norm()))
+        losses += [sum(cosines) / len(cosines)] if cosines else []
+    assert len(losses) == 3
+    return sum(losses)
+
+
+def assert_same_gradients(student, expected):
+    found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    expected.backward()
+    for name, parameter in student.named_parameters():
+        if parameter.grad is not None:
+            # float32 sums inside the chunked op
+            torch.testing.assert_close(
+                found[name], parameter.grad, atol=2e-6, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_compodistill_on_whole_logits_and_maps(pair, tmp_path):
+    objective, sums, mine, theirs = run(pair, tmp_path)
+    assert [term.name for term in objective.terms] == ["answers", "uld", "attention"]
+    assert [term.weight for term in objective.terms] == [1.0, 1.5, 1.0]
+    lm, uld = cross_entropy(mine), universal(mine, theirs)
+    pairs = corresponding(mine[1], theirs[1])
+    assert len(pairs) == 9
+    groups = {0: (1, 2, 3), 2: (2, 3, 4), 3: (3, 4, 5)}
+    attention = sum(attention_loss(mine, theirs, *match, pairs) for match in groups.items()) / 3
+    for name, value in {"answers": lm, "uld": uld, "attention": attention}.items():
+        assert float(sums[name].loss) == pytest.approx(value.item(), rel=1e-6), name
+    assert sums["answers"].logged.keys() == {"lm"} and float(sums["uld"].loss) > 0.1
+    assert_same_gradients(pair[0], lm + uld + attention)
+
+
+def test_weights_and_temperature(pair, tmp_path):
+    objective, sums, mine, theirs = run(pair, tmp_path, "kd", kl_weight=2.0, kd_temperature=3.0)
+    assert objective.term("uld").weight == 3.0
+    for outputs, _ in (mine, theirs):
+        outputs.logits = outputs.logits / 3
+    assert float(sums["uld"].loss) == pytest.approx(universal(mine, theirs).item(), rel=1e-6)
+
+
+def test_heads_are_matched(pair, tmp_path):
+    objective, sums, *_ = run(pair, tmp_path, attention_heads="matched")
+    assert 0 < float(sums["attention"].loss) < 3
+    objective.use(objective.calibrate([paired_batch()]))
+    assert len({tuple(heads) for layer in objective.term("attention").assigned for heads in layer}) > 4
+
+
+def test_relations_of_visual_tokens(pair, tmp_path):
+    """L_rel of LLaVA-KD needs no common vocabulary."""
+    _, sums, mine, theirs = run(pair, tmp_path, "llava_kd", method_options='{"beta": 0}')
+    expected = 0
+    for sample in (0, 1, 3):
+        grams = []
+        for (outputs, batch), size in ((mine, VOCABS[0]), (theirs, VOCABS[1])):
+            logits = outputs.logits[sample, batch.visual[sample], :size]
+            grams.append(logits @ logits.T)
+        expected = expected + 1 - (grams[0] * grams[1]).sum() / (grams[0].norm() * grams[1].norm())
+    assert sums.keys() == {"answers", "uld", "relation"}
+    assert float(sums["relation"].loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_released_attention_loss_takes_each_models_own_places(pair, tmp_path):
+    from test_rivals import release_reference
+
+    _, sums, mine, theirs = run(pair, tmp_path, "release", kl_weight=0.0)
+    expected = 0
+    for layer, group in {0: (1, 2, 3), 2: (2, 3, 4), 3: (3, 4, 5)}.items():
+        for sample in (0, 1, 3):
+            maps = []
+            for (outputs, batch), layers in ((mine, (layer,)), (theirs, group)):
+                keys = batch.visual[sample].nonzero().flatten()
+                maps.append(
+                    torch.stack([outputs.attentions[t][sample].mean(0)[keys][:, keys] for t in layers]).mean(0)
+                )
+            expected = expected + release_reference(*maps)
+    assert float(sums["attention"].loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method, terms, way",
+    [
+        ("llava_kd", "visual_kl", '"beta": 0}\' leaves out visual_kl'),
+        ("llavadi", "features", "--method kd or compodistill"),
+        ("align_kd", "first_attention", "--method kd or compodistill"),
+        ("release", "kl", "--kl_weight 0 leaves out kl"),
+        ("toy_method:Toy", "features", "--method kd or compodistill"),
+    ],
+)
+def test_terms_that_compare_text_are_named(pair, tmp_path, method, terms, way):
+    with pytest.raises(ValueError, match=rf"(?s)terms that compare .* one by one: {terms}\..*{way}"):
+        run(pair, tmp_path, method)
+
+
+def test_a_batch_without_the_teachers_reading_is_named(pair, tmp_path):
+    args = TrainingArguments(str(tmp_path), stage="dft", method="kd", use_cpu=True, report_to="none")
+    objective = Objective(*pair, args.chosen_method.terms("dft", args), VOCABS[0], teacher_vocab_size=VOCABS[1])
+    with pytest.raises(ValueError, match="lacks what the teacher reads"), objective.running():
+        objective(pair[0], {**make_batch(LAYOUTS).inputs, "use_cache": False})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In training
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def llama_teacher(world, llama_folder, tmp_path_factory):
+    """A random LLaVA checkpoint of Llama's kind over the world's tower."""
+    model = make_model(
+        world["siglip"], "llama", hidden=48, layers=6, heads=6, kv_heads=6, vocab=352, dtype=torch.float32, seed=4,
+        mm_hidden_size=json.loads((world["siglip"] / "config.json").read_text())["hidden_size"],
+    )  # fmt: skip
+    return factory.checkpoint_folder(tmp_path_factory.mktemp("teacher") / "llava-llama", model, llama_folder)
+
+
+@pytest.fixture
+def other(dft, llama_teacher):
+    return partial(dft, teacher_model_path=llama_teacher, per_device_train_batch_size=4)
+
+
+@pytest.mark.parametrize("method", ["kd", "compodistill"])
+def test_a_pair_trains_and_accumulates(other, caplog, method):
+    options = {**PLAIN, "method": method, "max_steps": 2, "sight_steps": 2}
+    trainer, log = other("whole", **options)
+    assert caplog.text.count("The tokenizers differ: L_KL is left out. L_ULD stands for it, weight 1.5") == 1
+    assert caplog.text.count("under the template v1 (that of llava_llama") == 1
+    assert caplog.text.count("queries of prompts are left out") == (method == "compodistill")
+    names = {"lm", "uld", *(["attention"] if method == "compodistill" else [])}
+    for entry in log:
+        assert names <= entry.keys() and "kl" not in entry and all(math.isfinite(entry[name]) for name in names)
+        total = entry["lm"] + 1.5 * entry["uld"] + entry.get("attention", 0)
+        assert entry["loss"] == pytest.approx(total, rel=1e-3) and 0 < entry["uld"] < 2
+    assert log[1]["uld"] != log[0]["uld"] and "sight" in log[1]
+    samples = [trainer.train_dataset[index] for index in range(8)]
+    spans = trainer.data_collator(samples)["facts"].aligned_spans
+    assert spans == sum(len(sample[TEACHER]["aligned"]) for sample in samples)
+    assert 16 < spans < sum(int((sample[TEACHER]["labels"] != IGNORE).sum()) for sample in samples)
+    parts, found = other("parts", **{**options, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4})
+    for ours, theirs in zip(found, log, strict=True):
+        assert [ours[name] for name in sorted(names)] == pytest.approx(
+            [theirs[name] for name in sorted(names)], rel=2e-4
+        )
+    assert_same_weights(trained_weights(parts.model), trained_weights(trainer.model), 2e-5)
+
+
+@pytest.mark.parametrize("limit", [180, 70])
+def test_spans_are_counted_where_both_models_have_them(other, caplog, limit):
+    """As many as are compared, with limits that cut some of the teacher's answers, or all of them."""
+    trainer, log = other(model_max_length=limit, max_steps=1, method="kd", blind="off")
+    samples = [trainer.train_dataset[index] for index in range(8)]
+    batch = trainer.data_collator(samples)
+    counted = batch.pop("facts").aligned_spans
+    passes = [whole(trainer.objective.pair.student, {k: v for k, v in batch.items() if k != TEACHER})[1]]
+    theirs = {k: v for k, v in batch[TEACHER].items() if k != "aligned"}
+    passes.append(whole(trainer.objective.teacher, {**theirs, "images": batch["images"]})[1])
+    rows = [[int((labels[1:] != IGNORE).sum()) for labels in found.labels] for found in passes]
+    spans = [sample[TEACHER]["aligned"].tolist() for sample in samples]
+    there = [[i < mine and j < other for i, j in found] for found, mine, other in zip(spans, *rows, strict=True)]
+    assert counted == sum(map(sum, there)) < sum(map(len, there)) and (limit == 70) == (counted == 0)
+    assert caplog.text.count(f"--model_max_length {limit} leaves nothing of the teacher's answers") == (limit == 70)
+    assert log[0]["uld"] == 0 if limit == 70 else log[0]["uld"] > 0
+
+
+def test_dpt_and_another_template(other, world, caplog):
+    _, log = other(stage="dpt", version="plain", data_path=world["data"] / "pretrain.json", max_steps=1)
+    assert 0 < log[0]["uld"] < 2 and "under the template plain (as --version plain" in caplog.text
+    trainer, _ = other("named", teacher_version="vicuna_v1", max_steps=1, blind="off")
+    assert "under the template vicuna_v1 (--teacher_version)" in caplog.text
+    assert trainer.train_dataset.teacher.template == "vicuna_v1"
+
+
+def test_what_does_not_fit_is_said_before_weights_are_read(other, dft, llama_teacher, monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("llava_compodistill.train.run.load_teacher", load)
+    with pytest.raises(ValueError, match="one by one: visual_kl"):
+        other(method="llava_kd")
+    with pytest.raises(ValueError, match="--teacher_version v1: the teacher shares the student's tokenizer"):
+        dft(teacher_version="v1")
+    with pytest.raises(ValueError, match="--teacher_version v1: no teacher reads samples in --stage sft"):
+        dft(stage="sft", teacher_version="v1", teacher_model_path=None)
+    with pytest.raises(ValueError, match="(?s)teacher's template .--teacher_version.: 'v9' is no conversation templ"):
+        other(teacher_version="v9")
+    with pytest.raises(ValueError, match="(?s)The template 'v0' does not fit the teacher's tokenizer .*--teacher_v"):
+        other(teacher_version="v0")
+
+
+def test_a_shared_tokenizer_gives_the_batches_of_before(dft, mixed):
+    trainer, _ = dft(max_steps=1)
+    assert trainer.train_dataset.teacher is None and trainer.objective.pair.shares_tokenizer
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
+    assert batch.keys() == {"input_ids", "labels", "attention_mask", "images", "facts"}
+    assert batch["facts"].aligned_spans == 0

@@ -93,6 +93,7 @@ class CompoDistillTrainer(LLaVATrainer):
         self.model_accepts_loss_kwargs = True
         self._counts: dict[str, torch.Tensor] | None = None
         self._seen_samples = self._cut_samples = 0  # of this process, see _watch_answers
+        self._told_unaligned = False
         self._waiting: list[dict[str, Any]] = []
         self._terms_log = TermsLog(self.accelerator, args)
 
@@ -181,6 +182,15 @@ class CompoDistillTrainer(LLaVATrainer):
                 self._limit,
                 cut,
                 samples,
+                self.state.global_step + 1,
+            )
+        spans, tokens = (sum(getattr(batch, name) for batch in found) for name in ("aligned_spans", "answer_tokens"))
+        if tokens and not spans and not self.objective.pair.shares_tokenizer and not self._told_unaligned:
+            self._told_unaligned = True
+            logger.warning(
+                "--model_max_length %s leaves nothing of the teacher's answers to compare in step %d: its template "
+                "and tokenizer make longer sequences than the student's do. Raise it.",
+                self._limit,
                 self.state.global_step + 1,
             )
         self._cut_samples += cut

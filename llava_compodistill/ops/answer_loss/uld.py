@@ -105,7 +105,8 @@ class _ULD(torch.autograd.Function):
             for part in _slices(len(hidden), options.chunk_rows):
                 mine = _probabilities(student, part, options.vocab[0], options.temperature, wide)
                 theirs = _probabilities(teacher, part, options.vocab[1], options.temperature, wide)
-                ranked, order = mine.sort(dim=1, descending=True)
+                # 16-bit logits of a large vocabulary have many ties: stable, so that one run is like the other.
+                ranked, order = mine.sort(dim=1, descending=True, stable=True)
                 difference = F.pad(ranked, (0, max(0, theirs.shape[1] - ranked.shape[1])))
                 difference[:, : theirs.shape[1]] -= theirs.sort(dim=1, descending=True).values
                 total += difference.abs().sum()

@@ -36,8 +36,8 @@ def align_answers(
     """Where two readings of one conversation stand at the same place of an answer.
 
     The end token of an answer belongs to no text. It begins where the text ends, so that of the one corresponds to
-    that of the other. White space before an answer belongs to the template and is left out. Where the tokenizers
-    change the text (Unicode normalisation, unknown characters), what is equal before and behind the change is aligned.
+    that of the other. White space around an answer may be the template's and is left out. Where the tokenizers change
+    the text (Unicode normalisation, unknown characters), what is equal before and behind the change is aligned.
 
     Args:
         student, teacher: (input_ids, labels) of the sample, [N_S] and [N_T] each.
@@ -102,15 +102,16 @@ def _same_places(mine: list[bytes], theirs: list[bytes]) -> list[tuple[int, int]
 
 
 def _beginnings(pieces: list[bytes]) -> tuple[bytes, dict[int, int]]:
-    """An answer's text without white space before it; and by place in it, the first token that begins there."""
+    """An answer's text without white space around it; and by place in it, the first token that begins there."""
     raw = b"".join(pieces)
     text = raw.lstrip()
     blank = len(raw) - len(text)
+    if pieces and not pieces[-1]:  # else white space is the end, a caption's line break
+        text = text.rstrip()
     places: dict[int, int] = {}
-    end = 0
+    end = -blank
     for number, piece in enumerate(pieces):
         start, end = end, end + len(piece)
-        if piece and end <= blank:
-            continue  # white space of the template
-        places.setdefault(max(0, start - blank), number)
+        if not piece or (start < len(text) and end > 0):  # all but white space alone
+            places.setdefault(min(max(0, start), len(text)), number)
     return text, places

@@ -284,10 +284,10 @@ def run(pair, folder, method="compodistill", **changes):
     return objective, sums, whole(pair[0], mine), whole(pair[1], theirs)
 
 
-def corresponding(mine, theirs):
-    """(sample, row of the student, row of the teacher) of what ALIGNED names and both have."""
+def corresponding(mine, theirs, aligned=ALIGNED):
+    """(sample, row of the student, row of the teacher) of what is aligned and both have."""
     found = []
-    for sample, pairs in enumerate(ALIGNED):
+    for sample, pairs in enumerate(aligned):
         rows = [
             [place - 1 for place, label in enumerate(batch.labels[sample].tolist()) if label != IGNORE]
             for batch in (mine, theirs)
@@ -296,13 +296,15 @@ def corresponding(mine, theirs):
     return found
 
 
-def universal(mine, theirs):
+def universal(mine, theirs, aligned=ALIGNED, vocabs=VOCABS):
     """L_ULD of the corresponding rows, summed, on whole logits."""
     total = 0
-    for sample, row, other in corresponding(mine[1], theirs[1]):
-        p = mine[0].logits[sample, row, : VOCABS[0]].softmax(0).sort(descending=True).values
-        q = theirs[0].logits[sample, other, : VOCABS[1]].softmax(0).sort(descending=True).values.detach()
-        total = total + (torch.cat([p, p.new_zeros(len(q) - len(p))]) - q).abs().sum()
+    for sample, row, other in corresponding(mine[1], theirs[1], aligned):
+        p = mine[0].logits[sample, row, : vocabs[0]].softmax(0).sort(descending=True).values
+        q = theirs[0].logits[sample, other, : vocabs[1]].softmax(0).sort(descending=True).values.detach()
+        more = len(q) - len(p)
+        p, q = torch.cat([p, p.new_zeros(max(0, more))]), torch.cat([q, q.new_zeros(max(0, -more))])
+        total = total + (p - q).abs().sum()
     return total
 
 
@@ -475,14 +477,19 @@ def test_spans_are_counted_where_both_models_have_them(other, caplog, limit):
     trainer, log = other(model_max_length=limit, max_steps=1, method="kd", blind="off")
     samples = [trainer.train_dataset[index] for index in range(8)]
     batch = trainer.data_collator(samples)
-    counted = batch.pop("facts").aligned_spans
-    passes = [whole(trainer.objective.pair.student, {k: v for k, v in batch.items() if k != TEACHER})[1]]
-    theirs = {k: v for k, v in batch[TEACHER].items() if k != "aligned"}
-    passes.append(whole(trainer.objective.teacher, {**theirs, "images": batch["images"]})[1])
-    rows = [[int((labels[1:] != IGNORE).sum()) for labels in found.labels] for found in passes]
-    spans = [sample[TEACHER]["aligned"].tolist() for sample in samples]
-    there = [[i < mine and j < other for i, j in found] for found, mine, other in zip(spans, *rows, strict=True)]
-    assert counted == sum(map(sum, there)) < sum(map(len, there)) and (limit == 70) == (counted == 0)
+    with torch.no_grad():
+        found = float(trainer.compute_loss(trainer.model.eval(), batch))
+        facts = batch.pop("facts")
+        mine = whole(trainer.objective.pair.student, {k: v for k, v in batch.items() if k != TEACHER})
+        theirs = {k: v for k, v in batch[TEACHER].items() if k != "aligned"}
+        theirs = whole(trainer.objective.teacher, {**theirs, "images": batch["images"]})
+        spans = [sample[TEACHER]["aligned"].tolist() for sample in samples]
+        total = universal(mine, theirs, spans, (646, 340))
+        lm = cross_entropy(mine) / facts.answer_tokens
+    counted = facts.aligned_spans
+    assert counted == len(corresponding(mine[1], theirs[1], spans)) < min(sum(map(len, spans)), facts.answer_tokens)
+    assert (limit == 70) == (counted == 0)
+    assert found == pytest.approx(float(lm + 1.5 * total / max(1, counted)), rel=1e-4), "the mean over spans"
     assert caplog.text.count(f"--model_max_length {limit} leaves nothing of the teacher's answers") == (limit == 70)
     assert log[0]["uld"] == 0 if limit == 70 else log[0]["uld"] > 0
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from reference import IGNORE, IMAGE
 
@@ -113,6 +115,23 @@ def checkpoint_folder(path: Path, model, tokenizer: Path) -> Path:
     for file in tokenizer.iterdir():
         shutil.copy(file, path)
     return path
+
+
+def make_llama_tokenizer(folder, legacy: bool = True, text: str | None = None, vocab_size: int = 320):
+    """A tokenizer of Llama's kind in a folder: SentencePiece with byte fallback, trained on a text."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder.mkdir()
+    text = text or "a red square above a blue circle\nUSER: What color? ASSISTANT: Red\n" * 20
+    (folder / "text.txt").write_text(text)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=vocab_size,
+        model_type="bpe", byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True, "add_eos_token": False}
+    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
 
 
 def make_batch(layouts: list[str], vocab: int = 90, seed: int = 0, dtype=torch.float64, padding: str = "right"):

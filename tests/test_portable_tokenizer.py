@@ -160,7 +160,7 @@ def test_a_checkpoint_holds_a_tokenizer_for_both_generations(world, siglip, tmp_
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_llamas_tokenizer_keeps_its_sentencepiece_model(siglip, tmp_path, legacy):
-    base = make_llama_tokenizer(tmp_path / "base", legacy)
+    base = factory.make_llama_tokenizer(tmp_path / "base", legacy)
     tokenizer = load(base, padding_side="right")
     tokenizer.add_tokens(["<im_start>"], special_tokens=True)
     text = "USER: a red square ASSISTANT: Red</s>USER: <im_start> a blue one"
@@ -175,18 +175,3 @@ def test_llamas_tokenizer_keeps_its_sentencepiece_model(siglip, tmp_path, legacy
         assert added == {"<unk>": 0, "<s>": 1, "</s>": 2, "<im_start>": 320} and 320 in ids
         tokenizer = load(folder)  # the next stage starts from this one
         assert tokenizer(text).input_ids == ids
-
-
-def make_llama_tokenizer(folder, legacy):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    folder.mkdir()
-    text = folder / "text.txt"
-    text.write_text("a red square above a blue circle\nUSER: What color? ASSISTANT: Red\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=320, model_type="bpe", byte_fallback=True,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name="identity", minloglevel=2,
-    )  # fmt: skip
-    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True, "add_eos_token": False}
-    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..errors import DataError
 from ..eval.engine import Engine
 from ..eval.scoring import batches
 from ..eval.sequences import WholeSequences
@@ -45,6 +46,22 @@ def _in_batches(samples: Sequence[Sample], engine: Engine, size: int) -> Iterato
     return batches(questions, engine.model, engine.tokenizer, version=engine.version, batch_size=size)
 
 
+def _refuse_other_tokenizers(reference: Engine, model: Engine) -> None:
+    """Rows of both are compared one by one, which two tokenizers have no counterparts for.
+
+    Raises:
+        DataError: naming a token that both have under other numbers.
+    """
+    theirs = reference.tokenizer.get_vocab()
+    for token, index in model.tokenizer.get_vocab().items():
+        if theirs.get(token, index) != index:
+            raise DataError(
+                f"The checkpoints have other tokenizers (token {token!r} is {theirs[token]} and {index}): what they "
+                "make of a text cannot be compared token by token. Name a teacher with the student's tokenizer; "
+                "knockout and overlay look at one model at a time."
+            )
+
+
 def depth_of(engine: Engine) -> int:
     return llava_core(engine.model).config.num_hidden_layers
 
@@ -64,6 +81,7 @@ def similarity_by_layer(
     """
     if keys not in KEYS:
         raise ValueError(f"keys must be one of {', '.join(KEYS)}, got {keys!r}.")
+    _refuse_other_tokenizers(reference, model)
     depth, other = depth_of(model), depth_of(reference)
     partners = [layer_at_equal_depth(layer, depth, other) for layer in range(depth)]
     found: list[list[float]] = []
@@ -167,6 +185,7 @@ def intervene(
     batch_size: int = 16,
 ) -> Intervention:
     """Answer with the student's attention over the image replaced by the mean of the teacher's and its own."""
+    _refuse_other_tokenizers(teacher, student)
     layers = visual_understanding_layers(depth_of(student), band)
     groups = match_layers(layers, visual_understanding_layers(depth_of(teacher), band))
     _, before = answer_scores(student, samples, batch_size)

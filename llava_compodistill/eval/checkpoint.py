@@ -9,17 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..hosts.llava.default_templates import CAPTIONS_ALONE, DEFAULT_TEMPLATES
 
-#: Model types that the plugin's loader takes, and the conversation template of each, where nothing names one.
-TEMPLATES = {
-    "llava_qwen2": "qwen_1_5",
-    "llava_qwen3": "qwen_1_5",
-    "llava_llama": "v1",
-    "llava": "v1",
-    "llava_mistral": "mistral_instruct",
-}
-#: Pre-training's template holds no question: nothing can be asked under it.
-_CAPTIONS_ALONE = "plain"
+#: By model type.
+TEMPLATES = DEFAULT_TEMPLATES
 
 
 def check_checkpoint(model_path: str, model_base: str | None = None) -> None:
@@ -80,7 +73,7 @@ def template_of(model_path: str, report: Callable[[str], None] = lambda text: No
         raise DataError(f"{error} Or {way}.") from None
     made_with = _config(path).get("compodistill")
     template = made_with.get("template") if isinstance(made_with, dict) else None
-    if isinstance(template, str) and template not in ("", _CAPTIONS_ALONE):
+    if isinstance(template, str) and template not in ("", CAPTIONS_ALONE):
         return template
     guess = TEMPLATES[kind]
     report(

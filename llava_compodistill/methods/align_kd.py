@@ -73,6 +73,7 @@ class VisualFeatureTerm(Term):
 
     name = "visual_features"
     count = "image_samples"
+    unlike_tokenizers = True
 
     def __init__(self, top: int):
         if top < 1:

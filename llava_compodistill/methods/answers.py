@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+from collections.abc import Sequence
+
 import torch
 
 from ..hosts.base import MergedBatch
@@ -10,6 +14,9 @@ from ..pair import Pair
 from ..record.forward import Needs, Pass
 from ..record.head import HeadRows
 from .base import Sums, Term
+from .unlike import WEIGHT, UniversalLogitTerm
+
+logger = logging.getLogger(__name__)
 
 #: Which of a batch's answer rows.
 Rows = slice | torch.Tensor
@@ -32,6 +39,8 @@ def _common_rows(mine: MergedBatch, theirs: MergedBatch) -> tuple[torch.Tensor, 
 class AnswerTerm(Term):
     """lm_weight L_LM + kl_weight L_KL (paper, Section 4.3); L_KL where there is a teacher.
 
+    L_KL needs one vocabulary. On a pair with unlike tokenizers L_ULD stands for it (`unlike`).
+
     Args:
         temperature: T of L_KL, which carries T squared.
         distilled: False leaves L_KL out, also where there is a teacher.
@@ -39,12 +48,26 @@ class AnswerTerm(Term):
 
     name = "answers"
     count = "answer_tokens"
+    unlike_tokenizers = True
 
     def __init__(
         self, lm_weight: float = 1.0, kl_weight: float = 1.0, temperature: float = 1.0, distilled: bool = True
     ):
         self.lm_weight, self.kl_weight, self.temperature = lm_weight, kl_weight, temperature
         self.distilled = distilled
+
+    def on(self, pair: Pair) -> Sequence[Term]:
+        if pair.shares_tokenizer or not self.distilled:
+            return [self]
+        weight = WEIGHT * self.kl_weight
+        logger.info(
+            "The tokenizers differ: L_KL is left out. L_ULD stands for it, weight %g, where both models have read the "
+            "same text of an answer.",
+            weight,
+        )
+        alone = copy.copy(self)
+        alone.distilled = False
+        return [alone, UniversalLogitTerm(weight, self.temperature)]
 
     def prepare(self, pair: Pair) -> None:
         self.pair = pair

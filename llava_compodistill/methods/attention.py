@@ -35,6 +35,7 @@ class VisualAttentionTerm(Term):
 
     name = "attention"
     count = "image_samples"
+    unlike_tokenizers = True
 
     def __init__(self, args: TrainingArguments, trained: bool = True):
         self.args, self.trained, self.weight = args, trained, args.attention_weight
@@ -54,6 +55,11 @@ class VisualAttentionTerm(Term):
         self._patches = count_visual_tokens(pair.teacher), count_visual_tokens(pair.student)
         if self._patches[0] != self._patches[1]:
             logger.info("L_ADL: the teacher's maps are resampled from %d to %d patches an image.", *self._patches)
+        if not pair.shares_tokenizer:
+            logger.info(
+                "L_ADL: the tokenizers differ, so queries of prompts are left out. Those of visual tokens count, and "
+                "those of answers where both models have read the same text."
+            )
         args = self.args
         self.student_layers = visual_understanding_layers(
             pair.student.config.num_hidden_layers, parse_band(args.student_layers, "student_layers")
@@ -146,7 +152,7 @@ class VisualAttentionTerm(Term):
     def _rows(self, student: Pass, teacher: Pass) -> torch.Tensor:
         """[B, N] bool: the student's queries that count; the teacher's maps are brought to the student's tokens."""
         rows = student.batch.attention_rows(self.args.attention_rows)
-        if self._patches[0] != self._patches[1]:
+        if self._patches[0] != self._patches[1] or not self.pair.shares_tokenizer:
             return rows & self._resample(student.batch, teacher)
         check_same_visual_places(self.pair, student.batch, teacher.batch)
         return rows
@@ -159,7 +165,8 @@ class VisualAttentionTerm(Term):
                 flat = attention.flatten(0, 1) if attention.ndim == 4 else attention
                 heads = flat.shape[0] // len(attention)
                 layouts = [repeated(batch, heads) for batch in (teacher.batch, mine)]
-                found, known = on_other_grid(flat, *layouts, self._patches)
+                aligned = None if teacher.aligned is None else teacher.aligned.repeat_interleave(heads, dim=0)
+                found, known = on_other_grid(flat, *layouts, self._patches, aligned)
                 maps[key] = found.view(*attention.shape[:-2], *found.shape[1:])
                 known = known.view(len(attention), heads, -1)[:, 0]
         return known

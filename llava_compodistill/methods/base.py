@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..train.arguments import TrainingArguments
 
 #: What a sum can be divided by: fields of `train.facts.BatchFacts`.
-COUNTS = ("answer_tokens", "image_samples", "samples")
+COUNTS = ("answer_tokens", "image_samples", "samples", "aligned_spans")
 
 
 @dataclass
@@ -53,6 +53,9 @@ class Term:
         weight: its factor in the loss.
         module: weights of its own, trained and saved beside the student's, and in no LLaVA checkpoint.
         calibration_batches: how many batches `calibrate` wants to see before training.
+        unlike_tokenizers: whether it runs on a pair with two tokenizers, where text tokens do not correspond; visual
+            tokens do, at other positions (`pair.tokens`).
+        left_out_by: the flag that takes the term out of its method, where there is one.
     """
 
     name: ClassVar[str]
@@ -60,6 +63,12 @@ class Term:
     weight: float = 1.0
     module: nn.Module | None = None
     calibration_batches: int = 0
+    unlike_tokenizers: ClassVar[bool] = False
+    left_out_by: ClassVar[str] = ""
+
+    def on(self, pair: Pair) -> Sequence[Term]:
+        """The terms that stand for this one on a pair: itself, as a rule."""
+        return [self]
 
     def prepare(self, pair: Pair) -> None:
         """Look at the pair, once, before training.
@@ -97,6 +106,26 @@ class Term:
         """Take what `calibrate` found, the first rank's on all ranks."""
 
 
+def prepared(terms: Sequence[Term], pair: Pair) -> list[Term]:
+    """The terms as they run on a pair, prepared.
+
+    Raises:
+        ValueError: naming the terms that cannot run on it, and what can be done.
+    """
+    found = [part for term in terms for part in term.on(pair)]
+    unfit = [term for term in found if not (pair.shares_tokenizer or term.unlike_tokenizers)]
+    if unfit:
+        ways = "".join(f" {term.left_out_by} leaves out {term.name}." for term in unfit if term.left_out_by)
+        raise ValueError(
+            "The teacher's tokenizer is not the student's, and this method has terms that compare tokens of text one "
+            f"by one: {', '.join(term.name for term in unfit)}. Use a teacher with the student's tokenizer, such as a "
+            f"larger model of its family, or --method kd or compodistill.{ways}"
+        )
+    for term in found:
+        term.prepare(pair)
+    return found
+
+
 class Method:
     """A way to train a student.
 
@@ -107,7 +136,7 @@ class Method:
         name: what `--method` calls it.
         recipe: its stages, in their order.
         teacher_stages: the stages that load a teacher.
-        paired_stages: the stages whose data are pairs of answers, see `train.data.PairedDataset`.
+        paired_stages: the stages whose data are pairs of answers, see `train.data.PreferenceDataset`.
         defaults: the options and their defaults.
 
     Raises:

@@ -59,6 +59,7 @@ class VisualTokensTerm(_AtVisualTokens):
     """L_vis: KL(p_T || p_S) of the next-token distributions at the visual tokens, the mean over a sample's."""
 
     name = "visual_kl"
+    left_out_by = "--method_options '{\"beta\": 0}'"
 
     def total(self, student: Pass, teacher: Pass) -> torch.Tensor:
         mine, theirs = student.head["visual"], teacher.head["visual"]
@@ -85,6 +86,7 @@ class RelationTerm(_AtVisualTokens):
     """L_rel: the distance between the relations of a sample's visual tokens in both models."""
 
     name = "relation"
+    unlike_tokenizers = True  # the relations of visual tokens, whatever the logits are of
 
     def prepare(self, pair: Pair) -> None:
         super().prepare(pair)
@@ -95,11 +97,11 @@ class RelationTerm(_AtVisualTokens):
         total = mine.hidden.new_zeros((), dtype=torch.float32)
         if not len(mine.hidden):
             return total
-        vocab = self.pair.vocab_size
+        vocab, teacher_vocab = self.pair.vocab_sizes
         gram = head_gram(*mine.weights, vocab)
         if self._teacher_gram is None:
             with torch.no_grad():
-                self._teacher_gram = head_gram(*theirs.weights, vocab)
+                self._teacher_gram = head_gram(*theirs.weights, teacher_vocab)
         for rows in samples_of(student.batch):
             total = total + relation_loss(mine.hidden[rows], gram, theirs.hidden[rows], self._teacher_gram)
         return total
@@ -117,4 +119,5 @@ class LLaVAKD(Method):
         answers = AnswerTerm(args.lm_weight, self.options["alpha"] * args.kl_weight, args.kd_temperature)
         if stage not in self.teacher_stages:
             return [answers]
-        return [answers, VisualTokensTerm(self.options["beta"]), RelationTerm(self.options["gamma"])]
+        visual = [VisualTokensTerm(self.options["beta"])] if self.options["beta"] else []
+        return [answers, *visual, RelationTerm(self.options["gamma"])]

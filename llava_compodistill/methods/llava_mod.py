@@ -45,6 +45,7 @@ class BalanceTerm(Term):
 
     name = "balance"
     count = "samples"
+    unlike_tokenizers = True  # it is the student's alone
 
     def __init__(self, weight: float):
         self.weight = weight
@@ -66,6 +67,7 @@ class PreferenceTerm(Term):
 
     name = "preference"
     count = "samples"
+    unlike_tokenizers = True  # it compares whole answers
 
     def __init__(self, kind: str, beta: float):
         if kind not in KINDS:

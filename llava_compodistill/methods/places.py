@@ -27,11 +27,21 @@ def refuse_other_counts(pair: Pair, term: str, compared: str, way_out: str) -> N
 
 
 def check_same_visual_places(pair: Pair, mine: MergedBatch, theirs: MergedBatch) -> None:
-    """Check that a batch's visual tokens stand at the same places in both models' sequences.
+    """Check that a batch's visual tokens stand at the same places in both models' sequences; with unlike tokenizers,
+    that each sample has as many in both.
 
     Raises:
         ValueError: with the shapes.
     """
+    if not pair.shares_tokenizer:  # the same tokens at other positions
+        counts = [(batch.visual_index >= 0).sum(dim=1) for batch in (mine, theirs)]
+        if not torch.equal(*counts):
+            raise ValueError(
+                f"A sample has {counts[1].tolist()} visual tokens in the teacher and {counts[0].tolist()} in the "
+                "student: the text before an image is longer in one of them, and --model_max_length has cut it. Raise "
+                "--model_max_length."
+            )
+        return
     # One encoder and one limit give one sequence. Comparing values would wait for the device.
     same = mine.visual_index.shape == theirs.visual_index.shape and (
         pair.shares_encoder or torch.equal(mine.visual_index, theirs.visual_index)

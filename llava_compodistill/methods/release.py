@@ -41,6 +41,7 @@ class UnshiftedTerm(Term):
 
     name = "kl"
     count = "answer_tokens"
+    left_out_by = "--kl_weight 0"
 
     def __init__(self, weight: float):
         self.weight = weight
@@ -74,6 +75,7 @@ class ReleaseAttentionTerm(Term):
 
     name = "attention"
     count = "image_samples"
+    unlike_tokenizers = True  # of visual tokens to visual tokens
 
     def __init__(self, args: TrainingArguments):
         self.args, self.weight = args, args.attention_weight
@@ -117,7 +119,7 @@ class ReleaseAttentionTerm(Term):
             [
                 sink_filtered_loss(
                     _visual_queries(student.maps[(layer,)], batch.visual_index),
-                    _visual_queries(teacher.maps[tuple(group)], batch.visual_index),
+                    _visual_queries(teacher.maps[tuple(group)], teacher.batch.visual_index),
                     visual,
                 )
                 for layer, group in zip(self.student_layers, self.groups, strict=True)
@@ -140,7 +142,7 @@ class Release(Method):
 
     def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
         terms: list[Term] = [AnswerTerm(args.lm_weight, distilled=False)]
-        if stage in self.teacher_stages:
+        if stage in self.teacher_stages and args.kl_weight > 0:
             terms.append(UnshiftedTerm(args.kl_weight))
         if stage == "dft" and args.vat and args.attention_weight > 0:
             terms.append(ReleaseAttentionTerm(args))

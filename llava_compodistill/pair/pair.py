@@ -20,7 +20,8 @@ class Pair:
 
     Attributes:
         student, teacher: multimodal language models without their wrappers; the teacher is None where none is needed.
-        vocab_size: size of the real vocabulary that both share.
+        vocab_size: size of the student's real vocabulary, which both share unless `teacher_vocab_size` is given.
+        teacher_vocab_size: that of a teacher whose tokenizer is another than the student's.
         shares_encoder: whether images are encoded once for both.
         shares_adapter: whether the student's frozen adapter is this teacher's, so that it runs once for both, too.
     """
@@ -30,9 +31,16 @@ class Pair:
     vocab_size: int | None = None
     shares_encoder: bool = False
     shares_adapter: bool = False
+    teacher_vocab_size: int | None = None
 
     @classmethod
-    def of(cls, student: nn.Module, teacher: nn.Module | None, vocab_size: int | None = None) -> Pair:
+    def of(
+        cls,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        vocab_size: int | None = None,
+        teacher_vocab_size: int | None = None,
+    ) -> Pair:
         """Put two models together: towers are shared where they agree, sequences are cut at the same length.
 
         Args:
@@ -44,7 +52,8 @@ class Pair:
         student = llava_core(student)
         if teacher is None:
             return cls(student, None, vocab_size)
-        pair = cls(student, teacher, vocab_size, shares_encoder=same_tower(student.config, teacher.config))
+        pair = cls(student, teacher, vocab_size, same_tower(student.config, teacher.config))
+        pair.teacher_vocab_size = teacher_vocab_size
         if isinstance(projector(student), TAFProjector):
             check_taf(student.config, teacher.config)
         pair.shares_adapter = pair.shares_encoder and has_adapter_of(student, teacher)
@@ -55,6 +64,16 @@ class Pair:
         teacher.config.tokenizer_model_max_length = limit
         teacher.config.tokenizer_padding_side = getattr(student.config, "tokenizer_padding_side", "right")
         return pair
+
+    @property
+    def shares_tokenizer(self) -> bool:
+        """Whether both models read a sample as the same tokens."""
+        return self.teacher_vocab_size is None
+
+    @property
+    def vocab_sizes(self) -> tuple[int | None, int | None]:
+        """The real vocabularies of the student and of the teacher; None where it is not known."""
+        return self.vocab_size, self.vocab_size if self.shares_tokenizer else self.teacher_vocab_size
 
     @property
     def longest(self) -> int | None:

@@ -76,6 +76,8 @@ class Pass:
         hidden: by (layer, name of rows), [R, D].
         routing: by layer, what its router returned.
         returned: what `on_head` returned, as it came out of the head's call.
+        aligned: of a teacher with another tokenizer, [B, S, 2]: the answer rows that correspond, by their numbers
+            within a sample, of the student and of the teacher, padded with -1 (`pair.tokens.align_answers`).
     """
 
     batch: MergedBatch
@@ -85,6 +87,7 @@ class Pass:
     hidden: dict[LayerRows, torch.Tensor] = field(default_factory=dict)
     routing: dict[int, Any] = field(default_factory=dict)
     returned: torch.Tensor | None = None
+    aligned: torch.Tensor | None = None
 
 
 class PassRecorder:

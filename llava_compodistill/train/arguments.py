@@ -36,6 +36,13 @@ class ModelArguments(llava_training.ModelArguments):
     teacher_model_base: str | None = field(
         default=None, metadata={"help": "Base LLM of the teacher when its checkpoint is a LoRA or an adapter alone."}
     )
+    teacher_version: str | None = field(
+        default=None,
+        metadata={
+            "help": "Conversation template of a teacher whose tokenizer is not the student's. Default: the one in its "
+            "config.json, or that of its model type; plain where --version is plain."
+        },
+    )
     taf_depth: int = field(
         default=1,
         metadata={
@@ -215,6 +222,11 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         raise ValueError(
             f"--stage {training.stage} distils from a teacher: give --teacher_model_path, or use --stage "
             f"{'pt' if training.stage == 'dpt' else 'sft'} to train without one."
+        )
+    if model.teacher_version and not training.distilled:
+        raise ValueError(
+            f"--teacher_version {model.teacher_version}: no teacher reads samples in --stage {training.stage} of "
+            f"--method {training.method}. Leave the flag out."
         )
     if not model.vision_tower:
         raise ValueError("--vision_tower is missing: name a CLIP or SigLIP encoder or the folder of one.")

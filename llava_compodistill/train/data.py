@@ -12,7 +12,9 @@ from PIL import Image
 
 from ..errors import DataError, SampleError
 from ..hosts.llava.training import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from ..pair.tokens import TEACHER
 from .mix import Mix, read_sources
+from .teacher_text import TeacherText, TeacherTextCollator
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ class CheckedDataset(LazySupervisedDataset):
         tokenizer: of the student.
         data_args: LLaVA's data arguments with `bad_samples` ("error" or "skip") and `check_images`.
         seed: draws samples where a mix takes a share of a file.
+        teacher: how a teacher with another tokenizer reads the samples, which then hold that, too.
 
     Raises:
         DataError: for an unreadable file, or bad samples under "error".
@@ -34,8 +37,10 @@ class CheckedDataset(LazySupervisedDataset):
     #: Whether each sample needs a rejected answer.
     paired = False
 
-    def __init__(self, data_path: str, tokenizer: Any, data_args: Any, seed: int = 0):
-        self.tokenizer = tokenizer
+    def __init__(
+        self, data_path: str, tokenizer: Any, data_args: Any, seed: int = 0, teacher: TeacherText | None = None
+    ):
+        self.tokenizer, self.teacher = tokenizer, teacher
         self.data_args = data_args
         data_args.image_folder = data_args.image_folder or ""
         options = data_args.image_folder, data_args.bad_samples, data_args.check_images
@@ -70,8 +75,11 @@ class CheckedDataset(LazySupervisedDataset):
         raise DataError("No sample of the data can be used.")
 
     def read(self, position: int) -> dict[str, Any]:
-        """LLaVA's sample: input_ids, labels and image."""
-        return super().__getitem__(position)
+        """LLaVA's sample: input_ids, labels and image; under TEACHER, what a teacher with another tokenizer reads."""
+        sample = super().__getitem__(position)
+        if self.teacher is None:
+            return sample
+        return {**sample, TEACHER: self.teacher.read(self.list_data_dict[position], sample)}
 
     def _fault(self, record: dict[str, Any], error: Exception) -> str | None:
         """What is wrong with a sample that could not be read; None when the error is not the sample's."""
@@ -92,7 +100,7 @@ class CheckedDataset(LazySupervisedDataset):
         return None
 
 
-class PairedDataset(CheckedDataset):
+class PreferenceDataset(CheckedDataset):
     """Samples with a second, worse answer under `rejected`: each is read with its own last answer and with that one.
 
         {"id": ..., "image": ..., "conversations": [..., {"from": "gpt", "value": "chosen"}], "rejected": "worse"}
@@ -127,7 +135,7 @@ class _WithRejected(Sequence):
         return {**record, "conversations": [*turns[:-1], {**turns[-1], "value": record["rejected"]}]}
 
 
-class PairedCollator:
+class PreferenceCollator:
     """Collates P pairs as 2 P samples, the chosen answers before the rejected ones; single samples as they are.
 
     Args:
@@ -143,8 +151,19 @@ class PairedCollator:
         return self.collator([sample[answer] for answer in ("chosen", "rejected") for sample in samples])
 
 
-def make_data_module(tokenizer: Any, data_args: Any, seed: int = 0, paired: bool = False) -> dict[str, Any]:
-    """The Trainer's data arguments: a checked data set and LLaVA's own collator; with `paired`, of pairs."""
-    dataset = (PairedDataset if paired else CheckedDataset)(data_args.data_path, tokenizer, data_args, seed)
+def make_data_module(
+    tokenizer: Any, data_args: Any, seed: int = 0, teacher: TeacherText | None = None, paired: bool = False
+) -> dict[str, Any]:
+    """The Trainer's data arguments: a checked data set and LLaVA's own collator, one for each tokenizer.
+
+    Args:
+        paired: whether samples are pairs of answers.
+    """
     collator = DataCollatorForSupervisedDataset(tokenizer=tokenizer)
-    return {"train_dataset": dataset, "data_collator": PairedCollator(collator) if paired else collator}
+    if teacher is not None:
+        collator = TeacherTextCollator(collator, DataCollatorForSupervisedDataset(tokenizer=teacher.tokenizer))
+    kind = PreferenceDataset if paired else CheckedDataset
+    return {
+        "train_dataset": kind(data_args.data_path, tokenizer, data_args, seed, teacher),
+        "data_collator": PreferenceCollator(collator) if paired else collator,
+    }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..hosts.llava.training import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from ..pair.tokens import TEACHER, in_both
 
 #: The key of a batch's facts beside its tensors.
 KEY = "facts"
@@ -23,29 +24,50 @@ class BatchFacts:
         image_samples: samples with an image.
         samples: all samples.
         cut: samples whose answers all lie beyond the length limit.
+        aligned_spans: spans of answers that begin at the same place in the student's and the teacher's tokens.
     """
 
     answer_tokens: int
     image_samples: int
     samples: int
     cut: int = 0
+    aligned_spans: int = 0
 
     @classmethod
-    def of(cls, batch: dict[str, Any], visual_tokens: int, limit: int | None) -> BatchFacts:
+    def of(
+        cls,
+        batch: dict[str, Any],
+        visual_tokens: int,
+        limit: int | None,
+        teacher: tuple[int, int | None] | None = None,
+    ) -> BatchFacts:
         """Count a batch as LLaVA's collator gives it.
 
         Args:
             visual_tokens: of one image.
             limit: LLaVA cuts the merged sequence, images included, at this length.
+            teacher: both of a teacher with another tokenizer, which counts where the batch holds what it reads.
         """
-        labels, ids = batch["labels"], batch["input_ids"]
         images = batch.get("images")
-        width = visual_tokens if torch.is_tensor(images) and images.ndim == 4 else 1
-        is_image = ids == IMAGE_TOKEN_INDEX
-        position = torch.arange(ids.shape[1], device=ids.device) + is_image.long().cumsum(dim=1) * (width - 1)
-        seen = (labels != IGNORE_INDEX) & (position > 0) & (position < (limit or torch.iinfo(torch.long).max))
-        tokens = seen.sum(dim=1).tolist()
-        return cls(sum(tokens), int(is_image.any(dim=1).sum()), len(tokens), tokens.count(0))
+        single = torch.is_tensor(images) and images.ndim == 4
+        seen = _answer_tokens(batch, visual_tokens if single else 1, limit)
+        tokens = seen.tolist()
+        with_image = (batch["input_ids"] == IMAGE_TOKEN_INDEX).any(dim=1)
+        spans = 0
+        if teacher is not None and TEACHER in batch:
+            theirs = batch[TEACHER]
+            other = _answer_tokens(theirs, teacher[0] if single else 1, teacher[1])
+            spans = int(in_both(theirs["aligned"], seen, other).sum())
+        return cls(sum(tokens), int(with_image.sum()), len(tokens), tokens.count(0), spans)
+
+
+def _answer_tokens(batch: dict[str, Any], width: int, limit: int | None) -> torch.Tensor:
+    """[B]: the answer tokens that are predicted, with `width` visual tokens in an image's place."""
+    labels, ids = batch["labels"], batch["input_ids"]
+    is_image = ids == IMAGE_TOKEN_INDEX
+    position = torch.arange(ids.shape[1], device=ids.device) + is_image.long().cumsum(dim=1) * (width - 1)
+    seen = (labels != IGNORE_INDEX) & (position > 0) & (position < (limit or torch.iinfo(torch.long).max))
+    return seen.sum(dim=1)
 
 
 class CountingCollator:
@@ -53,12 +75,22 @@ class CountingCollator:
 
     Args:
         collator: LLaVA's.
-        visual_tokens, limit: as for `BatchFacts.of`.
+        visual_tokens, limit, teacher: as for `BatchFacts.of`.
     """
 
-    def __init__(self, collator: Callable[[Sequence[Any]], dict[str, Any]], visual_tokens: int, limit: int | None):
-        self.collator, self.visual_tokens, self.limit = collator, visual_tokens, limit
+    def __init__(
+        self,
+        collator: Callable[[Sequence[Any]], dict[str, Any]],
+        visual_tokens: int,
+        limit: int | None,
+        teacher: tuple[int, int | None] | None = None,
+    ):
+        self.collator, self.visual_tokens, self.limit, self.teacher = collator, visual_tokens, limit, teacher
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         batch = self.collator(samples)
-        return {**batch, KEY: BatchFacts.of(batch, self.visual_tokens, self.limit)}
+        return {**batch, KEY: self.facts(batch)}
+
+    def facts(self, batch: dict[str, Any]) -> BatchFacts:
+        """Those of a batch that the inner collator has made."""
+        return BatchFacts.of(batch, self.visual_tokens, self.limit, self.teacher)

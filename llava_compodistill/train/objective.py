@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from ..methods import Sums, Term
+from ..methods.base import prepared
 from ..pair import Pair
+from ..pair.tokens import TEACHER
 from ..record.encoding import encode_for
 from ..record.forward import Needs, Pass, PassRecorder, record
 
@@ -28,6 +30,8 @@ class Objective:
         teacher: the frozen teacher, or None.
         terms: of a method's stage.
         vocab_size: size of the real vocabulary that both models share; L_KL runs over it, renormalised.
+        teacher_vocab_size: that of a teacher with another tokenizer; `vocab_size` is the student's then, and batches
+            hold what the teacher reads under `pair.tokens.TEACHER`.
         impl: implementation of the attention map op, see `visual_attention_map`.
 
     Raises:
@@ -41,16 +45,15 @@ class Objective:
         terms: Sequence[Term],
         vocab_size: int | None = None,
         impl: str = "auto",
+        teacher_vocab_size: int | None = None,
     ):
         names = [term.name for term in terms]
         if not terms:
             raise ValueError("The method has no term for this stage: there is nothing to train with.")
         if len(set(names)) < len(names):
             raise ValueError(f"Two terms of a method have one name: {', '.join(names)}.")
-        self.terms, self.impl = list(terms), impl
-        self.pair = Pair.of(student, teacher, vocab_size)
-        for term in self.terms:
-            term.prepare(self.pair)
+        self.pair = Pair.of(student, teacher, vocab_size, teacher_vocab_size)
+        self.terms, self.impl = prepared(terms, self.pair), impl
         if teacher is not None:
             self.pair.share_vision()
         self._recorder: PassRecorder | None = None
@@ -98,7 +101,8 @@ class Objective:
 
         Args:
             model: the student as the trainer wraps it (DDP, DeepSpeed); its forward is what is called.
-            inputs: what LLaVA's collator gives: input_ids, labels, attention_mask, images.
+            inputs: what LLaVA's collator gives: input_ids, labels, attention_mask, images; and for a teacher with
+                another tokenizer what `PairedCollator` adds.
 
         Returns:
             Each term's sums, by name.
@@ -107,7 +111,7 @@ class Objective:
             raise RuntimeError("Objective: call it inside `with objective.running():`.")
         with encode_for(self.pair):
             self._teacher_pass = self._run_teacher(inputs, self._needs()[1])
-            returned = model(**inputs)
+            returned = model(**_students(inputs))
         sums, self._sums, self._teacher_pass = self._sums, {}, None
         # What came out of the wrappers carries their hooks on the way back; what went in does not.
         for name, loss in returned.items():
@@ -117,8 +121,15 @@ class Objective:
     def _run_teacher(self, inputs: Mapping[str, Any], needs: Needs) -> Pass | None:
         if self.pair.teacher is None:
             return None
+        given, aligned = {**inputs, "use_cache": False}, None
+        if not self.pair.shares_tokenizer:
+            if TEACHER not in inputs:
+                raise ValueError("The batch lacks what the teacher reads through its own tokenizer (PairedCollator).")
+            given |= given.pop(TEACHER)
+            aligned = given.pop("aligned")
         with torch.no_grad(), record(self.pair.teacher, needs, impl=self.impl) as recorder:
-            self.pair.teacher(**{**inputs, "use_cache": False})
+            self.pair.teacher(**given)
+            recorder.latest.aligned = aligned
             return recorder.latest
 
     def _on_head(self, student: Pass) -> torch.Tensor:
@@ -163,13 +174,18 @@ class Objective:
         for inputs in batches:
             with encode_for(self.pair), record(self.pair.student, needs[0], impl=self.impl) as recorder:
                 teacher = self._run_teacher(inputs, needs[1])
-                self.pair.student(**inputs)
+                self.pair.student(**_students(inputs))
                 yield recorder.latest, teacher
 
     def use(self, calibrated: Mapping[str, Any]) -> None:
         """Give the terms what `calibrate` found, here or on another rank."""
         for name, found in calibrated.items():
             self.term(name).use(found)
+
+
+def _students(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what the teacher alone reads."""
+    return {name: value for name, value in inputs.items() if name != TEACHER}
 
 
 def _zero_of(module: nn.Module) -> torch.Tensor:

@@ -12,9 +12,11 @@ from ..hosts.llava.host import import_llava
 from ..hosts.llava.loader import find_tower, read_config
 from ..hosts.llava.model import count_visual_tokens
 from ..hosts.llava.taf import PROJECTOR_TYPE
+from ..methods.base import prepared
 from ..pair import Pair
 from ..pair.vision import check_taf
 from .arguments import ModelArguments, TrainingArguments
+from .teacher_text import TeacherText
 
 
 class ConfigOnly:
@@ -27,8 +29,11 @@ class ConfigOnly:
         return self._tower
 
 
-def rehearse(model_args: ModelArguments, args: TrainingArguments) -> None:
+def rehearse(model_args: ModelArguments, args: TrainingArguments, teacher_text: TeacherText | None = None) -> None:
     """Let the terms of a stage look at the pair.
+
+    Args:
+        teacher_text: of a teacher with another tokenizer.
 
     Raises:
         ValueError: as the terms do: which of them cannot run on this pair, and what can be done.
@@ -45,13 +50,13 @@ def rehearse(model_args: ModelArguments, args: TrainingArguments) -> None:
     student.config.tokenizer_model_max_length = limit
     teacher.config.tokenizer_model_max_length = limit + count_visual_tokens(teacher) - count_visual_tokens(student)
     pair = Pair(student, teacher)
+    pair.teacher_vocab_size = None if teacher_text is None else len(teacher_text.tokenizer)
     methods = logging.getLogger("llava_compodistill.methods")
     level = methods.level
     methods.setLevel(logging.ERROR)  # what they report, they will report in earnest
     try:
         with torch.random.fork_rng(devices=[]):  # their own weights must not move the seed
-            for term in args.chosen_method.terms(args.stage, args):
-                term.prepare(pair)
+            prepared(args.chosen_method.terms(args.stage, args), pair)
     finally:
         methods.setLevel(level)
 

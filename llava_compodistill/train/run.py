@@ -27,6 +27,7 @@ from . import checkpoint, resume
 from .arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
 from .data import make_data_module
 from .rehearsal import rehearse
+from .teacher_text import find_teacher_text
 from .trainer import CompoDistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,10 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
     template = use_template(model_args.version)
     tokenizer = load_tokenizer(model_args, args, template)
 
+    teacher_text = shared = None
     if args.distilled:
-        check_same_tokenizer(tokenizer, model_args)
-        rehearse(model_args, args)
+        teacher_text, shared = find_teacher_text(tokenizer, model_args, args)
+        rehearse(model_args, args, teacher_text)
 
     teacher = None
     if args.distilled or fetches_adapter(model_args, args):
@@ -68,10 +70,11 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
     if not args.distilled:
         teacher = None  # it has given its adapter
     configure(student, tokenizer, model_args, data_args, args)
-    data_module = make_data_module(tokenizer, data_args, args.seed_of_data, args.paired)
+    data_module = make_data_module(tokenizer, data_args, args.seed_of_data, teacher_text, args.paired)
     checkpoint.check_disk_space(student, args)
 
-    trainer = CompoDistillTrainer(model=student, teacher=teacher, args=args, tokenizer=tokenizer, **data_module)
+    texts = {"tokenizer": tokenizer, "teacher_text": teacher_text, "shared_tokens": shared}
+    trainer = CompoDistillTrainer(model=student, teacher=teacher, args=args, **texts, **data_module)
     report(trainer)
     trainer.train(resume_from_checkpoint=start)
     trainer.save_state()
@@ -125,28 +128,6 @@ def configure(
     data_args.is_multimodal = True
     data_args.image_processor = core.get_vision_tower().image_processor
     data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
-
-
-def check_same_tokenizer(tokenizer: Any, model_args: ModelArguments) -> None:
-    """L_KL compares token by token, so both models must spell alike.
-
-    Raises:
-        ValueError: with the sizes and a token that the two number differently.
-    """
-    path = model_args.teacher_model_path
-    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
-    own = not os.path.isdir(path) or any(os.path.isfile(os.path.join(path, name)) for name in names)
-    source = path if own else model_args.teacher_model_base
-    teacher = read_tokenizer(source)
-    ours, theirs = tokenizer.get_vocab(), teacher.get_vocab()
-    different = [token for token in ours if theirs.get(token) != ours[token]]
-    if different:
-        token = different[0]
-        raise ValueError(
-            f"The teacher's tokenizer ({source}, {len(theirs)} tokens) is not the student's "
-            f"({model_args.model_name_or_path}, {len(ours)} tokens): {token!r} is {theirs.get(token)} and "
-            f"{ours[token]}. Distillation needs a pair with one tokenizer, such as two sizes of one model family."
-        )
 
 
 def teacher_dtype(args: TrainingArguments) -> torch.dtype:

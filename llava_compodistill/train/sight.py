@@ -16,6 +16,7 @@ import transformers
 from ..errors import BlindError
 from ..hosts.llava.model import llava_core
 from ..ops.answer_loss import answer_loss
+from ..pair.tokens import TEACHER
 from ..record.forward import Needs, Pass, record
 from . import facts
 
@@ -145,7 +146,7 @@ class SightGuard(transformers.TrainerCallback):
 
     def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.trainer.data_collator(samples)
-        return {name: value for name, value in batch.items() if name != facts.KEY}
+        return {name: value for name, value in batch.items() if name not in (facts.KEY, TEACHER)}
 
 
 def can_measure(dataset: Any) -> bool:

@@ -31,6 +31,7 @@ from .mix import Mix, write_manifest
 from .objective import Objective
 from .samplers import SeededLengthGroupedSampler, SeededRandomSampler, TellEpoch
 from .sight import SightGuard, can_measure
+from .teacher_text import TeacherText
 from .terms_log import TermsLog
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ class CompoDistillTrainer(LLaVATrainer):
         teacher: the frozen teacher, for stages that need one. It is kept outside the student: in no state dict, in no
             optimizer.
         tokenizer: saved beside the student; its length bounds the vocabulary that L_KL runs over.
+        teacher_text: how a teacher with another tokenizer reads the samples (`find_teacher_text`); the data come from
+            `make_data_module(..., teacher=teacher_text)`.
+        shared_tokens: the tokens that L_KL runs over, where the teacher's tokenizer lacks some of the student's.
         Other arguments as for `transformers.Trainer`.
     """
 
@@ -54,6 +58,8 @@ class CompoDistillTrainer(LLaVATrainer):
         args: TrainingArguments,
         teacher: nn.Module | None = None,
         tokenizer: Any = None,
+        teacher_text: TeacherText | None = None,
+        shared_tokens: int | None = None,
         **kwargs: Any,
     ):
         if args.distilled and teacher is None:
@@ -62,8 +68,9 @@ class CompoDistillTrainer(LLaVATrainer):
             model,
             teacher if args.distilled else None,
             args.chosen_method.terms(args.stage, args),
-            vocab_size=None if tokenizer is None else len(tokenizer),
+            vocab_size=len(tokenizer) if shared_tokens is None and tokenizer is not None else shared_tokens,
             impl=args.attention_map_impl,
+            teacher_vocab_size=None if teacher_text is None else len(teacher_text.tokenizer),
         )
         checkpoint.attach_modules(model, self.objective.modules)
         super().__init__(model=model, args=args, **compat.tokenizer_argument(tokenizer), **kwargs)
@@ -73,7 +80,10 @@ class CompoDistillTrainer(LLaVATrainer):
             )
         core = llava_core(model)
         self._limit = getattr(core.config, "tokenizer_model_max_length", None)
-        self.data_collator = CountingCollator(self.data_collator, count_visual_tokens(core), self._limit)
+        theirs = None
+        if teacher_text is not None:
+            theirs = count_visual_tokens(teacher), teacher.config.tokenizer_model_max_length
+        self.data_collator = CountingCollator(self.data_collator, count_visual_tokens(core), self._limit, theirs)
         self.tokenizer_to_save = tokenizer
         self.train_sampler: Any = None
         self._gathered: tuple[dict | None, dict | None] = None, None
@@ -85,6 +95,7 @@ class CompoDistillTrainer(LLaVATrainer):
         self.model_accepts_loss_kwargs = True
         self._counts: dict[str, torch.Tensor] | None = None
         self._seen_samples = self._cut_samples = 0  # of this process, see _watch_answers
+        self._told_unaligned = False
         self._waiting: list[dict[str, Any]] = []
         self._terms_log = TermsLog(self.accelerator, args)
 
@@ -161,7 +172,7 @@ class CompoDistillTrainer(LLaVATrainer):
         """The collator's; a batch that was made elsewhere is counted here, on its device."""
         if facts.KEY in batch:
             return batch[facts.KEY]
-        return BatchFacts.of(batch, self.data_collator.visual_tokens, self._limit)
+        return self.data_collator.facts(batch)
 
     def _watch_answers(self, found: list[BatchFacts]) -> None:
         """Announce the first sample whose answers are all cut off: its loss is a zero that nobody sees in the mean."""
@@ -173,6 +184,15 @@ class CompoDistillTrainer(LLaVATrainer):
                 self._limit,
                 cut,
                 samples,
+                self.state.global_step + 1,
+            )
+        spans, tokens = (sum(getattr(batch, name) for batch in found) for name in ("aligned_spans", "answer_tokens"))
+        if tokens and not spans and not self.objective.pair.shares_tokenizer and not self._told_unaligned:
+            self._told_unaligned = True
+            logger.warning(
+                "--model_max_length %s leaves nothing of the teacher's answers to compare in step %d: its template "
+                "and tokenizer make longer sequences than the student's do. Raise it.",
+                self._limit,
                 self.state.global_step + 1,
             )
         self._cut_samples += cut

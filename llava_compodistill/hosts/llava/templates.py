@@ -7,8 +7,9 @@ tokenized piece by piece, so the mask is exact by construction, whatever the tok
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -213,6 +214,16 @@ def use_template(version: str) -> Any:
         raise TemplateError(f"{version!r} is no conversation template (--version, --conv-mode). Known: {known}.")
     conversation_lib.default_conversation = conversation_lib.conv_templates[version]
     return conversation_lib.default_conversation
+
+
+@contextlib.contextmanager
+def under_template(version: str) -> Iterator[Any]:
+    """Inside the context LLaVA's default template is another one, as for `use_template`."""
+    before = conversation_lib.default_conversation
+    try:
+        yield use_template(version)
+    finally:
+        conversation_lib.default_conversation = before
 
 
 def current_template() -> str:

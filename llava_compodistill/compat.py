@@ -320,6 +320,38 @@ def output_capturing_repair() -> tuple[str, str, Callable] | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Vision towers
+# ---------------------------------------------------------------------------------------------------------------------
+class VisionLevel(nn.Module):
+    """The level `vision_model` that transformers 5 has taken out of CLIP's and SigLIP's vision models. The names of
+    the weights in LLaVA's checkpoints have it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.vision_model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.vision_model(*args, **kwargs)
+
+    @property
+    def config(self) -> Any:
+        return self.vision_model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_model.device
+
+
+def with_vision_level(model: nn.Module) -> nn.Module:
+    """A CLIP or SigLIP vision model whose weights have the names that LLaVA's checkpoints give them."""
+    return model if hasattr(model, "vision_model") else VisionLevel(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Key/value caches: tuples in 4.37, objects later
 # ---------------------------------------------------------------------------------------------------------------------
 def read_cache(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:

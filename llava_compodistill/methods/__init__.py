@@ -17,6 +17,7 @@ METHODS = {
     "llava_kd": ("llava_kd", "LLaVAKD"),
     "llavadi": ("llavadi", "LLaVADI"),
     "align_kd": ("align_kd", "AlignKD"),
+    "switch_kd": ("switch_kd", "SwitchKD"),
 }
 
 __all__ = ["METHODS", "Method", "Sums", "Term", "find_method"]

@@ -71,6 +71,7 @@ class Pass:
         head_maps: by (layer, heads), [B, number of heads, N, N_v]; empty for a batch without an image.
         hidden: by (layer, name of rows), [R, D].
         returned: what `on_head` returned, as it came out of the head's call.
+        switched: of a student, the teacher's pass on the student's visual features, where a term asks for it.
     """
 
     batch: MergedBatch
@@ -79,6 +80,7 @@ class Pass:
     head_maps: dict[LayerHeads, torch.Tensor] = field(default_factory=dict)
     hidden: dict[LayerRows, torch.Tensor] = field(default_factory=dict)
     returned: torch.Tensor | None = None
+    switched: Pass | None = None
 
 
 class PassRecorder:

@@ -44,7 +44,7 @@ def rehearse(model_args: ModelArguments, args: TrainingArguments) -> None:
     limit = args.model_max_length
     student.config.tokenizer_model_max_length = limit
     teacher.config.tokenizer_model_max_length = limit + count_visual_tokens(teacher) - count_visual_tokens(student)
-    pair = Pair(student, teacher)
+    pair = Pair(student, teacher, trains_encoder=model_args.unfreeze_mm_vision_tower)
     methods = logging.getLogger("llava_compodistill.methods")
     level = methods.level
     methods.setLevel(logging.ERROR)  # what they report, they will report in earnest

@@ -93,8 +93,8 @@ class SwitchTerm(_DifferencesTerm):
         if not pair.trains_encoder:
             raise ValueError(
                 "--method switch_kd sends the student's visual features through the teacher, which trains nothing if "
-                "the student's encoder is frozen (and if it is the teacher's, the switch is the teacher itself). Train "
-                "it with --unfreeze_mm_vision_tower True, or leave the switch out with --method_options "
+                "the student's encoder is frozen: with the teacher's encoder, the switch is the teacher itself. Train "
+                "the encoder with --unfreeze_mm_vision_tower True, or leave the switch out with --method_options "
                 "'{\"l2\": 0}'."
             )
         mine, theirs = (model.get_vision_tower().hidden_size for model in (pair.student, pair.teacher))

@@ -127,10 +127,11 @@ class Objective:
     @contextlib.contextmanager
     def _switching(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         """Inside, the student's forward can end with the teacher's on the same visual features, where a term asks."""
-        needs = reduce(or_, filter(None, (term.switched_needs() for term in self.terms)), None)
-        if needs is None:
+        asked = [needs for needs in (term.switched_needs() for term in self.terms) if needs is not None]
+        if not asked:
             yield
             return
+        needs = reduce(or_, asked)
         with keep_features(self.pair.student) as features:
             self._switch = lambda: self._run_switched(inputs, needs, features.pop()) if features else None
             try:

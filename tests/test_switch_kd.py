@@ -158,7 +158,7 @@ def test_switch_kd(siglip, tmp_path, monkeypatch):
     student, teacher = pair = make_pair(siglip)
     frozen = {name: value.clone() for name, value in teacher.state_dict().items()}
     options = Differences(2.0, 3, 8)
-    objective = make_objective(pair, tmp_path, '{"l1": 0.5, "l2": 2.0, "tau": 2.0, "k_min": 3, "k_max": 8}')
+    objective = make_objective(pair, tmp_path, '{"l1": 0.5, "l2": 20.0, "tau": 2.0, "k_min": 3, "k_max": 8}')
     batch = make_batch(LAYOUTS)
     sums, found = run(objective, batch)
 
@@ -179,11 +179,11 @@ def test_switch_kd(siglip, tmp_path, monkeypatch):
     through_teacher = torch.autograd.grad(switch, [*trained.values()], retain_graph=True, allow_unused=True)
     for name, gradient in zip(trained, through_teacher, strict=True):
         assert (gradient is not None) == ("vision_tower" in name), "it trains the encoder, and the encoder alone"
-    (lm + 0.5 * align + 2 * switch).backward()
+    (lm + 0.5 * align + 20 * switch).backward()
     expected = gradients(student)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-7, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], value, atol=5e-7, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
         assert value.abs().max() > 1e-5 or name.endswith("k_proj.bias"), name  # which a softmax does not depend on
     assert all(torch.equal(value, frozen[name]) for name, value in teacher.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.parameters())

@@ -351,6 +351,16 @@ def with_vision_level(model: nn.Module) -> nn.Module:
     return model if hasattr(model, "vision_model") else VisionLevel(model)
 
 
+def keep_names_argument() -> dict[str, Any]:
+    """The keyword of `save_pretrained` by which weights are saved under the names that they have in the model.
+
+    transformers 5 gives them back the names of the checkpoint that they came from; under ZeRO-3 also where it has
+    renamed none, so that a vision tower's would have the level `vision_model` twice (5.18).
+    """
+    known = inspect.signature(transformers.PreTrainedModel.save_pretrained).parameters
+    return {"save_original_format": False} if "save_original_format" in known else {}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Key/value caches: tuples in 4.37, objects later
 # ---------------------------------------------------------------------------------------------------------------------

@@ -220,6 +220,21 @@ def test_an_equal_encoder_switches_nothing(siglip, tmp_path):
     assert sums["switch"] == pytest.approx(0, abs=1e-10) and sums["align"] > 1e-2
 
 
+def test_with_gradient_checkpointing_the_teachers_layers_run_again(siglip, tmp_path):
+    student, teacher = pair = make_pair(siglip)
+    calls = []
+    teacher.get_model().layers[0].mlp.register_forward_hook(lambda *args: calls.append(1))
+    objective, batch = make_objective(pair, tmp_path), make_batch(LAYOUTS)
+    sums, expected = run(objective, batch)
+    assert len(calls) == 2, "its own pass and the switched one"
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    student.train()
+    assert run(objective, batch)[0] == pytest.approx(sums, rel=1e-9) and len(calls) == 2 + 3
+    for name, value in gradients(student).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-12, rtol=1e-9)
+    assert all("forward" not in vars(layer) for layer in teacher.get_model().layers)
+
+
 def test_an_encoder_of_another_size_is_refused(siglip, tmp_path):
     student, teacher = make_pair(save_tower(tmp_path / "coarse", patches=4))[0], make_pair(siglip)[1]
     with pytest.raises(ValueError, match=r"\(16 and 4 an image\): align compares answers"):

@@ -82,7 +82,7 @@ def save(
     else:
         weights = core.state_dict() if state_dict is None else state_dict
         weights = {name: value for name, value in weights.items() if not _elsewhere(name, core)}
-        core.save_pretrained(output_dir, state_dict=weights)
+        core.save_pretrained(output_dir, state_dict=weights, **compat.keep_names_argument())
     _save_config(core, output_dir)
     if tokenizer is not None:
         tokenizer.save_pretrained(output_dir)

@@ -223,7 +223,7 @@ def test_an_equal_encoder_switches_nothing(siglip, tmp_path):
 def test_with_gradient_checkpointing_the_teachers_layers_run_again(siglip, tmp_path):
     student, teacher = pair = make_pair(siglip)
     calls = []
-    teacher.get_model().layers[0].mlp.register_forward_hook(lambda *args: calls.append(1))
+    teacher.get_model().layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
     objective, batch = make_objective(pair, tmp_path), make_batch(LAYOUTS)
     sums, expected = run(objective, batch)
     assert len(calls) == 2, "its own pass and the switched one"

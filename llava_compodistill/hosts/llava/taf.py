@@ -53,8 +53,8 @@ class TAFProjector(nn.Module):
 
     def _fetched(self, features: torch.Tensor) -> torch.Tensor:
         """P_T of the features: with gradients to the features of an encoder that is trained, never to P_T itself."""
+        # Whatever `requires_grad` says: LLaVA's own code unfreezes all of `mm_projector`.
         if features.requires_grad:
-            # LLaVA's own code unfreezes all of `mm_projector`.
             return self.teacher_adapter.requires_grad_(False)(features)
         with torch.no_grad():
             return self.teacher_adapter(features)

@@ -36,7 +36,7 @@ class SiglipVisionTower(nn.Module):
         self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
         if self.select_feature not in ("patch", "cls_patch"):
             raise ValueError(f"mm_vision_select_feature {self.select_feature!r}: must be patch or cls_patch.")
-        if delay_load and not getattr(args, "unfreeze_mm_vision_tower", False):
+        if delay_load:
             self.cfg_only = SiglipVisionConfig.from_pretrained(vision_tower)
         else:
             self.load_model()

@@ -38,6 +38,7 @@ LONGEST = (
     "test_rivals",
     "test_reproduce",
     "test_methods",
+    "test_trained_tower",
     "test_training_terms",
     "test_analysis",
     "test_sight",

@@ -320,6 +320,48 @@ def output_capturing_repair() -> tuple[str, str, Callable] | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Vision towers
+# ---------------------------------------------------------------------------------------------------------------------
+class VisionLevel(nn.Module):
+    """The level `vision_model` that transformers 5 has taken out of CLIP's and SigLIP's vision models. The names of
+    the weights in LLaVA's checkpoints have it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.vision_model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.vision_model(*args, **kwargs)
+
+    @property
+    def config(self) -> Any:
+        return self.vision_model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_model.device
+
+
+def with_vision_level(model: nn.Module) -> nn.Module:
+    """A CLIP or SigLIP vision model whose weights have the names that LLaVA's checkpoints give them."""
+    return model if hasattr(model, "vision_model") else VisionLevel(model)
+
+
+def keep_names_argument() -> dict[str, Any]:
+    """The keyword of `save_pretrained` by which weights are saved under the names that they have in the model.
+
+    transformers 5 gives them back the names of the checkpoint that they came from; under ZeRO-3 also where it has
+    renamed none, so that a vision tower's would have the level `vision_model` twice (5.18).
+    """
+    known = inspect.signature(transformers.PreTrainedModel.save_pretrained).parameters
+    return {"save_original_format": False} if "save_original_format" in known else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Key/value caches: tuples in 4.37, objects later
 # ---------------------------------------------------------------------------------------------------------------------
 def read_cache(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:

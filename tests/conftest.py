@@ -39,6 +39,7 @@ LONGEST = (
     "test_reproduce",
     "test_methods",
     "test_unlike_tokenizers",
+    "test_trained_tower",
     "test_training_terms",
     "test_analysis",
     "test_sight",

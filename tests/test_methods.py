@@ -29,6 +29,7 @@ MORE_TERMS = {
     "llavadi": {"dft": ["features"]},
     "llava_mod": {},
     "align_kd": {stage: ["first_attention", "visual_features"] for stage in ("dpt", "dft")},
+    "switch_kd": {"dft": ["align", "switch"]},
 }
 
 
@@ -159,6 +160,11 @@ def test_two_processes_train_a_terms_weights_alike(dft, world, sharp_teacher, mi
         ({"mm_projector_type": "taf", "vision_tower": "other"}, "TAF fetches the teacher's adapter"),
         ({"student_layers": "all", "teacher_layers": "2,3"}, "student band .* has 4 and the teacher band .* has 2"),
         ({"student_layers": "3,9"}, r"layers \[3, 9\] are outside a model with 4 layers"),
+        ({"method": "switch_kd"}, "student's encoder is frozen: .* --unfreeze_mm_vision_tower True, or leave"),
+        (
+            {"method": "switch_kd", "unfreeze_mm_vision_tower": True, "vision_tower": "other"},
+            r"\(9 and 4 an image\): align compares answers",
+        ),
         ({"method": "llavadi", "method_options": '{"map": "deep"}'}, "map: must be one of mlp, linear, got 'deep'"),
     ],
 )

@@ -98,7 +98,7 @@ def test_taf_is_built_from_the_config_alone(checkpoints, siglip):
     assert adapter.student_map[0].weight.shape == (24, 32) and len(adapter.student_map) == 1
     for name, value in teacher.get_model().mm_projector.state_dict().items():
         assert torch.equal(adapter.teacher_adapter.state_dict()[name], value)
-    features = torch.rand(2, 16, factory.WIDTH, requires_grad=True)
+    features = torch.rand(2, 16, factory.WIDTH)
     out = adapter(features)
     expected = adapter.student_map(teacher.get_model().mm_projector(features))
     torch.testing.assert_close(out, expected)
@@ -106,7 +106,14 @@ def test_taf_is_built_from_the_config_alone(checkpoints, siglip):
     adapter.requires_grad_(True)  # as LLaVA's own code does
     adapter(features).sum().backward()
     assert adapter.student_map[0].weight.grad is not None
-    assert all(p.grad is None for p in adapter.teacher_adapter.parameters()) and features.grad is None
+    assert all(p.grad is None for p in adapter.teacher_adapter.parameters())
+    features.requires_grad_()  # of an encoder that is trained
+    found = torch.autograd.grad(adapter(features).sum(), features)[0]
+    expected = adapter.student_map(teacher.get_model().mm_projector(features)).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(expected, features)[0])
+    adapter.requires_grad_(True)
+    adapter(features).sum().backward()
+    assert all(p.grad is None for p in adapter.teacher_adapter.parameters())
     config = AutoConfig.from_pretrained(checkpoints["qwen2"])
     config.mm_projector_type = "taf"
     with pytest.raises(ValueError, match="the config has no `taf_teacher_projector_type`: give --teacher_model_path"):

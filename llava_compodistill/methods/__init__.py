@@ -18,6 +18,7 @@ METHODS = {
     "llavadi": ("llavadi", "LLaVADI"),
     "llava_mod": ("llava_mod", "LLaVAMoD"),
     "align_kd": ("align_kd", "AlignKD"),
+    "switch_kd": ("switch_kd", "SwitchKD"),
 }
 
 __all__ = ["METHODS", "Method", "Sums", "Term", "find_method"]

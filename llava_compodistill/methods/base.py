@@ -81,6 +81,11 @@ class Term:
         """What the student's and the teacher's pass have to leave behind."""
         return Needs(), Needs()
 
+    def switched_needs(self) -> Needs | None:
+        """What the teacher's pass on the student's visual features has to leave behind (`Pass.switched`, for
+        `__call__`); None where the term needs no such pass, which costs another forward of the teacher and a backward
+        through it."""
+
     def on_head(self, student: Pass, teacher: Pass | None) -> torch.Tensor | None:
         """[K] values that need the head's weights: made inside the student's head, where they are whole under ZeRO-3.
 

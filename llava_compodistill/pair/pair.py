@@ -24,6 +24,7 @@ class Pair:
         teacher_vocab_size: that of a teacher whose tokenizer is another than the student's.
         shares_encoder: whether images are encoded once for both.
         shares_adapter: whether the student's frozen adapter is this teacher's, so that it runs once for both, too.
+        trains_encoder: whether the student's encoder is trained in this stage.
     """
 
     student: nn.Module
@@ -32,6 +33,7 @@ class Pair:
     shares_encoder: bool = False
     shares_adapter: bool = False
     teacher_vocab_size: int | None = None
+    trains_encoder: bool = False
 
     @classmethod
     def of(
@@ -52,7 +54,9 @@ class Pair:
         student = llava_core(student)
         if teacher is None:
             return cls(student, None, vocab_size)
-        pair = cls(student, teacher, vocab_size, same_tower(student.config, teacher.config))
+        trains_encoder = any(parameter.requires_grad for parameter in student.get_vision_tower().parameters())
+        shares_encoder = not trains_encoder and same_tower(student.config, teacher.config)
+        pair = cls(student, teacher, vocab_size, shares_encoder, trains_encoder=trains_encoder)
         pair.teacher_vocab_size = teacher_vocab_size
         if isinstance(projector(student), TAFProjector):
             check_taf(student.config, teacher.config)
@@ -85,7 +89,8 @@ class Pair:
         if not self.shares_encoder:
             sizes = [model.get_vision_tower().config.image_size for model in (self.student, self.teacher)]
             resized = "" if sizes[0] == sizes[1] else f", resized from {sizes[0]} to {sizes[1]} pixels for the teacher"
-            logger.info("Vision: the towers differ, so each model encodes the images itself%s.", resized)
+            reason = "the student's tower is trained" if self.trains_encoder else "the towers differ"
+            logger.info("Vision: %s, so each model encodes the images itself%s.", reason, resized)
             return
         share_tower(self.student, self.teacher)
         if isinstance(projector(self.student), TAFProjector) and not self.shares_adapter:

@@ -15,7 +15,7 @@ from torch import nn
 from .. import compat
 from ..errors import CheckpointError
 from ..hosts.llava import register
-from ..hosts.llava.model import llava_core, projector
+from ..hosts.llava.model import has_own_tower, llava_core, projector
 from ..hosts.llava.taf import PROJECTOR_TYPE, TAFProjector, fetch_teacher_adapter, taf_config
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
         freeze_backbone=model_args.freeze_backbone,
         freeze_adapter=training_args.freeze_mm_mlp_adapter,
         trained=partial(method.trained, stage),
+        train_encoder=model_args.unfreeze_mm_vision_tower,
     )
     if not training_args.deepspeed:  # what is trained is held in fp32, see student_dtype
         for parameter in model.parameters():
@@ -83,8 +84,10 @@ def set_trainable(
     freeze_backbone: bool = False,
     freeze_adapter: bool = False,
     trained: Callable[[str], bool] = lambda name: True,
+    train_encoder: bool = False,
 ) -> None:
-    """Freeze and unfreeze by stage (paper, Section 4.3). The vision encoder and P_T are frozen in every stage.
+    """Freeze and unfreeze by stage (paper, Section 4.3). P_T is frozen in every stage, and so is the vision encoder
+    but with `train_encoder`.
 
     Args:
         trained: says of a weight of the language model, by its name, whether it is trained where the stage trains the
@@ -99,6 +102,10 @@ def set_trainable(
             parameter.requires_grad_(not freeze_backbone and trained(name))
     if core.get_vision_tower() is not None:
         core.get_vision_tower().requires_grad_(False)
+    if train_encoder:
+        from ..hosts.llava.trained_towers import train_tower
+
+        train_tower(core.get_vision_tower())
     adapter.requires_grad_(not freeze_adapter)
     if isinstance(adapter, TAFProjector):
         adapter.teacher_adapter.requires_grad_(False)
@@ -222,12 +229,16 @@ _VISION_FLAGS = {
 def _initialize_vision(core: nn.Module, model_args: Any, training_args: Any) -> None:
     import copy
 
+    if model_args.unfreeze_mm_vision_tower and not has_own_tower(core.config):
+        core.get_model().vision_tower = None  # a frozen one, if any: LLaVA builds it anew
+        core.config.unfreeze_mm_vision_tower = True
     without_adapter = copy.copy(model_args)
     without_adapter.pretrain_mm_mlp_adapter = None  # loaded by us: weights only, and with errors that name the file
     # LLaVA asks for a length, which transformers 5 has made a bool; it keeps the tower out of FSDP's units.
     fsdp = ["fsdp"] if getattr(training_args, "fsdp", None) else None
     core.get_model().initialize_vision_modules(model_args=without_adapter, fsdp=fsdp)
-    tower_dtype = compute_dtype(training_args)
+    # Weights that are saved, and may be trained, are held as the language model's.
+    tower_dtype = (student_dtype if has_own_tower(core.config) else compute_dtype)(training_args)
     core.get_vision_tower().to(dtype=tower_dtype, device=training_args.device)
     core.config.mm_use_im_start_end = model_args.mm_use_im_start_end
     core.config.mm_use_im_patch_token = model_args.mm_use_im_patch_token

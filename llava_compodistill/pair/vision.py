@@ -9,12 +9,18 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..hosts.llava.model import llava_core, projector
+from ..hosts.llava.model import has_own_tower, llava_core, projector
 from ..hosts.llava.taf import TAFProjector
 
 
 def same_tower(student: Any, teacher: Any) -> bool:
-    """Whether the models of two configs see the same features: one encoder, the same layer and patches of it."""
+    """Whether the models of two configs see the same features: one encoder, the same layer and patches of it, and
+    neither has trained it."""
+    return not (has_own_tower(student) or has_own_tower(teacher)) and _same_origin(student, teacher)
+
+
+def _same_origin(student: Any, teacher: Any) -> bool:
+    """Whether the encoders of two configs are the same, or were before training."""
 
     def identity(config: Any) -> tuple:
         name = config.mm_vision_tower
@@ -28,12 +34,18 @@ def same_tower(student: Any, teacher: Any) -> bool:
 
 
 def check_taf(student: Any, teacher: Any) -> None:
-    """Refuse TAF between the models of two configs that see other features.
+    """Refuse TAF between the models of two configs that see other features. A student that trains its encoder starts
+    from the teacher's, and P_T reads what becomes of it.
 
     Raises:
         ValueError: naming both towers.
     """
-    if not same_tower(student, teacher):
+    if has_own_tower(teacher):
+        raise ValueError(
+            "TAF fetches the teacher's adapter, which reads the teacher's encoder, and the teacher has trained that "
+            "(unfreeze_mm_vision_tower in its config.json): use --mm_projector_type mlp2x_gelu."
+        )
+    if not _same_origin(student, teacher):
         raise ValueError(
             "TAF fetches the teacher's adapter, which reads the teacher's encoder: --vision_tower "
             f"{student.mm_vision_tower} (layer {student.mm_vision_select_layer}) is not the teacher's "

@@ -58,6 +58,28 @@ def encode_once(pair: Pair) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def keep_features(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Inside the context a forward leaves the features of the model's own encoder in the list, with their graph."""
+    host = host_of(model)
+    kept: list[torch.Tensor] = []
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        kept.append(model.get_vision_tower()(images))
+        return host.project(model, kept[-1])
+
+    with replaced(model, host.ENCODE, encode):
+        yield kept
+
+
+@contextlib.contextmanager
+def encoded_as(model: nn.Module, features: torch.Tensor) -> Iterator[None]:
+    """Inside the context a forward's images have these features [B, N_v, D_v], whatever its own encoder says."""
+    host = host_of(model)
+    with replaced(model, host.ENCODE, lambda images: host.project(model, features)):
+        yield
+
+
+@contextlib.contextmanager
 def encode_separately(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
     """Inside the context the teacher encodes the images with a tower of its own, although they were prepared for the
     student's: in its size, normalised its way, and in its precision, which a teacher in bf16 beside a student in fp32

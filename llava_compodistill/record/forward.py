@@ -78,6 +78,7 @@ class Pass:
         returned: what `on_head` returned, as it came out of the head's call.
         aligned: of a teacher with another tokenizer, [B, S, 2]: the answer rows that correspond, by their numbers
             within a sample, of the student and of the teacher, padded with -1 (`pair.tokens.align_answers`).
+        switched: of a student, the teacher's pass on the student's visual features, where a term asks for it.
     """
 
     batch: MergedBatch
@@ -88,6 +89,7 @@ class Pass:
     routing: dict[int, Any] = field(default_factory=dict)
     returned: torch.Tensor | None = None
     aligned: torch.Tensor | None = None
+    switched: Pass | None = None
 
 
 class PassRecorder:

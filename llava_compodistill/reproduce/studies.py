@@ -64,6 +64,7 @@ _PLAIN = {"projector": "mlp2x_gelu", "vat": False}
 LLAVA_KD = Recipe(method="llava_kd", stages=("dpt", "sft", "dft"), **_PLAIN)
 LLAVADI = Recipe(method="llavadi", stages=("pt", "dft"), **_PLAIN)
 ALIGN_KD = Recipe(method="align_kd", stages=("dpt", "dft"), **_PLAIN)
+SWITCH_KD = Recipe(method="switch_kd", stages=("pt", "dft"), flags=("--unfreeze_mm_vision_tower", "True"), **_PLAIN)
 RELEASE = Recipe(method="release")
 
 TABLE_1 = Study(
@@ -76,6 +77,7 @@ TABLE_1 = Study(
         "llava_kd": Row("LLaVA-KD", LLAVA_KD, _paper(61.6, 61.5)),
         "llavadi": Row("LLaVADI", LLAVADI, _paper(56.6, 60.2)),
         "align_kd": Row("Align-KD (not in the paper)", ALIGN_KD),
+        "switch_kd": Row("Switch-KD (not in the paper)", SWITCH_KD),
         "release": Row("CompoDistill, as the authors' code", RELEASE),
         "compodistill": Row("CompoDistill", COMPODISTILL, _paper(61.9, 66.7)),
     },

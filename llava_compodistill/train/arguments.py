@@ -49,6 +49,10 @@ class ModelArguments(llava_training.ModelArguments):
             "help": "Linear layers of MLP_S under --mm_projector_type taf: 1 (paper), or 2 with a GELU between."
         },
     )
+    unfreeze_mm_vision_tower: bool = field(
+        default=False,
+        metadata={"help": "Train the vision encoder, too, in a stage that trains the language model (dft, sft)."},
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "Attention backend of both LLMs: flash_attention_2, sdpa or eager. Default: the fastest."},
@@ -132,6 +136,12 @@ class TrainingArguments(llava_training.TrainingArguments):
     shuffle_attention_targets: bool = field(
         default=False,
         metadata={"help": "Control experiment: give each sample the teacher attention of another image in the batch."},
+    )
+    mm_vision_tower_lr: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the vision encoder under --unfreeze_mm_vision_tower; else --learning_rate."
+        },
     )
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Precision of the frozen teacher. auto: the student's compute precision."}
@@ -237,6 +247,7 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
     if training.chosen_method.changes_student(training.stage) and (training.lora_enable or training.bits in (4, 8)):
         flag = "--lora_enable" if training.lora_enable else f"--bits {training.bits}"
         raise ValueError(f"--stage {training.stage} of {training.method} trains new experts whole: leave {flag} out.")
+    _check_trained_tower(model, training)
     if model.mm_use_im_start_end and (training.stage in ADAPTER_STAGES or training.lora_enable):
         what = "the adapter alone" if training.stage in ADAPTER_STAGES else "the adapter and LoRA weights"
         raise ValueError(
@@ -250,3 +261,23 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         raise ValueError(
             "--data_path is missing: give a JSON file of conversations, several with commas, or a YAML mix."
         )
+
+
+def _check_trained_tower(model: ModelArguments, training: TrainingArguments) -> None:
+    if not model.unfreeze_mm_vision_tower:
+        if training.mm_vision_tower_lr is not None:
+            raise ValueError(
+                "--mm_vision_tower_lr is for an encoder that is trained: add --unfreeze_mm_vision_tower True."
+            )
+        return
+    why = None
+    if training.stage in ADAPTER_STAGES:
+        why = f"--stage {training.stage} trains and saves the adapter alone: unfreeze the encoder in dft or sft"
+    elif training.lora_enable:
+        why = "a LoRA checkpoint has no place for the encoder's weights: train without --lora_enable"
+    elif training.fsdp:
+        why = "LLaVA keeps the encoder out of FSDP's units: use DDP or DeepSpeed"
+    if why is not None:
+        raise ValueError(f"--unfreeze_mm_vision_tower True: {why}.")
+    if training.mm_vision_tower_lr is not None and training.mm_vision_tower_lr < 0:
+        raise ValueError(f"--mm_vision_tower_lr {training.mm_vision_tower_lr}: cannot be negative.")

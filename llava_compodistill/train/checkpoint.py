@@ -27,7 +27,7 @@ from torch import nn
 from .. import compat
 from ..about import __version__
 from ..errors import CheckpointError
-from ..hosts.llava.model import llava_core
+from ..hosts.llava.model import has_own_tower, llava_core
 from .resume import write_description
 
 logger = logging.getLogger(__name__)
@@ -81,9 +81,8 @@ def save(
         torch.save(_prefixed("base_model.model.model.", adapter), os.path.join(output_dir, LORA_EXTRA_FILE))
     else:
         weights = core.state_dict() if state_dict is None else state_dict
-        # LLaVA loads the encoder from `mm_vision_tower`; a copy here would be dead weight.
-        weights = {name: value for name, value in weights.items() if not _elsewhere(name)}
-        core.save_pretrained(output_dir, state_dict=weights)
+        weights = {name: value for name, value in weights.items() if not _elsewhere(name, core)}
+        core.save_pretrained(output_dir, state_dict=weights, **compat.keep_names_argument())
     _save_config(core, output_dir)
     if tokenizer is not None:
         tokenizer.save_pretrained(output_dir)
@@ -119,9 +118,11 @@ def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
         return {f"mm_projector.{name}": _copy(parameter) for name, parameter in parameters.items()}
 
 
-def _elsewhere(name: str) -> bool:
+def _elsewhere(name: str, core: nn.Module) -> bool:
     """Whether a weight of a student has no place in its checkpoint's own files."""
-    return "vision_tower" in name or name.startswith(f"{MODULES}.")
+    # LLaVA loads a frozen encoder from `mm_vision_tower`; a copy here would be dead weight.
+    frozen = "vision_tower" in name and not has_own_tower(core.config)
+    return frozen or name.startswith(f"{MODULES}.")
 
 
 def load_into(model: nn.Module, folder: str) -> None:
@@ -161,7 +162,8 @@ def check_disk_space(model: nn.Module, args: Any) -> None:
         frozen = [p for p in core.get_model().mm_projector.parameters() if not p.requires_grad]
         weights = _size([p for p in model.parameters() if p.requires_grad] + frozen)
     else:
-        weights = _size([p for n, p in model.named_parameters() if "vision_tower" not in n])
+        own = has_own_tower(core.config)
+        weights = _size([p for n, p in model.named_parameters() if own or "vision_tower" not in n])
     needed = weights
     if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
         # Adam's two moments; ZeRO writes the fp32 copy of the weights as well.
@@ -250,7 +252,7 @@ def _load_full(core: nn.Module, folder: str) -> None:
     names = set(core.state_dict())
     missing, unexpected = sorted(names - set(weights)), sorted(set(weights) - names)
     tied = set() if not core.config.tie_word_embeddings else {"lm_head.weight"}
-    missing = [name for name in missing if not _elsewhere(name) and name not in tied]
+    missing = [name for name in missing if not _elsewhere(name, core) and name not in tied]
     if missing or unexpected:
         raise CheckpointError(f"{folder} does not fit the model: missing {missing[:3]}, unknown {unexpected[:3]}.")
     core.load_state_dict(weights, strict=False)

@@ -6,7 +6,7 @@ The trainer divides the sums by the counts of the whole optimizer step, over all
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -18,8 +18,9 @@ from ..methods import Sums, Term
 from ..methods.base import prepared
 from ..pair import Pair
 from ..pair.tokens import TEACHER
-from ..record.encoding import encode_for
+from ..record.encoding import encode_for, encoded_as, keep_features
 from ..record.forward import Needs, Pass, PassRecorder, record
+from ..record.recompute import recomputed
 
 
 class Objective:
@@ -58,6 +59,7 @@ class Objective:
             self.pair.share_vision()
         self._recorder: PassRecorder | None = None
         self._teacher_pass: Pass | None = None
+        self._switch: Callable[[], Pass | None] = _no_pass
         self._widths: dict[str, int] = {}
         self._sums: dict[str, Sums] = {}
 
@@ -91,6 +93,7 @@ class Objective:
                 yield
             finally:
                 self._recorder = self._teacher_pass = None
+                self._switch = _no_pass
 
     @property
     def is_running(self) -> bool:
@@ -109,7 +112,7 @@ class Objective:
         """
         if self._recorder is None:
             raise RuntimeError("Objective: call it inside `with objective.running():`.")
-        with encode_for(self.pair):
+        with encode_for(self.pair), self._switching(inputs):
             self._teacher_pass = self._run_teacher(inputs, self._needs()[1])
             returned = model(**_students(inputs))
         sums, self._sums, self._teacher_pass = self._sums, {}, None
@@ -132,6 +135,33 @@ class Objective:
             recorder.latest.aligned = aligned
             return recorder.latest
 
+    @contextlib.contextmanager
+    def _switching(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Inside, the student's forward can end with the teacher's on the same visual features, where a term asks."""
+        asked = [needs for needs in (term.switched_needs() for term in self.terms) if needs is not None]
+        if not asked:
+            yield
+            return
+        needs = reduce(or_, asked)
+        with keep_features(self.pair.student) as features:
+            self._switch = lambda: self._run_switched(inputs, needs, features.pop()) if features else None
+            try:
+                yield
+            finally:
+                self._switch = _no_pass
+
+    def _run_switched(self, inputs: Mapping[str, Any], needs: Needs, features: torch.Tensor) -> Pass:
+        """The teacher on the student's features: its weights are frozen, and gradients reach the student's encoder."""
+        teacher = self.pair.teacher
+        saving = getattr(self.pair.student, "is_gradient_checkpointing", False)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(encoded_as(teacher, features))
+            if saving:
+                stack.enter_context(recomputed(teacher))
+            recorder = stack.enter_context(record(teacher, needs, impl=self.impl))
+            teacher(**{**inputs, "use_cache": False})
+            return recorder.latest
+
     def _on_head(self, student: Pass) -> torch.Tensor:
         values = {term.name: term.on_head(student, self._teacher_pass) for term in self.terms}
         values = {name: value for name, value in values.items() if value is not None}
@@ -140,6 +170,7 @@ class Objective:
 
     def _on_end(self, student: Pass) -> dict[str, torch.Tensor]:
         """The terms, inside the student's wrappers: their losses leave the model under their names."""
+        student.switched = self._switch()
         returned = dict(zip(self._widths, student.returned.split(list(self._widths.values())), strict=True))
         self._sums = {term.name: term(student, self._teacher_pass, returned.get(term.name)) for term in self.terms}
         for term in self.terms:
@@ -186,6 +217,10 @@ class Objective:
 def _students(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Without what the teacher alone reads."""
     return {name: value for name, value in inputs.items() if name != TEACHER}
+
+
+def _no_pass() -> None:
+    """Where no term asks for a pass."""
 
 
 def _zero_of(module: nn.Module) -> torch.Tensor:

@@ -49,7 +49,7 @@ def rehearse(model_args: ModelArguments, args: TrainingArguments, teacher_text: 
     limit = args.model_max_length
     student.config.tokenizer_model_max_length = limit
     teacher.config.tokenizer_model_max_length = limit + count_visual_tokens(teacher) - count_visual_tokens(student)
-    pair = Pair(student, teacher)
+    pair = Pair(student, teacher, trains_encoder=model_args.unfreeze_mm_vision_tower)
     pair.teacher_vocab_size = None if teacher_text is None else len(teacher_text.tokenizer)
     methods = logging.getLogger("llava_compodistill.methods")
     level = methods.level

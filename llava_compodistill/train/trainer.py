@@ -99,6 +99,21 @@ class CompoDistillTrainer(LLaVATrainer):
         self._waiting: list[dict[str, Any]] = []
         self._terms_log = TermsLog(self.accelerator, args)
 
+    def create_optimizer(self, *args, **kwargs):
+        """LLaVA's, with the encoder's rate where it has one."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.args.mm_vision_tower_lr
+        if rate is not None:
+            tower = {id(parameter) for parameter in llava_core(self.model).get_vision_tower().parameters()}
+            for group in list(optimizer.param_groups):
+                encoder = [parameter for parameter in group["params"] if id(parameter) in tower]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in tower]
+                if encoder:
+                    optimizer.add_param_group({**group, "params": encoder, "lr": rate})
+        return optimizer
+
     # -----------------------------------------------------------------------------------------------------------------
     # Loss
     # -----------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ... import compat
 from ...errors import CheckpointError
 from .language_models import MODEL_CLASSES, model_class
-from .model import llava_core
+from .model import has_own_tower, llava_core
 
 ADAPTER_FILE = "mm_projector.bin"
 LORA_EXTRA_FILE = "non_lora_trainables.bin"
@@ -149,7 +149,8 @@ def load_extra_weights(model: torch.nn.Module, path: str) -> None:
 def load_model(
     path: str, base: str | None = None, merge_lora: bool = True, vision_tower: str | None = None, **kwargs: Any
 ) -> torch.nn.Module:
-    """Load a LLaVA model of any checkpoint kind, without its tokenizer and without the vision tower's weights.
+    """Load a LLaVA model of any checkpoint kind, without its tokenizer, and without the vision tower's weights where
+    the checkpoint has none of its own (`trained_towers`).
 
     Args:
         path: a full, LoRA or adapter checkpoint, or the hub name of a full one.
@@ -175,9 +176,12 @@ def load_model(
             f"{path} holds {'a LoRA' if kind == 'lora' else 'an adapter'} only: name its language model "
             "(--model-base)."
         )
-    model = _from_pretrained(cls, base, config, new=("mm_projector", "image_newline"), **kwargs)
-    extra = LORA_EXTRA_FILE if kind == "lora" else ADAPTER_FILE
-    load_extra_weights(model, os.path.join(path, extra))
+    extra = os.path.join(path, LORA_EXTRA_FILE if kind == "lora" else ADAPTER_FILE)
+    new = ["mm_projector", "image_newline"]
+    if any("vision_tower" in name for name in read_weights(extra)):
+        new.append("vision_tower")
+    model = _from_pretrained(cls, base, config, new=tuple(new), **kwargs)
+    load_extra_weights(model, extra)
     if kind == "lora":
         from peft import PeftModel
 
@@ -192,7 +196,8 @@ def _from_pretrained(cls: type, path: str, config: Any, new: tuple[str, ...] = (
     from random ones and warn."""
     with _expecting_missing_weights() if new else contextlib.nullcontext():
         model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
-    missing = sorted(name for name in info["missing_keys"] if not any(part in name for part in (*new, "vision_tower")))
+    elsewhere = new if has_own_tower(config) else (*new, "vision_tower")
+    missing = sorted(name for name in info["missing_keys"] if not any(part in name for part in elsewhere))
     if missing:
         raise CheckpointError(
             f"{path} lacks {len(missing)} weights of a {cls.__name__}, such as {', '.join(missing[:3])}: it is "

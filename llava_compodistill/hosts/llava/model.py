@@ -60,6 +60,11 @@ def count_visual_tokens(model: nn.Module) -> int:
     return model.get_vision_tower().num_patches
 
 
+def has_own_tower(config: Any) -> bool:
+    """Whether a model of this config keeps its encoder's weights in its own checkpoint (`trained_towers`)."""
+    return bool(getattr(config, "unfreeze_mm_vision_tower", False))
+
+
 def recording_merge(
     core: nn.Module, merge: Callable[..., Any], received: Callable[[MergedBatch], None]
 ) -> Callable[..., Any]:

@@ -106,10 +106,14 @@ def _replacements() -> dict[tuple[str, str], Callable[[Callable], Callable]]:
 
 
 def _tower_builder(original: Callable) -> Callable:
+    from .model import has_own_tower
+    from .trained_towers import build_own_tower
     from .vision_towers import SiglipVisionTower, is_siglip, tower_name
 
     def build_vision_tower(vision_tower_cfg, **kwargs):
         name = tower_name(vision_tower_cfg)
+        if name is not None and has_own_tower(vision_tower_cfg):
+            return build_own_tower(name, vision_tower_cfg, **kwargs)
         if name is not None and is_siglip(name):
             return SiglipVisionTower(name, args=vision_tower_cfg, **kwargs)
         return original(vision_tower_cfg, **kwargs)

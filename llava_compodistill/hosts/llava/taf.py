@@ -48,10 +48,16 @@ class TAFProjector(nn.Module):
             [..., N_v, D_S].
         """
         if not from_teacher:
-            # No gradient whatever `requires_grad` says: LLaVA's own code unfreezes all of `mm_projector`.
-            with torch.no_grad():
-                features = self.teacher_adapter(features)
+            features = self._fetched(features)
         return self.student_map(features.to(self.student_map[0].weight.dtype))
+
+    def _fetched(self, features: torch.Tensor) -> torch.Tensor:
+        """P_T of the features: with gradients to the features of an encoder that is trained, never to P_T itself."""
+        # Whatever `requires_grad` says: LLaVA's own code unfreezes all of `mm_projector`.
+        if features.requires_grad:
+            return self.teacher_adapter.requires_grad_(False)(features)
+        with torch.no_grad():
+            return self.teacher_adapter(features)
 
 
 def taf_config(teacher_config: Any, depth: int = 1) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class SiglipVisionTower(nn.Module):
         self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
         if self.select_feature not in ("patch", "cls_patch"):
             raise ValueError(f"mm_vision_select_feature {self.select_feature!r}: must be patch or cls_patch.")
-        if delay_load and not getattr(args, "unfreeze_mm_vision_tower", False):
+        if delay_load:
             self.cfg_only = SiglipVisionConfig.from_pretrained(vision_tower)
         else:
             self.load_model()
@@ -44,10 +44,13 @@ class SiglipVisionTower(nn.Module):
     def load_model(self, device_map: Any = None) -> None:
         if self.is_loaded:
             return
+        self._take(SiglipVisionModel.from_pretrained(self.vision_tower_name, device_map=device_map))
+
+    def _take(self, model: nn.Module) -> None:
         self.image_processor = SiglipImageProcessor.from_pretrained(self.vision_tower_name)
         size = self.image_processor.size
         self.image_processor.crop_size = {"height": size["height"], "width": size["width"]}
-        self.vision_tower = SiglipVisionModel.from_pretrained(self.vision_tower_name, device_map=device_map)
+        self.vision_tower = model
         for module in list(self.vision_tower.modules()):
             if isinstance(getattr(module, "head", None), nn.Module):
                 # Pools the patches into one vector, which nobody reads; and its nn.MultiheadAttention uses weights

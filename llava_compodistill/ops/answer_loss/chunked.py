@@ -43,8 +43,12 @@ class Options(NamedTuple):
 
 def rows_per_chunk(weight: torch.Tensor) -> int:
     """Rows of logits that fit the memory meant for them, at least 32: fewer would leave the matrix units idle."""
-    budget = CHUNK_ELEMENTS.get(weight.device.type, DEFAULT_CHUNK_ELEMENTS)
-    return max(32, budget // max(weight.shape[0], 1) // 32 * 32)
+    return max(32, chunk_elements(weight.device) // max(weight.shape[0], 1) // 32 * 32)
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Elements that one buffer of a chunk may have."""
+    return CHUNK_ELEMENTS.get(device.type, DEFAULT_CHUNK_ELEMENTS)
 
 
 def gradient_scale(options: Options) -> float:
@@ -63,8 +67,8 @@ class AnswerLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, teacher_hidden, teacher_weight, teacher_bias, options):
         # The teacher may be loaded narrower (or wider) than the student.
-        student = _Head(hidden, weight, bias)
-        teacher = None if teacher_hidden is None else _Head(teacher_hidden, teacher_weight, teacher_bias)
+        student = Head(hidden, weight, bias)
+        teacher = None if teacher_hidden is None else Head(teacher_hidden, teacher_weight, teacher_bias)
         with torch.autocast(hidden.device.type, enabled=False):
             run = _Run(student, teacher, labels, options)
             run.rows()
@@ -92,7 +96,7 @@ class AnswerLossFunction(torch.autograd.Function):
 class _Run:
     """The passes of one call. Gradients are those of the loss, for hidden states times ``scale``."""
 
-    def __init__(self, student: _Head, teacher: _Head | None, labels: torch.Tensor, options: Options):
+    def __init__(self, student: Head, teacher: Head | None, labels: torch.Tensor, options: Options):
         self.student, self.teacher, self.labels, self.options = student, teacher, labels, options
         self.distils = teacher is not None and options.kl_weight != 0
         # Whether the divergence needs a softmax of its own.
@@ -113,7 +117,7 @@ class _Run:
     def rows(self) -> None:
         """Loss and all gradients, but a 16-bit head's of several chunks."""
         student, vocab, temperature = self.student, self.options.vocab, self.options.temperature
-        for part in _slices(len(self.labels), self.options.chunk_rows):
+        for part in slices(len(self.labels), self.options.chunk_rows):
             logits = student.logits(part)
             log_probs = F.log_softmax(logits, dim=1, dtype=student.wide)
             self.lm -= log_probs.gather(1, self.labels[part, None]).sum()
@@ -151,7 +155,7 @@ class _Run:
             self.grad_weight.addmm_(grad.t(), hidden)
             return
         # Widened a block at a time, so that the product does not need as much memory again.
-        for block in _slices(len(self.grad_weight), 16384):
+        for block in slices(len(self.grad_weight), 16384):
             self.grad_weight[block] += _wide_product(grad[:, block].t(), hidden).div_(self.scale)
 
     def columns(self) -> None:
@@ -162,7 +166,7 @@ class _Run:
         every = slice(0, len(self.labels))
         # Half the logits of a chunk of rows: here the whole gradient lives beside them.
         width = self.options.chunk_rows * len(student.weight) // (2 * len(self.labels))
-        for block in _slices(len(student.weight), max(64, width)):
+        for block in slices(len(student.weight), max(64, width)):
             logits = student.logits(every, block).to(student.wide)
             log_probs = logits - self.full[:, None]
             mine = targets = None
@@ -212,7 +216,7 @@ class _Run:
         return grad.scatter_add_(1, labels.clamp(0, grad.shape[1] - 1), inside.to(grad.dtype).mul_(-lm_weight))
 
 
-class _Head:
+class Head:
     """A language-model head and its input in the dtype of the product."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
@@ -243,7 +247,7 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
-def _slices(length: int, size: int) -> Iterator[slice]:
+def slices(length: int, size: int) -> Iterator[slice]:
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
@@ -268,6 +272,6 @@ def _finish(gradient: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dt
         return None
     if gradient.dtype == factor.dtype:
         return gradient.mul_(factor).to(dtype)
-    for block in _slices(len(gradient), 4096):
+    for block in slices(len(gradient), 4096):
         gradient[block] = gradient[block] * factor.view(*[1] * gradient.ndim)
     return gradient.to(dtype)

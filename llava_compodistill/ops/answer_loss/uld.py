@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .chunked import _finish, _Head, _slices, _wide_product, rows_per_chunk
+from .chunked import Head, _finish, _wide_product, rows_per_chunk, slices
 
 # float16 loses what is below 6e-8: gradients of hidden states are kept times this. Those of logits are below 2.
 _FLOAT16_SCALE = 1024.0
@@ -93,7 +93,7 @@ def uld_loss(
 class _ULD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, options):
-        student, teacher = _Head(hidden, weight, bias), _Head(teacher_hidden, teacher_weight, teacher_bias)
+        student, teacher = Head(hidden, weight, bias), Head(teacher_hidden, teacher_weight, teacher_bias)
         wide, vocab = student.wide, slice(options.vocab[0])
         scale = _FLOAT16_SCALE if student.dtype == torch.float16 else 1.0
         zeros = student.weight.new_zeros
@@ -102,7 +102,7 @@ class _ULD(torch.autograd.Function):
         grad_weight = zeros(weight.shape, dtype=wide) if options.train_weight else None
         grad_bias = zeros(len(weight), dtype=wide) if options.train_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in _slices(len(hidden), options.chunk_rows):
+            for part in slices(len(hidden), options.chunk_rows):
                 mine = _probabilities(student, part, options.vocab[0], options.temperature, wide)
                 theirs = _probabilities(teacher, part, options.vocab[1], options.temperature, wide)
                 # 16-bit logits of a large vocabulary have many ties: stable, so that one run is like the other.
@@ -121,7 +121,7 @@ class _ULD(torch.autograd.Function):
                 if grad_hidden is not None:
                     torch.mm(grad, student.weight[vocab], out=grad_hidden[part])
                 if grad_weight is not None:
-                    for block in _slices(options.vocab[0], 16384):
+                    for block in slices(options.vocab[0], 16384):
                         grad_weight[block] += _wide_product(grad[:, block].t(), student.hidden[part]).div_(scale)
         ctx.gradients, ctx.scale = (grad_hidden, grad_weight, grad_bias), scale
         ctx.dtypes = [None if part is None else part.dtype for part in (hidden, weight, bias)]
@@ -140,6 +140,6 @@ class _ULD(torch.autograd.Function):
         return *map(_finish, gradients, factors, ctx.dtypes), *[None] * 4
 
 
-def _probabilities(head: _Head, rows: slice, vocab: int, temperature: float, wide: torch.dtype) -> torch.Tensor:
+def _probabilities(head: Head, rows: slice, vocab: int, temperature: float, wide: torch.dtype) -> torch.Tensor:
     """[rows, vocab], in `wide`."""
     return torch.softmax(head.logits(rows, slice(vocab)).to(wide) / temperature, dim=1)

@@ -69,7 +69,11 @@ def test_every_recipe_has_its_own_name():
 def test_every_claim_names_rows_of_its_table():
     for study in STUDIES.values():
         for claim in study.claims:
-            assert {claim.better, claim.worse} <= study.rows.keys() and claim.metric in ("vqa", "cr"), claim
+            assert {claim.better, claim.worse} <= study.rows.keys(), claim
+            assert claim.metric in (study.metrics or ("vqa", "cr")), claim
+            # The paper's own figures agree with what it says of them.
+            figures = [study.rows[row].paper.get(claim.metric) for row in (claim.better, claim.worse)]
+            assert None in figures or figures[0] > figures[1], claim
 
 
 @pytest.mark.parametrize("stages", [("dft", "sft"), ("dpt", "dpt", "sft"), ("dpt", "dft", "pt")])
@@ -92,7 +96,7 @@ def test_the_miniature_trains_equal_numbers_of_steps(tmp_path):
 # The grid
 # ---------------------------------------------------------------------------------------------------------------------
 class FakeWorld:
-    name, metrics = "fake", {"cr": "compositional", "vqa": "recognition"}
+    name, metrics, more = "fake", {"cr": "compositional", "vqa": "recognition"}, {}
 
     def __init__(self):
         self.trained, self.prepared, self.fails = [], [], False
@@ -102,6 +106,9 @@ class FakeWorld:
 
     def normal(self, recipe):
         return recipe
+
+    def models(self, recipe):
+        return {}
 
     def refusal(self, recipe):
         return None

@@ -22,7 +22,7 @@ RUN_FILE = "run.json"
 
 def run_folder(root: Path, world: World, recipe: Recipe, seed: int) -> Path:
     """Where a run lies: another folder for every other recipe, seed or setting of the world."""
-    text = json.dumps(world.settings(), sort_keys=True)
+    text = json.dumps(world.settings() | world.models(recipe), sort_keys=True)
     return root / f"{recipe.key}-{hashlib.sha256(text.encode()).hexdigest()[:6]}-seed{seed}"
 
 
@@ -33,9 +33,19 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 
 def train_grid(
-    world: World, recipes: Iterable[Recipe], seeds: Iterable[int], root: Path, jobs: int, console: Console
+    world: World,
+    recipes: Iterable[Recipe],
+    seeds: Iterable[int],
+    root: Path,
+    jobs: int,
+    console: Console,
+    ahead: int = 0,
 ) -> dict[tuple[str, int], dict[str, Any]]:
     """Train and evaluate every recipe with every seed.
+
+    Args:
+        jobs: runs at once.
+        ahead: more runs that are begun, where a run may have to wait for a stage that another run is training.
 
     Returns:
         By (recipe's key, seed), the run's record: recipe, seed, scores, checkpoint, seconds, environment.
@@ -52,7 +62,7 @@ def train_grid(
         return found
     world.prepare([recipe for recipe, _ in waiting])
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with _progress(console) as progress, ThreadPoolExecutor(jobs) as pool:
+    with _progress(console) as progress, ThreadPoolExecutor(jobs + ahead) as pool:
         total = progress.add_task("runs", total=len(waiting))
         futures = {
             pool.submit(_run, world, recipe, seed, run_folder(root, world, recipe, seed), threads, progress): recipe
@@ -79,7 +89,7 @@ def _run(world: World, recipe: Recipe, seed: int, folder: Path, threads: int, pr
     record = {
         "recipe": recipe.described(),
         "seed": seed,
-        "world": world.settings(),
+        "world": world.settings() | world.models(recipe),
         "environment": environment(),
         **trained,
         "scores": world.evaluate(Path(trained["checkpoint"]), recipe.teacher),

@@ -14,7 +14,8 @@ from statistics import mean
 from typing import Any
 
 from ..errors import CompoDistillError, DataError
-from ..eval.benchmarks import registered
+from ..eval.benchmarks import get, registered
+from ..eval.benchmarks.base import EngineBenchmark
 from ..eval.benchmarks.llava import LlavaBenchmark
 from ..eval.checkpoint import check_checkpoint, template_of
 from ..eval.summaries import read_summary
@@ -45,7 +46,7 @@ _NOT_LEARNED = {
     "BATCH", "DEEPSPEED_CONFIG", "GRADIENT_CHECKPOINTING", "LAUNCHER", "LAUNCHER_ARGS", "LOGGING_STEPS", "REPORT_TO",
     "SAVE_STEPS", "WORKERS",
 }  # fmt: skip
-_LLAVA_DATA = "LLaVA's README, section Train, says where it is from"
+_LLAVA_DATA = "LLaVA's README, section Train, says where it is from."
 _FIRST_PORT = 29_500
 
 
@@ -154,70 +155,50 @@ class FullSizeWorld:
         recipes = list(recipes)
         file, problems = self.file, []
 
-        def check(look: Callable[[], Any], way_out: str = "") -> None:
+        def check(look: Callable[[], Any], *entries: str, way_out: str = "") -> None:
             try:
                 look()
             except (CompoDistillError, OSError, ValueError) as error:
-                problems.append(f"{error} {way_out}".strip())
+                named = f" It is {' and '.join(entries)} in {file.name}." if entries else ""
+                problems.append(" ".join(filter(None, (f"{str(error).rstrip('.')}.{named}", way_out))))
 
         check(lambda: self.devices)
         if importlib.util.find_spec("llava") is None:
             problems.append("LLaVA cannot be imported: run this in a LLaVA checkout (`llava-compodistill init .`).")
         for name in sorted({"default", *(recipe.teacher for recipe in recipes)}):
-            train = (
-                f"Train it with teacher_pretrain.sh and teacher_finetune.sh, or set teachers.{name} in {file.name}."
-            )
-            check(lambda name=name: check_checkpoint(file.teachers[name]), train)
-        for entry, model in {
-            "tower": file.tower,
-            **{f"students.{name}": file.students[name] for name in sorted({recipe.student for recipe in recipes})},
-        }.items():
-            if not _is_hub_name(model) and not Path(model).is_dir():
-                problems.append(f"{entry}: there is no folder {model}. Set {entry} in {file.name}.")
+            way_out = "teacher_pretrain.sh and teacher_finetune.sh train one."
+            check(lambda name=name: check_checkpoint(file.teachers[name]), f"teachers.{name}", way_out=way_out)
+        check(lambda: _find_model(file.tower), "tower")
+        for name in sorted({recipe.student for recipe in recipes}):
+            check(lambda name=name: _find_model(file.students[name]), f"students.{name}")
         if recipes:
-            self._check_data(any(recipe.mix == "scaled" for recipe in recipes), check)
+            files = ["pretrain", "instruct", *(["scaled"] if any(r.mix == "scaled" for r in recipes) else [])]
+            for entry in files:
+                check(lambda entry=entry: self._find_files(entry), f"data.{entry}", way_out=_LLAVA_DATA)
+            for entry in ("pretrain_images", "images"):
+                check(lambda entry=entry: _find_folder(str(file.data[entry])), f"data.{entry}", way_out=_LLAVA_DATA)
         for name in file.benchmarks:
-            check(lambda name=name: self._check_benchmark(name))
+            way_out = "A benchmark that you do not have can be left out of that list."
+            check(lambda name=name: self._check_benchmark(name), "data.eval", f"{name} of benchmarks", way_out=way_out)
         if self._compares:
-            check(lambda: self.samples("cr"), f"samples.cr in {file.name}; null leaves similarity out.")
+            check(lambda: self.samples("cr"), "samples.cr", way_out="Without it (null), similarity is left out.")
         if not problems:
             for recipe in recipes:
                 check(lambda recipe=recipe: self.plan(recipe, 0))
         if problems:
-            raise DataError("not ready to train:\n  " + "\n  ".join(dict.fromkeys(problems)))
+            raise DataError("not ready:\n  " + "\n  ".join(dict.fromkeys(problems)))
 
-    def _check_data(self, scaled: bool, check: Callable[..., None]) -> None:
-        data = self.file.data
-
-        def files(entry: str) -> None:
-            for source in read_sources(str(data[entry])):
-                if not os.path.isfile(source.path):
-                    raise DataError(f"data.{entry}: there is no file {source.path}.")
-
-        def folder(entry: str) -> None:
-            if not Path(str(data[entry])).is_dir():
-                raise DataError(f"data.{entry}: there is no folder {data[entry]}.")
-
-        for entry in ("pretrain", "instruct", *(("scaled",) if scaled else ())):
-            check(lambda entry=entry: files(entry), f"Set data.{entry} in {self.file.name}; {_LLAVA_DATA}.")
-        for entry in ("pretrain_images", "images"):
-            check(lambda entry=entry: folder(entry), f"Set data.{entry} in {self.file.name}; {_LLAVA_DATA}.")
+    def _find_files(self, entry: str) -> None:
+        for source in read_sources(str(self.file.data[entry])):
+            if not os.path.isfile(source.path):
+                raise DataError(f"there is no file {source.path}")
 
     def _check_benchmark(self, name: str) -> None:
-        known = registered()
-        if name not in known:
-            raise DataError(f"benchmarks: unknown {name}; there are {', '.join(known)}.")
-        benchmark, data = known[name], Path(str(self.file.data["eval"]))
-        try:
-            if isinstance(benchmark, LlavaBenchmark):
-                benchmark.check(data)
-            else:
-                benchmark.load(data)
-        except ValueError as error:
-            raise DataError(
-                f"benchmark {name}: {error} data.eval ({data}) in {self.file.name} is where benchmarks lie; one that "
-                "you do not have is left out of its `benchmarks`."
-            ) from None
+        benchmark, data = get(name), Path(str(self.file.data["eval"]))
+        if isinstance(benchmark, LlavaBenchmark):
+            benchmark.check(data)
+        elif isinstance(benchmark, EngineBenchmark):
+            benchmark.load(data)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Training
@@ -361,6 +342,12 @@ class FullSizeWorld:
         return thinned(found, samples["limit"] or 0)
 
 
-def _is_hub_name(model: str) -> bool:
-    """owner/name, as the scripts tell one from a folder."""
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+", model) is not None
+def _find_model(model: str) -> None:
+    """A name on the hub passes, as the scripts tell one from a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+", model):
+        _find_folder(model)
+
+
+def _find_folder(path: str) -> None:
+    if not Path(path).is_dir():
+        raise DataError(f"there is no folder {path}")

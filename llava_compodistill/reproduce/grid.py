@@ -94,6 +94,7 @@ def _run(world: World, recipe: Recipe, seed: int, folder: Path, threads: int, pr
         **trained,
         "scores": world.evaluate(Path(trained["checkpoint"]), recipe.teacher),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{RUN_FILE}.part"
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.replace(folder / RUN_FILE)  # whole or not there

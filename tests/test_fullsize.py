@@ -320,16 +320,15 @@ def test_what_is_missing_is_named_with_its_entry(make, tmp_path, monkeypatch):
         world.prepare([COMPODISTILL, replace(SFT, student="small")])
     text = str(error.value)
     for part in (
-        "checkpoint not found: ./checkpoints/llava-qwen1.5-4b. It is teachers.default in",
-        "teacher_pretrain.sh and teacher_finetune.sh train one.",
-        "there is no folder ./tower. It is tower in",
-        "there is no folder ./student. It is students.small in",
-        "there is no file ./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json. It is data.pretrain in",
-        "there is no folder ./playground/data. It is data.images in",
+        "checkpoint not found: ./checkpoints/llava-qwen1.5-4b [teachers.default]. teacher_pretrain.sh and",
+        "there is no folder ./tower [tower].",
+        "there is no folder ./student [students.small].",
+        "there is no file ./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json [data.pretrain].",
+        "there is no folder ./playground/data [data.images].",
         "playground/data/eval/gqa/llava_gqa_testdev_balanced.jsonl is missing: see LLaVA's docs/Evaluation.md",
-        "It is data.eval and sade of benchmarks in",
+        "the images of sade are in none of",
         "benchmark 'nlvr': there are sugarcrepe",
-        "It is samples.cr in",
+        "[samples.cr]. null leaves similarity out",
     ):
         assert part in text, part
     assert "students.default" not in text, "a name on the hub"

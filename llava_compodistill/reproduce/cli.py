@@ -129,7 +129,7 @@ def _possible(
             reasons.append(f"{study.name} {reason}; left out: {', '.join(labels)}.")
     if figures:
         refused = {world.refusal(recipe) for recipe in FIGURE_STUDENTS} | {world.refusal_of_figures()}
-        reasons += [f"{', '.join(figures)} {why}; left out." for why in sorted(refused - {None})]
+        reasons += [f"{figure} {why}; left out." for why in sorted(refused - {None}) for figure in figures]
         if refused != {None}:
             return recipes, [], reasons
         recipes += FIGURE_STUDENTS

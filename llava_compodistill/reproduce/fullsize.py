@@ -159,8 +159,8 @@ class FullSizeWorld:
             try:
                 look()
             except (CompoDistillError, OSError, ValueError) as error:
-                named = f" It is {' and '.join(entries)} in {file.name}." if entries else ""
-                problems.append(" ".join(filter(None, (f"{str(error).rstrip('.')}.{named}", way_out))))
+                named = f" [{', '.join(entries)}]" if entries else ""
+                problems.append(" ".join(filter(None, (f"{str(error).rstrip('.')}{named}.", way_out))))
 
         check(lambda: self.devices)
         if importlib.util.find_spec("llava") is None:
@@ -178,15 +178,15 @@ class FullSizeWorld:
             for entry in ("pretrain_images", "images"):
                 check(lambda entry=entry: _find_folder(str(file.data[entry])), f"data.{entry}", way_out=_LLAVA_DATA)
         for name in file.benchmarks:
-            way_out = "A benchmark that you do not have can be left out of that list."
-            check(lambda name=name: self._check_benchmark(name), "data.eval", f"{name} of benchmarks", way_out=way_out)
+            check(lambda name=name: self._check_benchmark(name), "data.eval", "benchmarks")
         if self._compares:
-            check(lambda: self.samples("cr"), "samples.cr", way_out="Without it (null), similarity is left out.")
+            check(lambda: self.samples("cr"), "samples.cr", way_out="null leaves similarity out.")
         if not problems:
             for recipe in recipes:
                 check(lambda recipe=recipe: self.plan(recipe, 0))
         if problems:
-            raise DataError("not ready:\n  " + "\n  ".join(dict.fromkeys(problems)))
+            head = f"not ready; entries in brackets are those of {file.name}:"
+            raise DataError("\n  ".join((head, *dict.fromkeys(problems))))
 
     def _find_files(self, entry: str) -> None:
         for source in read_sources(str(self.file.data[entry])):

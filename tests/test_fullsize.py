@@ -61,6 +61,15 @@ def test_a_world_file_fills_in_what_it_does_not_say(tmp_path):
     assert found.environment == {"BATCH": "2"} and found.samples["cr"] is None and found.flags == ("--max_steps", "2")
 
 
+def test_the_readme_shows_every_entry_with_its_default(tmp_path):
+    text = (Path(fullsize.__file__).parent / "README.md").read_text()
+    path = tmp_path / "w.yaml"
+    path.write_text(text.split("```yaml\n")[1].split("```")[0])
+    assert yaml.safe_load(path.read_text()).keys() == DEFAULTS.keys()
+    shown, plain = read_world_file(path), read_world_file(None)
+    assert replace(shown, path=None, samples={**shown.samples, "images": ""}) == plain
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [

@@ -314,7 +314,7 @@ class FullSizeWorld:
     def _similarity(self, teacher: str, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
         """Similarity to the teacher's attention over visual tokens: of the band's layers, and of each."""
         samples, output = self.file.samples, checkpoint / "similarity"
-        flags = ["similarity", teacher, str(checkpoint), "--data", samples["cr"], "--images", samples["images"]]
+        flags = ["similarity", teacher, str(checkpoint), "--data", samples["cr"], "--images", samples["images"] or ""]
         flags += ["--data-root", str(self.file.data["eval"]), "--output", str(output), "--band", self.band]
         flags += ["--limit", str(samples["limit"] or 0)]
         if self.file.device == "cpu":

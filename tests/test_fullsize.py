@@ -17,7 +17,7 @@ from test_reproduce import in_this_process
 from llava_compodistill.cli import main
 from llava_compodistill.errors import DataError
 from llava_compodistill.reproduce import cli, fullsize, grid, stages
-from llava_compodistill.reproduce.devices import Devices, device_sets
+from llava_compodistill.reproduce.devices import Devices, Stopped, device_sets
 from llava_compodistill.reproduce.fullsize import FullSizeWorld
 from llava_compodistill.reproduce.recipes import COMPODISTILL, KD, SFT, Recipe
 from llava_compodistill.reproduce.runner import StageFailed, run_script
@@ -251,6 +251,17 @@ def test_a_shared_stage_is_trained_once_by_runs_at_once(make, fake, monkeypatch)
     )
 
 
+def test_a_failure_begins_nothing_more(make, fake):
+    """Runs that are begun ahead wait for the device, and must not train for hours after the failure."""
+    world = make()
+    fake.fails = "dpt.sh"
+    with pytest.raises(StageFailed, match="dpt.sh ended"):
+        train(world, [COMPODISTILL, KD, SFT])
+    assert len(fake.ran) == 1 and not (world.root / "runs").exists()
+    with pytest.raises(Stopped), world.devices.borrow():
+        pass
+
+
 def test_runs_with_other_models_are_other_runs(make):
     folders = {
         grid.run_folder(Path("runs"), world, COMPODISTILL, 0)
@@ -283,10 +294,12 @@ def test_devices_are_lent_by_priority():
     for thread in threads:
         thread.join(5)
     assert order == [((0, -2), 0, "0"), ((0, -1), 0, "0"), ((1, 0), 0, "0")]
-    with pytest.raises(RuntimeError), lent.borrow():
-        raise RuntimeError
     with lent.borrow() as (number, _):
-        assert number == 0, "given back after an error"
+        assert number == 0, "given back"
+    with pytest.raises(KeyError), lent.borrow():
+        raise KeyError
+    with pytest.raises(Stopped), lent.borrow():
+        pass
 
 
 def test_gpus_are_divided_into_sets(monkeypatch):

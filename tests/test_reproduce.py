@@ -156,6 +156,9 @@ class FakeWorld:
     def refusal(self, recipe):
         return None
 
+    def stop(self):
+        pass
+
     def prepare(self, recipes):
         self.prepared.append(sorted(recipe.method for recipe in recipes))
 

@@ -10,7 +10,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..errors import DataError
+from ..errors import CompoDistillError, DataError
+
+
+class Stopped(CompoDistillError, RuntimeError):
+    """What waited for a device is not begun any more: another run has failed, or the user has stopped the command."""
 
 
 class Devices:
@@ -26,16 +30,23 @@ class Devices:
         self._waiting: list[tuple[Any, int]] = []
         self._numbers = itertools.count()
         self._changed = threading.Condition()
+        self._closed = False
 
     @contextlib.contextmanager
     def borrow(self, priority: Any = 0) -> Iterator[tuple[int, str]]:
         """(number of the set, its devices), given back at the end. Lower priorities come first; blocks until it is
-        this one's turn."""
+        this one's turn. An error in between ends all lending.
+
+        Raises:
+            Stopped: after `close`.
+        """
         place = (priority, next(self._numbers))
         with self._changed:
             heapq.heappush(self._waiting, place)
             try:
-                self._changed.wait_for(lambda: self._free and self._waiting[0] == place)
+                self._changed.wait_for(lambda: self._closed or (self._free and self._waiting[0] == place))
+                if self._closed:
+                    raise Stopped("stopped before it began")
             finally:
                 self._waiting.remove(place)
                 heapq.heapify(self._waiting)
@@ -43,10 +54,19 @@ class Devices:
             number = self._free.pop(0)
         try:
             yield number, self.sets[number]
+        except BaseException:
+            self.close()  # before anyone else gets the devices
+            raise
         finally:
             with self._changed:
                 self._free.append(number)
                 self._changed.notify_all()
+
+    def close(self) -> None:
+        """Lend nothing more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
 def device_sets(device: str, gpus_per_run: int | None) -> list[str]:

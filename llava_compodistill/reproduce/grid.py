@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..about import environment
+from .devices import Stopped
 from .recipes import Recipe
 from .world import World
 
@@ -70,12 +71,16 @@ def train_grid(
         }
         try:
             for future in as_completed(futures):
-                record = future.result()
+                try:
+                    record = future.result()
+                except Stopped:  # for another run's failure, which is the one to show
+                    continue
                 found[futures[future].key, record["seed"]] = record
                 progress.advance(total)
         except BaseException:
             for future in futures:
                 future.cancel()
+            world.stop()
             raise
     return found
 

@@ -62,6 +62,9 @@ class World(Protocol):
     ) -> dict[str, Any]:
         """Train one student in a folder; returns `checkpoint`, `seconds` and `steps`."""
 
+    def stop(self) -> None:
+        """Begin no further stage: a run has failed, or the user stops the command."""
+
     def load(self, checkpoint: Path | None) -> Engine:
         """A checkpoint, or the teacher for None, to be asked."""
 

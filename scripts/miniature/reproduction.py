@@ -208,6 +208,9 @@ class MiniatureWorld:
             total += steps
         return {"checkpoint": str(outputs[-1]), "seconds": round(seconds, 1), "steps": total}
 
+    def stop(self) -> None:
+        pass  # a run that has begun ends in minutes
+
     # -----------------------------------------------------------------------------------------------------------------
     # Evaluation
     # -----------------------------------------------------------------------------------------------------------------

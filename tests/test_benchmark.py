@@ -33,7 +33,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def measured(tmp_path_factory):
     """The CSV of all suites that this transformers can run, and its pictures."""
     path = tmp_path_factory.mktemp("benchmark") / "figures.csv"
-    suites = "op,head,step,fit,profile,eval" if CURRENT else "op,head,profile,eval"
+    suites = "op,head,step,fit,profile,sight,eval" if CURRENT else "op,head,profile,sight,eval"
     done = run(
         "run.py",
         "--device",
@@ -72,6 +72,16 @@ def test_every_variant_has_its_figures(measured):
     assert set(rates) == {"one by one, likelihood", "one by one, generated letters", "ours, likelihood"}
     assert any(row["suite"] == "profile" and "%" in row["note"] for row in found)
     assert all(row["device"] and row["torch"] == torch.__version__ and "run.py" in row["command"] for row in found)
+
+
+def test_the_sight_guard_takes_below_one_percent(measured):
+    """At the quick start's settings; the figures themselves are those of a busy machine."""
+    found = {row["variant"]: row for row in rows(measured) if row["suite"] == "sight"}
+    cost = float(found.pop("measurement")["p50_ms"])
+    assert found.keys() == {"dft", "sft", "pt"}
+    for row in found.values():
+        assert float(row["sight_share"]) == pytest.approx(cost / (200 * float(row["p50_ms"])), rel=0.01)
+        assert float(row["sight_share"]) < 0.01 and row["note"].endswith("with 32 samples a step")
 
 
 @pytest.mark.skipif(not CURRENT, reason="the whole step is measured on current transformers")

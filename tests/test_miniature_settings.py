@@ -7,9 +7,9 @@ import json
 import pytest
 from rich.console import Console
 
+from llava_compodistill.reproduce.runner import StageFailed
 from miniature import quickstart, report
 from miniature.settings import METHODS, override, preset
-from miniature.stages import StageFailed
 
 pytestmark = pytest.mark.once
 

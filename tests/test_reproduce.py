@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from llava_compodistill.reproduce.claims import interval, judge, seeds_needed
 from llava_compodistill.reproduce.recipes import COMPODISTILL, KD, SFT, Recipe
 from llava_compodistill.reproduce.studies import STUDIES, Claim, Row, Study
 from llava_compodistill.reproduce.world import stage_settings
+from llava_compodistill.train.mix import Mix, read_sources
 from miniature import weights
+from miniature.dataset import WorldConfig, write_dataset
 from miniature.reproduction import MiniatureWorld
 
 
@@ -69,7 +72,11 @@ def test_every_recipe_has_its_own_name():
 def test_every_claim_names_rows_of_its_table():
     for study in STUDIES.values():
         for claim in study.claims:
-            assert {claim.better, claim.worse} <= study.rows.keys() and claim.metric in ("vqa", "cr"), claim
+            assert {claim.better, claim.worse} <= study.rows.keys(), claim
+            assert claim.metric in (study.metrics or ("vqa", "cr")), claim
+            # The paper's own figures agree with what it says of them.
+            figures = [study.rows[row].paper.get(claim.metric) for row in (claim.better, claim.worse)]
+            assert None in figures or figures[0] > figures[1], claim
 
 
 @pytest.mark.parametrize("stages", [("dft", "sft"), ("dpt", "dpt", "sft"), ("dpt", "dft", "pt")])
@@ -88,11 +95,51 @@ def test_the_miniature_trains_equal_numbers_of_steps(tmp_path):
     assert world.normal(rows["later"].recipe) == rows["later"].recipe
 
 
+def test_the_miniature_has_something_for_every_row(tmp_path):
+    """What stands for models and data that it lacks; and runs of earlier versions keep their names."""
+    world = MiniatureWorld("cpu", tmp_path)
+    rows = {name: study.rows for name, study in STUDIES.items()}
+    shallow = world.normal(rows["table3c"]["simple"].recipe)
+    assert shallow.student == "shallow" and shallow.flags[:2] == ("--student_layers", "all")
+    for table, row, key in (
+        ("table2", "d", "compodistill-dpt-dft-sft-dea0b8d7"),
+        ("table3c", "simple", "compodistill-dpt-dft-sft-07716bc7"),
+        ("table5", "half", "compodistill-dpt-dft-sft-92922594"),
+        ("table5", "whole", "compodistill-dpt-dft-sft-dea0b8d7"),
+        ("table6", "large", "compodistill-dpt-dft-sft-dea0b8d7"),
+        ("table6", "small", "compodistill-dpt-dft-sft-205320f9"),
+        ("table14", "1", "compodistill-pt-sft-b68b7274"),
+    ):
+        assert world.normal(rows[table][row].recipe).key == key, (table, row)
+    recipes = [world.normal(row.recipe) for table in rows.values() for row in table.values() if row.recipe]
+    assert {recipe.student for recipe in recipes} == {"default", "shallow", "small", "llama"}
+
+
+def test_more_data_of_the_miniature(tmp_path):
+    """Table 9's second file, and a teacher's conversations where there are none yet: no scene occurs twice."""
+    data, world = tmp_path / "data", MiniatureWorld("smoke", tmp_path)
+    write_dataset(data, replace(WorldConfig.preset("smoke"), instruct_teacher=0), progress=False)
+    world._write_missing_data([COMPODISTILL])
+    assert not (data / "instruct_extra.json").exists()
+    world._write_missing_data([replace(COMPODISTILL, mix="scaled"), replace(COMPODISTILL, teacher="small")])
+    records = {
+        name: json.loads((data / f"instruct_{name}.json").read_text()) for name in ("student", "extra", "teacher")
+    }
+    for name, images in (("extra", 64), ("teacher", 160)):
+        shown = {record["image"] for record in records[name] if "image" in record}
+        assert len(shown) == images and all((data / "images" / image).is_file() for image in shown)
+    lines = [line for path in (data / "scenes").glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert len({json.dumps(json.loads(line)["objects"]) for line in lines}) == len(lines)
+    mix = Mix(read_sources(str(world._instructions(1.0, "scaled"))), str(data / "images"), "error", True, 0)
+    assert len(mix) == len(records["student"]) + len(records["extra"])
+    assert mix[len(mix) - 1]["id"] == records["extra"][-1]["id"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The grid
 # ---------------------------------------------------------------------------------------------------------------------
 class FakeWorld:
-    name, metrics = "fake", {"cr": "compositional", "vqa": "recognition"}
+    name, metrics, more = "fake", {"cr": "compositional", "vqa": "recognition"}, {}
 
     def __init__(self):
         self.trained, self.prepared, self.fails = [], [], False
@@ -103,8 +150,14 @@ class FakeWorld:
     def normal(self, recipe):
         return recipe
 
+    def models(self, recipe):
+        return {}
+
     def refusal(self, recipe):
         return None
+
+    def stop(self):
+        pass
 
     def prepare(self, recipes):
         self.prepared.append(sorted(recipe.method for recipe in recipes))

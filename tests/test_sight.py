@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -12,7 +13,7 @@ from checks import trained_weights
 from llava_compodistill.errors import BlindError
 from llava_compodistill.hosts.llava.model import llava_core
 from llava_compodistill.hosts.llava.vision_towers import SiglipVisionTower
-from llava_compodistill.train.sight import SightGuard
+from llava_compodistill.train.sight import SightGuard, steps_between
 from miniature import weights
 
 NO_IMAGE = "the image has no influence on the loss"
@@ -90,6 +91,23 @@ def test_nothing_is_measured_without_images(world, tmp_path):
     options = {"mm_projector_type": "mlp2x_gelu", "sight_steps": 1, "blind": "error", "data_path": path}
     tiny.run(world, "sft", tmp_path / "out", **options)
     assert all("sight" not in entry for entry in tiny.read_log(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("micro", "accumulation", "ranks", "samples", "steps"),
+    [(16, 8, 1, 16, 200), (2, 5, 1, 16, 200), (1, 2, 1, 16, 1000), (4, 1, 1, 64, 2000), (1, 1, 64, 16, 250)],
+)
+def test_small_steps_are_measured_less_often(micro, accumulation, ranks, samples, steps):
+    """A measurement takes two forwards a sample, and so does a step of PT: forward, and backward without weights."""
+    args = SimpleNamespace(
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        world_size=ranks,
+        sight_samples=samples,
+    )
+    assert steps_between(args) == steps
+    forwards = 2 * max(samples, 2 * ranks), 2 * micro * accumulation * ranks
+    assert forwards[0] < 0.01 * steps * forwards[1]
 
 
 @pytest.mark.parametrize("flag, value", [("sight_steps", 0), ("sight_samples", 1)])

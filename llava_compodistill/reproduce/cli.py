@@ -1,4 +1,4 @@
-"""`llava-compodistill reproduce TABLE|all`: train what is missing of a table, and report it."""
+"""`llava-compodistill reproduce TABLE|FIGURE|all`: train what is missing of a table, and report it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from rich.table import Table
 from ..about import environment
 from ..cli.miniature import find_scripts
 from .grid import finished, run_folder, train_grid
-from .recipes import COMPODISTILL, KD, SFT
+from .recipes import COMPODISTILL, KD, SFT, Recipe
 from .report import collect, figure_markdown, markdown, write
-from .studies import LLAVA_KD, STUDIES, Study
+from .studies import ALIASES, LLAVA_KD, STUDIES, Study
 from .world import World
 
 PRESETS = {
     "smoke": "the miniature world, a few steps a student: to see that all of it runs",
     "cpu": "the miniature world at the quick start's size: about 5 minutes a student and core",
+    "gpu": "full-size models and data, as --world names them, through the training scripts: hours a stage",
 }
-
 
 #: Figures of attention, and what they show; `figures` draws them.
 FIGURES = {
@@ -41,6 +41,7 @@ FIGURE_STUDENTS = [SFT, KD, LLAVA_KD, COMPODISTILL]
 def build_parser() -> argparse.ArgumentParser:
     titles = {name: study.title.split(": ", 1)[1] for name, study in STUDIES.items()} | FIGURES
     names = "\n".join(f"  {name:<9} {title}" for name, title in titles.items())
+    names += "\n" + "\n".join(f"  {name:<9} {other}, by benchmark" for name, other in ALIASES.items())
     presets = "\n".join(f"  {name:<9} {text}" for name, text in PRESETS.items())
     kept = "Finished runs stay in --output, and are not made again."
     parser = argparse.ArgumentParser(
@@ -51,9 +52,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("studies", nargs="+", metavar="TABLE|FIGURE", help="tables and figures, or all")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument(
+        "--world", type=Path, default=None, metavar="FILE",
+        help="YAML or JSON: models and data of --preset gpu (default: the paper's, where the scripts expect them)",
+    )  # fmt: skip
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the students (default: 0,1,2)")
     parser.add_argument("--output", type=Path, default=None, help="folder (default: runs/reproduce-PRESET)")
-    parser.add_argument("--jobs", type=int, default=None, help="students at once (default: one a core or GPU)")
+    parser.add_argument(
+        "--jobs", type=int, default=None, help="students at once (default: one a core, a GPU, or set of GPUs)"
+    )
     parser.add_argument(
         "--list", action="store_true", help="show the rows and which runs are there, and train nothing"
     )
@@ -64,32 +71,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`llava-compodistill reproduce`."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    names = [*STUDIES, *FIGURES] if args.studies == ["all"] else args.studies
     known = [*STUDIES, *FIGURES]
+    asked = known if args.studies == ["all"] else [ALIASES.get(name, name) for name in args.studies]
+    names = list(dict.fromkeys(asked))
     unknown = [name for name in names if name not in known]
     if unknown:
-        parser.error(f"unknown {', '.join(unknown)}: there are {', '.join(known)} and all.")
+        parser.error(f"unknown {', '.join(unknown)}: there are {', '.join((*known, *ALIASES))} and all.")
     try:
         seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         parser.error(f"--seeds {args.seeds}: must be numbers separated by commas, such as 0,1,2.")
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: must be 1 or more.")
+    if args.world is not None and args.preset != "gpu":
+        parser.error(f"--world: --preset {args.preset} makes its own models and data; --preset gpu reads the file.")
     console = Console()
     root = (args.output or Path("runs") / f"reproduce-{args.preset}").resolve()
-    world = make_world(args.preset, root)
+    world = make_world(args.preset, root, args.world)
     studies = [STUDIES[name] for name in names if name in STUDIES]
     figures = [name for name in names if name in FIGURES]
-    recipes = [row.recipe for study in studies for row in study.rows.values() if row.recipe is not None]
-    recipes += FIGURE_STUDENTS if figures else []
-    refused = {world.refusal(recipe) for recipe in recipes} - {None}
-    if refused:
-        console.print(f"--preset {args.preset}: {'; '.join(sorted(map(str, refused)))}.")
+    recipes, figures, reasons = _possible(studies, figures, world)
+    for text in reasons:
+        console.print(text, markup=False, soft_wrap=True)
+    if reasons and not recipes:
         return 2
     if args.list:
         console.print(listing(studies, seeds, world, root / "runs"))
         return 0
-    runs = train_grid(world, recipes, seeds, root / "runs", args.jobs or _devices(), console)
+    jobs = args.jobs or world.jobs or _devices()
+    runs = train_grid(world, recipes, seeds, root / "runs", jobs, console, world.ahead)
     findings = [collect(study, runs, world, seeds, _teacher(world, root)) for study in studies]
     command = f"llava-compodistill reproduce {' '.join(args.studies)} --preset {args.preset} --seeds {args.seeds}"
+    command += f" --world {args.world}" if args.world else ""
     drawn = _drawn(figures, runs, world, seeds, root)
     paths = write(findings, runs, world, root, command, environment(), drawn)
     for found in findings:
@@ -99,6 +112,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in paths:
         console.print(str(path), soft_wrap=True)
     return 0
+
+
+def _possible(
+    studies: Sequence[Study], figures: Sequence[str], world: World
+) -> tuple[list[Recipe], list[str], list[str]]:
+    """(the recipes that the world can train, the figures that it can draw, what is left out and why)."""
+    recipes: list[Recipe] = []
+    reasons: list[str] = []
+    for study in studies:
+        rows = [row for row in study.rows.values() if row.recipe is not None]
+        refused = [(row.label, world.refusal(row.recipe)) for row in rows]
+        recipes += [row.recipe for row, (_, why) in zip(rows, refused, strict=True) if why is None]
+        for reason in dict.fromkeys(why for _, why in refused if why is not None):
+            labels = [label for label, why in refused if why == reason]
+            reasons.append(f"{study.name} {reason}; left out: {', '.join(labels)}.")
+    if figures:
+        refused = {world.refusal(recipe) for recipe in FIGURE_STUDENTS} | {world.refusal_of_figures()}
+        reasons += [f"{figure} {why}; left out." for why in sorted(refused - {None}) for figure in figures]
+        if refused != {None}:
+            return recipes, [], reasons
+        recipes += FIGURE_STUDENTS
+    return recipes, list(figures), reasons
 
 
 def _drawn(names: Sequence[str], runs: Any, world: World, seeds: Sequence[int], root: Path) -> list[Any]:
@@ -124,21 +159,33 @@ def _teacher(world: World, root: Path) -> dict[str, Any]:
 def listing(studies: Sequence[Study], seeds: Sequence[int], world: World, root: Path) -> Table:
     """The rows of studies, and which of their runs are finished."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("table", "row", "stages", "method", "finished seeds"):
+    for name in ("table", "row", "stages", "method", "steps", "finished seeds"):
         table.add_column(name)
     for study in studies:
         for row in study.rows.values():
             if row.recipe is None:
-                table.add_row(study.name, row.label, "", "", "")
+                table.add_row(study.name, row.label, "", "", "", "")
                 continue
             recipe = world.normal(row.recipe)
             done = [str(seed) for seed in seeds if finished(run_folder(root, world, recipe, seed))]
-            table.add_row(study.name, row.label, " ".join(recipe.stages), recipe.method, ", ".join(done) or "-")
+            steps = None if world.refusal(row.recipe) else world.steps(recipe)
+            number = "?" if steps is None else f"{steps:,}"
+            cells = (" ".join(recipe.stages), recipe.method, number, ", ".join(done) or "-")
+            table.add_row(study.name, row.label, *cells)
     return table
 
 
-def make_world(preset: str, root: Path) -> World:
-    """The world of a preset."""
+def make_world(preset: str, root: Path, file: Path | None = None) -> World:
+    """The world of a preset.
+
+    Args:
+        file: names models and data of `gpu`; None takes the paper's.
+    """
+    if preset == "gpu":
+        from .fullsize import FullSizeWorld
+        from .worldfile import read_world_file
+
+        return FullSizeWorld(read_world_file(file), root)
     sys.path.insert(0, str(find_scripts()))
     from miniature.reproduction import MiniatureWorld
 

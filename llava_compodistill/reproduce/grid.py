@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..about import environment
+from .devices import Stopped
 from .recipes import Recipe
 from .world import World
 
@@ -22,7 +23,7 @@ RUN_FILE = "run.json"
 
 def run_folder(root: Path, world: World, recipe: Recipe, seed: int) -> Path:
     """Where a run lies: another folder for every other recipe, seed or setting of the world."""
-    text = json.dumps(world.settings(), sort_keys=True)
+    text = json.dumps(world.settings() | world.models(recipe), sort_keys=True)
     return root / f"{recipe.key}-{hashlib.sha256(text.encode()).hexdigest()[:6]}-seed{seed}"
 
 
@@ -33,9 +34,19 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 
 def train_grid(
-    world: World, recipes: Iterable[Recipe], seeds: Iterable[int], root: Path, jobs: int, console: Console
+    world: World,
+    recipes: Iterable[Recipe],
+    seeds: Iterable[int],
+    root: Path,
+    jobs: int,
+    console: Console,
+    ahead: int = 0,
 ) -> dict[tuple[str, int], dict[str, Any]]:
     """Train and evaluate every recipe with every seed.
+
+    Args:
+        jobs: runs at once.
+        ahead: more runs that are begun, where a run may have to wait for a stage that another run is training.
 
     Returns:
         By (recipe's key, seed), the run's record: recipe, seed, scores, checkpoint, seconds, environment.
@@ -52,7 +63,7 @@ def train_grid(
         return found
     world.prepare([recipe for recipe, _ in waiting])
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with _progress(console) as progress, ThreadPoolExecutor(jobs) as pool:
+    with _progress(console) as progress, ThreadPoolExecutor(jobs + ahead) as pool:
         total = progress.add_task("runs", total=len(waiting))
         futures = {
             pool.submit(_run, world, recipe, seed, run_folder(root, world, recipe, seed), threads, progress): recipe
@@ -60,12 +71,16 @@ def train_grid(
         }
         try:
             for future in as_completed(futures):
-                record = future.result()
+                try:
+                    record = future.result()
+                except Stopped:  # for another run's failure, which is the one to show
+                    continue
                 found[futures[future].key, record["seed"]] = record
                 progress.advance(total)
         except BaseException:
             for future in futures:
                 future.cancel()
+            world.stop()
             raise
     return found
 
@@ -79,11 +94,12 @@ def _run(world: World, recipe: Recipe, seed: int, folder: Path, threads: int, pr
     record = {
         "recipe": recipe.described(),
         "seed": seed,
-        "world": world.settings(),
+        "world": world.settings() | world.models(recipe),
         "environment": environment(),
         **trained,
         "scores": world.evaluate(Path(trained["checkpoint"]), recipe.teacher),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{RUN_FILE}.part"
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.replace(folder / RUN_FILE)  # whole or not there

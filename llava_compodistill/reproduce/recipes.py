@@ -23,7 +23,9 @@ class Recipe:
         vat: whether DFT aligns attention.
         flags: more flags of the dft stage.
         teacher, student: names that a world gives models to.
-        data: the share of a world's instruction data.
+        data: the share of the instruction data.
+        mix: which instruction data: "" for a world's own, `scaled` for these with those of Table 9, `doubled` for
+            Table 5's, of which half is what the other tables train on, where a world has twice as much.
     """
 
     stages: tuple[str, ...] = ("dpt", "dft", "sft")
@@ -35,6 +37,7 @@ class Recipe:
     teacher: str = "default"
     student: str = "default"
     data: float = 1.0
+    mix: str = ""
 
     def __post_init__(self) -> None:
         first, *others = self.stages
@@ -42,8 +45,11 @@ class Recipe:
             raise ValueError(f"stages {self.stages}: one that trains the adapter, then others.")
 
     def described(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return json.loads(json.dumps(asdict(self)))
+        """As JSON holds it; without a `mix`, as before there were any, so that earlier runs keep their names."""
+        values = asdict(self)
+        if not self.mix:
+            del values["mix"]
+        return json.loads(json.dumps(values))
 
     @property
     def key(self) -> str:

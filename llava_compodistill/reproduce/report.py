@@ -14,6 +14,8 @@ from .claims import Verdict, judge
 from .studies import Study
 from .world import World
 
+#: The paper's figures, as a table calls them.
+_PAPER = {"vqa": "VQA", "cr": "CR", "rbench": "R-Bench", "reefknot": "Reefknot"}
 #: By (recipe's key, seed): what `grid.train_grid` returns.
 Runs = Mapping[tuple[str, int], Mapping[str, Any]]
 
@@ -36,37 +38,45 @@ class Found:
 def collect(study: Study, runs: Runs, world: World, seeds: Sequence[int], teacher: Mapping[str, Any]) -> Found:
     """Put a study's figures together; the teacher's stand in for rows without a recipe."""
     scores: dict[str, dict[str, dict[int, float]]] = {}
-    for metric in world.metrics:
+    for metric in shown_metrics(study, world):
         rows: dict[str, dict[int, float]] = {}
         for name, row in study.rows.items():
             if row.recipe is None:
-                rows[name] = {seeds[0]: teacher[metric]}
-                continue
-            records = {seed: runs.get((world.normal(row.recipe).key, seed)) for seed in seeds}
-            rows[name] = {seed: record["scores"][metric] for seed, record in records.items() if record}
+                found = {seeds[0]: teacher}
+            else:
+                records = {seed: runs.get((world.normal(row.recipe).key, seed)) for seed in seeds}
+                found = {seed: record["scores"] for seed, record in records.items() if record}
+            rows[name] = {seed: value[metric] for seed, value in found.items() if value.get(metric) is not None}
         scores[metric] = rows
-    verdicts = [judge(claim, scores[claim.metric]) for claim in study.claims]
+    verdicts = [judge(claim, scores[claim.metric]) for claim in study.claims if claim.metric in scores]
     return Found(study, scores, [verdict for verdict in verdicts if verdict is not None])
+
+
+def shown_metrics(study: Study, world: World) -> dict[str, str]:
+    """The columns of a study: a world's own, or those of the study's that the world has."""
+    known = {**world.metrics, **world.more}
+    return {name: known[name] for name in study.metrics if name in known} if study.metrics else world.metrics
 
 
 def markdown(found: Found, world: World) -> str:
     """A study as a section of a report."""
-    study = found.study
+    study, metrics = found.study, shown_metrics(found.study, world)
+    papers = {name: text for name, text in _PAPER.items() if any(name in row.paper for row in study.rows.values())}
     lines = [f"## {study.title}", ""]
     if study.note:
         lines += [study.note, ""]
-    names = ["row", *world.metrics.values(), "seeds", "paper: VQA", "paper: CR"]
+    names = ["row", *metrics.values(), "seeds", *(f"paper: {text}" for text in papers.values())]
     lines += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for name, row in study.rows.items():
-        values = [found.scores[metric][name] for metric in world.metrics]
-        cells = [_cell(list(value.values()), metric) for value, metric in zip(values, world.metrics, strict=True)]
-        count = str(len(values[0])) if row.recipe is not None else "–"
-        paper = [f"{row.paper[key]:.1f}" if key in row.paper else "–" for key in ("vqa", "cr")]
+        values = [found.scores[metric][name] for metric in metrics]
+        cells = [_cell(list(value.values()), metric) for value, metric in zip(values, metrics, strict=True)]
+        count = str(max(map(len, values))) if row.recipe is not None else "–"
+        paper = [f"{row.paper[key]:.1f}" if key in row.paper else "–" for key in papers]
         lines.append("| " + " | ".join([row.label, *cells, count, *paper]) + " |")
     lines.append("")
     if found.verdicts:
         lines += ["| the paper's claim | difference here | 95 % interval | p | verdict |", "|---|---|---|---|---|"]
-        lines += [f"| {_claim(verdict, world.metrics)} |" for verdict in found.verdicts]
+        lines += [f"| {_claim(verdict, metrics)} |" for verdict in found.verdicts]
         lines.append("")
     return "\n".join(lines)
 

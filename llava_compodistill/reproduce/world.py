@@ -19,29 +19,51 @@ class World(Protocol):
     Attributes:
         name: the preset.
         metrics: of `evaluate`, by name, what each is called in a table.
+        more: further ones, for studies that name them.
         band: the layers that its recipes align.
+        jobs: students trained at once; None for one a core or GPU.
+        ahead: further runs that may be begun and wait for a device or for another run's stage.
     """
 
     name: str
     metrics: dict[str, str]
+    more: dict[str, str]
     band: str
+    jobs: int | None
+    ahead: int
 
     def settings(self) -> dict[str, Any]:
         """What all its runs depend on, as JSON holds it; runs of other settings are made anew."""
+
+    def models(self, recipe: Recipe) -> dict[str, Any]:
+        """What a recipe's runs depend on beside: the models and data behind its names, unless `settings` tells."""
+
+    def steps(self, recipe: Recipe) -> int | None:
+        """Optimizer steps of a run, over its stages; None where they cannot be told."""
 
     def normal(self, recipe: Recipe) -> Recipe:
         """The same training in its shortest words: rows that say this world's defaults aloud are not trained twice."""
 
     def refusal(self, recipe: Recipe) -> str | None:
-        """Why a recipe cannot run here, or None."""
+        """What a recipe lacks here, or None."""
+
+    def refusal_of_figures(self) -> str | None:
+        """What the figures of attention lack here, or None."""
 
     def prepare(self, recipes: Iterable[Recipe]) -> None:
-        """Make the data and models that recipes need, where they are missing."""
+        """Make the data and models that recipes need, where they are missing.
+
+        Raises:
+            DataError: naming everything that is missing and cannot be made.
+        """
 
     def train(
         self, recipe: Recipe, seed: int, folder: Path, threads: int, on_log: Callable[[], None]
     ) -> dict[str, Any]:
         """Train one student in a folder; returns `checkpoint`, `seconds` and `steps`."""
+
+    def stop(self) -> None:
+        """Begin no further stage: a run has failed, or the user stops the command."""
 
     def load(self, checkpoint: Path | None) -> Engine:
         """A checkpoint, or the teacher for None, to be asked."""
@@ -50,7 +72,7 @@ class World(Protocol):
         """What the figures of attention look at: vqa, questions; cr, captions with false ones beside them."""
 
     def evaluate(self, checkpoint: Path | None, teacher: str = "default") -> dict[str, Any]:
-        """Figures of a checkpoint, or of the teacher for None: at least those of `metrics`."""
+        """Figures of a checkpoint, or of the teacher for None; where one of `metrics` is missing, a dash is shown."""
 
 
 def stage_settings(

@@ -150,8 +150,12 @@ class TrainingArguments(llava_training.TrainingArguments):
         default="warn",
         metadata={"help": "For a run whose loss does not depend on the image: report it, stop, or do not measure."},
     )
-    sight_steps: int = field(
-        default=200, metadata={"help": "Steps between two measurements of what another sample's image costs (sight)."}
+    sight_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between two measurements of what another sample's image costs (sight). Default: 200, more "
+            "where fewer than 10 samples make a step."
+        },
     )
     sight_samples: int = field(default=16, metadata={"help": "Samples that sight is measured on, over all ranks."})
     resume_anyway: bool = field(
@@ -186,7 +190,7 @@ class TrainingArguments(llava_training.TrainingArguments):
         if self.calibration_batches < 1:
             raise ValueError(f"--calibration_batches {self.calibration_batches}: must be at least 1.")
         for name, least in (("sight_steps", 1), ("sight_samples", 2)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}.")
         for name in ("student_layers", "teacher_layers"):
             parse_band(getattr(self, name), name)

@@ -1,7 +1,8 @@
 """Does the loss still depend on the image? A run whose image has ceased to matter trains on, and its loss looks well.
 
 Every few hundred steps the loss of a few samples is measured with their own images and with each other's. What the
-wrong image costs, in nats an answer token, is logged as `sight`; the cost is two forwards of a few samples.
+wrong image costs, in nats an answer token, is logged as `sight`; the cost is two forwards of a few samples, below 1 %
+of a run (`scripts/benchmark/run.py --suite sight`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ BLIND_BELOW = 0.01
 JUDGED_FROM = 0.2
 #: A run shorter than this is not measured at its end.
 SHORTEST_RUN = 50
+#: Steps between two measurements.
+STEPS = 200
+#: Samples a step with which the default 16 samples take 1 % of `STEPS` steps of PT, which does least in a step.
+_CHEAP_FROM = 10
 
 
 class SightGuard(transformers.TrainerCallback):
@@ -49,7 +54,7 @@ class SightGuard(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         last = state.global_step == state.max_steps >= SHORTEST_RUN
-        if not last and state.global_step % args.sight_steps:
+        if not last and state.global_step % (args.sight_steps or steps_between(args)):
             return
         costs = self.measure()
         if len(costs) < 2:
@@ -147,6 +152,13 @@ class SightGuard(transformers.TrainerCallback):
     def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.trainer.data_collator(samples)
         return {name: value for name, value in batch.items() if name not in (facts.KEY, TEACHER)}
+
+
+def steps_between(args: Any) -> int:
+    """Steps from one measurement to the next: `STEPS`, or more where small steps would make it cost above 1 %."""
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    samples = max(args.sight_samples, 2 * args.world_size)
+    return max(STEPS, math.ceil(STEPS * _CHEAP_FROM * samples / (16 * step)))
 
 
 def can_measure(dataset: Any) -> bool:

@@ -18,7 +18,7 @@ from llava_compodistill.about import commit
 
 COLUMNS = (
     "suite preset variant batch length visual heads kv_heads head_size rows vocab teacher student dtype parity "
-    "p20_ms p50_ms p80_ms extra_mib samples_per_s flops_share note "
+    "p20_ms p50_ms p80_ms extra_mib samples_per_s flops_share sight_share note "
     "device torch triton transformers commit date command"
 ).split()
 
@@ -28,8 +28,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare(work: dict[str, Callable[[], Any]], device: torch.device, seconds: float, rounds: int = 5) -> dict:
-    """Wall times in ms of each variant: {name: (p20, p50, p80)}.
+def compare(
+    work: dict[str, Callable[[], Any]],
+    device: torch.device,
+    seconds: float,
+    rounds: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict:
+    """Times in ms of each variant, by default on the wall's clock: {name: (p20, p50, p80)}.
 
     The variants take turns, so that a change of clocks or a neighbour on the machine meets them all alike. Each runs
     at least ``rounds`` times, and together they run for about ``seconds``. A call is timed from a device at rest to a
@@ -42,10 +48,10 @@ def compare(work: dict[str, Callable[[], Any]], device: torch.device, seconds: f
     while True:
         for name, call in work.items():
             synchronize(device)
-            begin = time.perf_counter()
+            begin = clock()
             call()
             synchronize(device)
-            times[name].append(1e3 * (time.perf_counter() - begin))
+            times[name].append(1e3 * (clock() - begin))
         done = min(map(len, times.values()))
         if done >= rounds and time.perf_counter() - started > seconds:
             return {name: percentiles(values) for name, values in times.items()}

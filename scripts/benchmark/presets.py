@@ -18,6 +18,7 @@ class Preset:
     pair: PairSpec
     batches: tuple[int, ...]
     limits: tuple[float, ...]
+    global_batch: int = 128  # samples of an optimizer step: the paper's in DFT and SFT
 
     def change(
         self, batches: tuple[int, ...] | None, lengths: tuple[int, ...] | None, limits: tuple[float, ...] | None
@@ -80,6 +81,23 @@ CPU = Preset(
     batches=(1, 2),
     limits=(1, 2),
 )
+#: A student of 134M parameters from a teacher of 368M, for what is a matter of proportions.
+MEDIUM = Preset(
+    name="medium",
+    ops=CPU.ops,
+    heads=CPU.heads,
+    pair=PairSpec(
+        LanguageModel(hidden=1024, layers=24, heads=16, kv_heads=16, intermediate=2816),
+        LanguageModel(hidden=768, layers=12, heads=12, kv_heads=12, intermediate=2048),
+        Tower(hidden=768, layers=12, heads=12, intermediate=3072, pixels=224, patch=14),
+        vocab=32_000,
+        answers=64,
+        dtype=FP32,
+        lengths=(512,),
+    ),
+    batches=(4,),
+    limits=(8,),
+)
 #: scripts/miniature/settings.py: nine visual tokens, about 60 positions.
 MINIATURE = Preset(
     name="miniature",
@@ -96,5 +114,6 @@ MINIATURE = Preset(
     ),
     batches=(32,),
     limits=(0.05,),
+    global_batch=32,
 )
-PRESETS = {preset.name: preset for preset in (PAPER, CPU, MINIATURE)}
+PRESETS = {preset.name: preset for preset in (PAPER, CPU, MEDIUM, MINIATURE)}

@@ -7,11 +7,13 @@ Suites
     fit      largest micro-batch and best throughput within a memory limit, for the same three
     profile  the operators above 2 % of our step
     compile  our step with and without torch.compile
+    sight    the sight guard's share of a run, in CPU time on a CPU
     eval     items a second of the evaluation engine against one question at a time, on the miniature
 
 All rivals of a suite run in one process on the same inputs. Each is first held against a float64 (op, head) or the
 usual (step) computation; what fails gets no time. Presets give the sizes: `paper` (Qwen1.5-4B and 1.8B, SigLIP so400m,
-bf16; a GPU of 80 GB or more), `cpu` (two cores, a few minutes), `miniature` (the quick start's models).
+bf16; a GPU of 80 GB or more), `cpu` (two cores, a few minutes), `medium` (a student of 134M parameters, for `sight`),
+`miniature` (the quick start's models).
 """
 
 from __future__ import annotations
@@ -43,12 +45,13 @@ sys.path.insert(0, str(ROOT))  # the checkout's package, so that the commit in t
 import evaluation  # noqa: E402
 import head as head_suite  # noqa: E402
 import op as op_suite  # noqa: E402
+import sight as sight_suite  # noqa: E402
 import step as step_suite  # noqa: E402
 from measure import machine, write_csv  # noqa: E402
 from pair import Pair  # noqa: E402
 from presets import PRESETS, Preset  # noqa: E402
 
-SUITES = ("op", "head", "step", "fit", "profile", "compile", "eval")
+SUITES = ("op", "head", "step", "fit", "profile", "compile", "sight", "eval")
 console = Console()
 
 
@@ -120,6 +123,8 @@ def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Na
             yield from step_suite.run(pair, folder, preset.batches, args.seconds)
         elif suite == "fit":
             yield from step_suite.run_fit(pair, folder, preset.limits, args.seconds)
+        elif suite == "sight":
+            yield from sight_suite.run(pair, folder, preset.batches, args.seconds, preset.global_batch)
         elif suite == "compile":
             yield from step_suite.run_compiled(pair, folder, preset.batches[-1], args.seconds)
         else:

@@ -24,11 +24,11 @@ from llava_compodistill.train.objective import Objective
 
 
 def objective(pair: Pair, folder: str, **options: Any) -> Objective:
-    arguments = TrainingArguments(
-        output_dir=folder, stage="dft", report_to="none", use_cpu=pair.device.type == "cpu", **options
-    )
+    options = {"stage": "dft", **options}
+    arguments = TrainingArguments(output_dir=folder, report_to="none", use_cpu=pair.device.type == "cpu", **options)
     terms = find_method(arguments.method).terms(arguments.stage, arguments)
-    return Objective(pair.student, pair.teacher, terms, pair.spec.vocab, arguments.attention_map_impl)
+    teacher = None if arguments.stage in ("pt", "sft") else pair.teacher
+    return Objective(pair.student, teacher, terms, pair.spec.vocab, arguments.attention_map_impl)
 
 
 def our_step(pair: Pair, folder: str, **options: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
@@ -142,7 +142,7 @@ def run(pair: Pair, folder: str, batches: list[int], seconds: float) -> Iterator
             fitting = {name: call for name, call in work.items() if fits(call, device)}
             times = compare(fitting, device, seconds) if fitting else {}
             for name in work:
-                row = {**_columns(pair, size, length), "suite": "step", "variant": name, "parity": f"{error:.1e}"}
+                row = {**columns(pair, size, length), "suite": "step", "variant": name, "parity": f"{error:.1e}"}
                 if name not in fitting:
                     yield {**row, "note": "out of memory"}
                     continue
@@ -172,7 +172,7 @@ def run_fit(pair: Pair, folder: str, limits: list[float], seconds: float) -> Ite
                     _, p50, _ = compare({name: lambda step=step, batch=batch: step(batch)}, device, seconds)[name]
                     best = max(best, (1e3 * size / p50, size))
                 yield {
-                    **_columns(pair, largest, length),
+                    **columns(pair, largest, length),
                     "suite": "fit",
                     "variant": name,
                     "parity": f"{error:.1e}",
@@ -200,7 +200,7 @@ def run_profile(pair: Pair, folder: str, size: int, repeats: int = 5) -> Iterato
         total = sum(own.values())
         for key, value in sorted(own.items(), key=lambda item: -item[1]):
             if value > 0.02 * total:
-                row = {**_columns(pair, size, length), "suite": "profile", "variant": key[:80]}
+                row = {**columns(pair, size, length), "suite": "profile", "variant": key[:80]}
                 yield {**row, "p50_ms": value / 1e3 / repeats, "note": f"{100 * value / total:.1f} % of the step"}
 
 
@@ -217,7 +217,7 @@ def run_compiled(pair: Pair, folder: str, size: int, seconds: float) -> Iterator
             ("teacher compiled", [pair.teacher]),
             ("both compiled", [pair.student, pair.teacher]),
         ):
-            row = {**_columns(pair, size, length), "suite": "compile", "variant": name}
+            row = {**columns(pair, size, length), "suite": "compile", "variant": name}
             layers = [layer for model in models for layer in model.get_model().layers]
             for layer in layers:
                 layer.compile()
@@ -245,7 +245,7 @@ def run_compiled(pair: Pair, folder: str, size: int, seconds: float) -> Iterator
                 pair.student.zero_grad(set_to_none=True)
 
 
-def _columns(pair: Pair, size: int, length: int) -> dict[str, Any]:
+def columns(pair: Pair, size: int, length: int) -> dict[str, Any]:
     def text(model: Any) -> str:
         return f"{model.layers}x{model.hidden}"
 

@@ -30,7 +30,7 @@ from .language import (
     true_caption,
     vocabulary,
 )
-from .world import HELD_OUT, IMAGE_SIZE, SEEN, Scene, pick, pick_pairs, render_array, sample_scene
+from .world import HELD_OUT, IMAGE_SIZE, SEEN, Scene, SceneObject, pick, pick_pairs, render_array, sample_scene
 
 FORMAT_VERSION = 1
 SPLITS = ("val", "test")
@@ -53,6 +53,9 @@ DEFAULT_ROUNDS = {
     "match": 0.2,
     "choice": 0.1,
 }
+
+#: Another source of data (the paper's Table 9): long captions and questions on single objects, also ten rounds.
+EXTRA_ROUNDS = {"detail": 3.0, "color": 1.0, "shape": 1.0, "count": 1.0, "row": 2.0, "column": 2.0}
 
 
 @dataclass(frozen=True)
@@ -339,3 +342,31 @@ def write_dataset(out: str | Path, config: WorldConfig | None = None, workers: i
     }
     _write_json(out / "manifest.json", manifest, indent=1)
     return manifest
+
+
+def write_more(
+    out: str | Path, name: str, images: int, rounds: dict[str, float] | None = None, workers: int = 1
+) -> Path:
+    """Write another instruction file NAME.json into a folder that `write_dataset` filled, and return its path.
+
+    Args:
+        images: how many new images it has; no scene of the folder occurs again.
+        rounds: mean number of rounds of each kind per image (default: those of the folder).
+    """
+    out = Path(out)
+    config = WorldConfig(**json.loads((out / "manifest.json").read_text(encoding="utf-8"))["config"])
+    config = replace(config, rounds=rounds or config.rounds)
+    scenes = _Scenes()
+    for file in sorted((out / "scenes").glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            objects = tuple(SceneObject(**thing) for thing in json.loads(line)["objects"])
+            scenes.keys.add(Scene(objects).key)
+    own = list(name.encode())  # a stream of its own for each name
+    records = _instruct(name, images, config, scenes, np.random.default_rng([config.seed, 103, *own]))
+    with ProcessPoolExecutor(workers) as pool:
+        list(pool.map(_render_batch, _render_jobs(out, scenes, config.seed + 1)))
+    for stream, drawn in scenes.images.items():
+        lines = [{"image": path, "objects": scene.to_list()} for path, scene in drawn]
+        _write_jsonl(out / "scenes" / f"{stream}.jsonl", lines)
+    _write_json(out / f"{name}.json", records)
+    return out / f"{name}.json"

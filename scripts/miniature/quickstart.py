@@ -19,9 +19,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from llava_compodistill.reproduce.runner import StageFailed
+
 from . import weights
 from .settings import METHODS, Settings, override, preset
-from .stages import StageFailed, train_student, train_teacher
+from .stages import train_student, train_teacher
 
 console = Console()
 

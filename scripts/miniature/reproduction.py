@@ -9,6 +9,7 @@ relation types (swap_obj, replace_rel) are those that the set of objects does no
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from llava_compodistill.reproduce.recipes import ADAPTER_STAGES, Recipe
 from llava_compodistill.reproduce.world import stage_settings
 
 from . import weights
+from .dataset import EXTRA_ROUNDS, write_more
 from .quickstart import _write_data, recipe
 from .settings import VERSION, Settings, preset
 from .stages import common_environment, common_flags, run_script, train_teacher
@@ -39,6 +41,8 @@ class MiniatureWorld:
         "vqa": "recognition",
         "similarity": "similarity",
     }
+    more = {"relation_questions": "relation questions"}
+    jobs, ahead = None, 0
 
     def __init__(self, name: str, root: Path, split: str = "test"):
         self.name, self.root, self.split = name, root, split
@@ -52,12 +56,29 @@ class MiniatureWorld:
 
     def normal(self, recipe: Recipe) -> Recipe:
         band = ("--student_layers", self.preset.band, "--teacher_layers", self.preset.band)
-        rest = recipe.flags[4:] if recipe.flags[:4] == band else recipe.flags
-        return replace(recipe, flags=rest)
+        flags = recipe.flags[4:] if recipe.flags[:4] == band else recipe.flags
+        if "--layer_matching" in flags and recipe.student == "default":
+            # Models of equal depth leave nothing to match: a shallower student, and all layers.
+            flags = ("--student_layers", "all", "--teacher_layers", "all", *flags)
+            recipe = replace(recipe, student="shallow")
+        if recipe.mix == "doubled":  # all that the other tables train on; Table 5 halves it
+            recipe = replace(recipe, mix="")
+        # Table 6: the smaller teacher was made for it.
+        teacher = "default" if recipe.teacher == "large" else recipe.teacher
+        return replace(recipe, flags=flags, teacher=teacher)
+
+    def models(self, recipe: Recipe) -> dict[str, Any]:
+        return {}  # made from the settings
+
+    def steps(self, recipe: Recipe) -> int | None:
+        return sum(self.steps_and_rate(recipe, position)[0] for position in range(len(recipe.stages)))
 
     def refusal(self, recipe: Recipe) -> str | None:
         if not weights.have_stored_weights():
-            return "the stored weights are not in this checkout"
+            return "needs the stored weights, which are not in this checkout"
+        return None
+
+    def refusal_of_figures(self) -> str | None:
         return None
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -68,6 +89,7 @@ class MiniatureWorld:
         if not (self.root / "data" / "manifest.json").is_file():
             manifest = _write_data(self.preset, self.root, stored=all(r.teacher == "default" for r in recipes))
             (self.root / "data" / "manifest.json").write_text(json.dumps(manifest, default=str) + "\n")
+        self._write_missing_data(recipes)
         models = self.root / "models"
         if not (models / "llava-teacher" / "config.json").is_file():
             weights.install(models)
@@ -75,6 +97,16 @@ class MiniatureWorld:
             self._make_student(name)
         for name in sorted({r.teacher for r in recipes}):
             self._make_teacher(name)
+
+    def _write_missing_data(self, recipes: list[Recipe]) -> None:
+        """What some recipes alone read, and a folder made for others may lack."""
+        data, world, workers = self.root / "data", self.preset.world, os.cpu_count() or 1
+        if any(r.mix == "scaled" for r in recipes) and not (data / "instruct_extra.json").is_file():
+            write_more(data, "instruct_extra", world.instruct_student, EXTRA_ROUNDS, workers)
+        if all((self.teacher(r.teacher) / "config.json").is_file() for r in recipes if r.teacher != "default"):
+            return
+        if (data / "instruct_teacher.json").read_text(encoding="utf-8").strip() == "[]":
+            write_more(data, "instruct_teacher", world.instruct_teacher, workers=workers)
 
     def student(self, name: str) -> Path:
         return self.root / "models" / ("qwen-student" if name == "default" else f"{name}-student")
@@ -87,7 +119,12 @@ class MiniatureWorld:
 
         if (self.student(name) / "config.json").is_file():
             return
-        specs = {"shallow": replace(self.preset.student, num_hidden_layers=4), "llama": self.preset.student}
+        student = self.preset.student
+        specs = {
+            "shallow": replace(student, num_hidden_layers=4),
+            "small": replace(student, hidden_size=48, intermediate_size=144),
+            "llama": student,
+        }
         build_language_model(
             self.student(name), self.root / "models" / "tokenizer", specs[name], self.preset.student_text,
             family="llama" if name == "llama" else "qwen2", progress=False,
@@ -108,9 +145,13 @@ class MiniatureWorld:
         )  # fmt: skip
         train_teacher(self.preset, self.root, 1, llm=base, output=self.teacher(name))
 
-    def _instructions(self, share: float) -> Path:
-        """The students' conversations, or a share of them."""
+    def _instructions(self, share: float, mix: str = "") -> Path:
+        """The students' conversations, a share of them, or these and `instruct_extra.json`."""
         whole = self.root / "data" / "instruct_student.json"
+        if mix == "scaled":
+            path = whole.with_name("instruct_scaled.yaml")
+            path.write_text(f"datasets:\n  - path: {whole.name}\n  - path: instruct_extra.json\n", encoding="utf-8")
+            return path
         if share == 1:
             return whole
         path = whole.with_name(f"instruct_student_{share:g}.yaml")
@@ -149,7 +190,9 @@ class MiniatureWorld:
                 **common_environment(settings),
                 "TEACHER": self.teacher(recipe.teacher),
                 "TOWER": models / "siglip",
-                "DATA": self.root / "data" / "pretrain.json" if captions else self._instructions(recipe.data),
+                "DATA": self.root / "data" / "pretrain.json"
+                if captions
+                else self._instructions(recipe.data, recipe.mix),
                 "IMAGES": self.root / "data" / "images",
                 "OUTPUT": output,
                 "LR": rate,
@@ -164,6 +207,9 @@ class MiniatureWorld:
             outputs.append(output)
             total += steps
         return {"checkpoint": str(outputs[-1]), "seconds": round(seconds, 1), "steps": total}
+
+    def stop(self) -> None:
+        pass  # a run that has begun ends in minutes
 
     # -----------------------------------------------------------------------------------------------------------------
     # Evaluation

@@ -3,65 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from llava_compodistill.about import folder
-from llava_compodistill.errors import CompoDistillError
+from llava_compodistill.reproduce.runner import run_script
 
 from .settings import METHODS, VERSION, Settings
-
-#: The Trainer prints a line a logged step.
-_LOGGED = re.compile(r"^\{'loss'")
-
-
-class StageFailed(CompoDistillError, RuntimeError):
-    """A training script ended with an error; the message holds the end of its log."""
-
-
-def run_script(
-    name: str,
-    environment: Mapping[str, object],
-    flags: list[str],
-    log: Path,
-    threads: int,
-    on_log: Callable[[], None] = lambda: None,
-) -> float:
-    """Run a training script and return its seconds. Its output goes to `log`, and its end is shown when it fails."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    variables = {
-        **os.environ,
-        "PYTHON": sys.executable,
-        "OMP_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-        **{key: str(value) for key, value in environment.items()},
-    }
-    started = time.monotonic()
-    command = ["bash", str(folder("scripts") / name), *flags]
-    with log.open("w", encoding="utf-8", buffering=1) as file:
-        process = subprocess.Popen(
-            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                file.write(line)
-                if _LOGGED.match(line):
-                    on_log()
-            code = process.wait()
-        except BaseException:
-            process.terminate()
-            raise
-    if code != 0:
-        tail = "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-15:])
-        raise StageFailed(f"{name} ended with status {code}; the end of {log}:\n{tail}")
-    return time.monotonic() - started
 
 
 def common_flags(settings: Settings, seed: int) -> list[str]:

@@ -38,6 +38,7 @@ LONGEST = (
     "test_rivals",
     "test_reproduce",
     "test_methods",
+    "test_fullsize",
     "test_unlike_tokenizers",
     "test_trained_tower",
     "test_training_terms",

@@ -16,7 +16,7 @@ class Recipe:
     """One student.
 
     Attributes:
-        stages: of pt, dpt, dft, sft, in their order.
+        stages: of pt, dpt, dft, sft and the method's own, in their order.
         method: as `--method`.
         options: as `--method_options`.
         projector: `taf` for the teacher's adapter, else LLaVA's own type.

@@ -94,7 +94,8 @@ def stage_settings(
     if stage in ADAPTER_STAGES:
         return "dpt.sh", {**environment, "STUDENT": student}, [*flags, "--stage", stage]
     adapter, after_adapter = outputs[0], position == 1
-    if stage == "dft":
+    if stage != "sft":  # dft, or a method's own
+        flags += [] if stage == "dft" else ["--stage", stage]
         environment |= {"STUDENT": student if after_adapter else str(outputs[-1]), "DPT": str(adapter)}
         # A whole checkpoint brings its adapter along.
         more = [] if after_adapter else ["--pretrain_mm_mlp_adapter", ""]

@@ -540,7 +540,7 @@ def test_analyses_that_compare_text_are_refused(qwen, llama):
 
     engines = [SimpleNamespace(tokenizer=tokenizer) for tokenizer in (llama, qwen)]
     for compare in (similarity_by_layer, intervene):
-        with pytest.raises(DataError, match="have other tokenizers .* knockout and overlay look at one"):
+        with pytest.raises(DataError, match="have different tokenizers .* knockout and overlay look at one"):
             compare(*engines, [])
 
 

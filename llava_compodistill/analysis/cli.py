@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--data", action="append", required=True, metavar="FILE|BENCHMARK",
         help="LLaVA's JSON, .jsonl of image, text, answer, or a benchmark's name (repeatable for similarity)",
     )  # fmt: skip
-    parser.add_argument("--names", default=None, help="of the checkpoints in pictures, with commas (parts of paths)")
+    parser.add_argument("--names", default=None, help="labels of the checkpoints, comma-separated (parts of paths)")
     parser.add_argument("--images", default="", help="folder that the image names of a file begin in")
     parser.add_argument("--data-root", type=Path, default=None, help="folder of the benchmarks' files")
     parser.add_argument(

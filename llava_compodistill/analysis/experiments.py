@@ -56,9 +56,9 @@ def _refuse_other_tokenizers(reference: Engine, model: Engine) -> None:
     for token, index in model.tokenizer.get_vocab().items():
         if theirs.get(token, index) != index:
             raise DataError(
-                f"The checkpoints have other tokenizers (token {token!r} is {theirs[token]} and {index}): what they "
-                "make of a text cannot be compared token by token. Name a teacher with the student's tokenizer; "
-                "knockout and overlay look at one model at a time."
+                f"The checkpoints have different tokenizers (token {token!r} has id {theirs[token]} in the first one "
+                f"and {index} in another), so they cannot be compared token by token. Name a teacher with the "
+                "student's tokenizer; knockout and overlay look at one model at a time."
             )
 
 

@@ -41,7 +41,7 @@ FIGURE_STUDENTS = [SFT, KD, LLAVA_KD, COMPODISTILL]
 def build_parser() -> argparse.ArgumentParser:
     titles = {name: study.title.split(": ", 1)[1] for name, study in STUDIES.items()} | FIGURES
     names = "\n".join(f"  {name:<9} {title}" for name, title in titles.items())
-    names += "\n" + "\n".join(f"  {name:<9} {other}, by benchmark" for name, other in ALIASES.items())
+    names += "\n" + "\n".join(f"  {name:<9} the same as {other}" for name, other in ALIASES.items())
     presets = "\n".join(f"  {name:<9} {text}" for name, text in PRESETS.items())
     kept = "Finished runs stay in --output, and are not made again."
     parser = argparse.ArgumentParser(
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the students (default: 0,1,2)")
     parser.add_argument("--output", type=Path, default=None, help="folder (default: runs/reproduce-PRESET)")
     parser.add_argument(
-        "--jobs", type=int, default=None, help="students at once (default: one a core, a GPU, or set of GPUs)"
+        "--jobs", type=int, default=None, help="students trained at once (default: one per core, GPU or set of GPUs)"
     )
     parser.add_argument(
         "--list", action="store_true", help="show the rows and which runs are there, and train nothing"

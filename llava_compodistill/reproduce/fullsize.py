@@ -46,7 +46,7 @@ _NOT_LEARNED = {
     "BATCH", "DEEPSPEED_CONFIG", "GRADIENT_CHECKPOINTING", "LAUNCHER", "LAUNCHER_ARGS", "LOGGING_STEPS", "REPORT_TO",
     "SAVE_STEPS", "WORKERS",
 }  # fmt: skip
-_LLAVA_DATA = "LLaVA's README, section Train, says where it is from."
+_LLAVA_DATA = "See the section Train of LLaVA's README for the download."
 _FIRST_PORT = 29_500
 
 

@@ -100,7 +100,7 @@ class TrainingArguments(llava_training.TrainingArguments):
     lm_weight: float = field(default=1.0, metadata={"help": "Weight of L_LM."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of L_KL."})
     attention_weight: float = field(default=1.0, metadata={"help": "Weight of L_ADL."})
-    kd_temperature: float = field(default=1.0, metadata={"help": "Temperature T of L_KL; the term carries T squared."})
+    kd_temperature: float = field(default=1.0, metadata={"help": "Temperature T of L_KL (times T squared) or L_ULD."})
     attention_loss: Literal["cosine", "mse", "kl"] = field(
         default="cosine", metadata={"help": "Distance between attention maps (Table 3a)."}
     )
@@ -123,7 +123,7 @@ class TrainingArguments(llava_training.TrainingArguments):
         default="group", metadata={"help": "How student layers meet teacher layers (Table 3c)."}
     )
     calibration_batches: int = field(
-        default=4, metadata={"help": "Batches that measure the distances between layers for adaptive matching."}
+        default=4, metadata={"help": "Batches that measure layers (adaptive matching) or heads (matched heads)."}
     )
     attention_map_impl: Literal["auto", "eager", "chunked", "triton"] = field(
         default="auto",
@@ -153,8 +153,8 @@ class TrainingArguments(llava_training.TrainingArguments):
     sight_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Steps between two measurements of what another sample's image costs (sight). Default: 200, more "
-            "where fewer than 10 samples make a step."
+            "help": "Steps between two measurements of sight, the increase in loss when samples are given each "
+            "other's images. Default: 200, more if an optimizer step has fewer than 10 samples."
         },
     )
     sight_samples: int = field(default=16, metadata={"help": "Samples that sight is measured on, over all ranks."})

@@ -105,7 +105,7 @@ class Objective:
         Args:
             model: the student as the trainer wraps it (DDP, DeepSpeed); its forward is what is called.
             inputs: what LLaVA's collator gives: input_ids, labels, attention_mask, images; and for a teacher with
-                another tokenizer what `PairedCollator` adds.
+                another tokenizer what `TeacherTextCollator` adds.
 
         Returns:
             Each term's sums, by name.
@@ -127,7 +127,7 @@ class Objective:
         given, aligned = {**inputs, "use_cache": False}, None
         if not self.pair.shares_tokenizer:
             if TEACHER not in inputs:
-                raise ValueError("The batch lacks what the teacher reads through its own tokenizer (PairedCollator).")
+                raise ValueError("The batch lacks the teacher's tokens: give make_data_module teacher=teacher_text.")
             given |= given.pop(TEACHER)
             aligned = given.pop("aligned")
         with torch.no_grad(), record(self.pair.teacher, needs, impl=self.impl) as recorder:

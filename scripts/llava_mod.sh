@@ -50,6 +50,13 @@ for stage in $STAGES; do
     esac
 done
 
+[[ $STAGES == *pt* || $STAGES != *d2d* ]] ||
+    need_path "The adapter of the pt step" "$ROOT-pt/mm_projector.bin" "Run STAGES=\"pt $STAGES\", or set ROOT."
+[[ $STAGES == *d2d* || $STAGES != *d2s* ]] ||
+    need_path "The student of the d2d step" "$ROOT-d2d/config.json" "Run STAGES=\"d2d $STAGES\", or set ROOT."
+[[ $STAGES == *d2s* || $STAGES != *preference* ]] ||
+    need_path "The student of the d2s step" "$ROOT-d2s/config.json" "Run STAGES=\"d2s $STAGES\", or set ROOT."
+
 METHOD=(--method llava_mod --mm_projector_type mlp2x_gelu)
 DISTILLED=("${METHOD[@]}" --teacher_model_path "$TEACHER")
 

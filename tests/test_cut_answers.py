@@ -84,8 +84,8 @@ def test_nothing_is_said_where_every_sample_keeps_an_answer(world, image, limit,
     held_out = write(tmp_path / "held_out.json", [record(2, LONG, image)] * 2)
     original = train.make_data_module
 
-    def with_evaluation(tokenizer, data_args, seed, teacher):
-        module = original(tokenizer, data_args, seed, teacher)
+    def with_evaluation(tokenizer, data_args, *more):
+        module = original(tokenizer, data_args, *more)
         return {**module, "eval_dataset": CheckedDataset(str(held_out), tokenizer, data_args)}
 
     options = {"data_path": data, "model_max_length": limit, "mm_projector_type": "mlp2x_gelu"}

@@ -386,7 +386,8 @@ def test_a_world_file_is_for_full_size_models(tmp_path, capsys):
     assert "--preset cpu makes its own models and data" in capsys.readouterr().err
 
 
-def test_the_appendix_has_the_same_rows(capsys):
+def test_the_appendix_has_the_same_rows(capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])  # where the miniature is
     assert main(["reproduce", "table10", "table3a", "--preset", "smoke", "--list"]) == 0
     text = capsys.readouterr().out
     assert text.count("table3a") == 4 and "12" in text

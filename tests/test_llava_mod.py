@@ -22,6 +22,7 @@ from llava_compodistill.methods import find_method
 from llava_compodistill.record.forward import Needs, record
 from llava_compodistill.record.merge import record_merge
 from llava_compodistill.train.arguments import TrainingArguments
+from llava_compodistill.train.data import last_answer
 from llava_compodistill.train.objective import Objective
 
 
@@ -40,7 +41,7 @@ class _Config:
 
 
 def routed_by_hand(network, tokens, settings, noise):
-    """Token by token: output, balance and the share of dropped choices."""
+    """One sample, token by token: output, balance and the share of dropped choices."""
     tokens_count, count = len(tokens), settings.count
     capacity = math.ceil(tokens_count * settings.choices / count * settings.capacity_factor)
     logits = tokens @ network.router.weight.t()
@@ -71,49 +72,58 @@ def routed_by_hand(network, tokens, settings, noise):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("count, choices, factor", [(4, 2, 1.5), (4, 2, 0.6), (3, 1, 1.0), (5, 3, 0.8)])
+@pytest.mark.parametrize("count, choices, factor", [(4, 2, 1.5), (4, 2, 0.6), (3, 2, 1.0), (5, 3, 0.8)])
 def test_experts_against_token_by_token(monkeypatch, training, count, choices, factor):
+    """Three samples of unlike lengths, each by itself."""
     settings = Experts((0,), count, choices, factor)
     network = SparseMLP(_Config, _Expert, settings).train(training)
-    tokens = torch.randn(3, 7, 5, requires_grad=True)
-    noise = torch.randn(21, count)
+    hidden = torch.randn(3, 9, 5, requires_grad=True)
+    lengths = (9, 4, 7)
+    network.router.real = torch.arange(9) < torch.tensor(lengths)[:, None]
+    noise = torch.randn(3, 9, count)
     monkeypatch.setattr(experts_module, "_gumbel", lambda like: noise)
     found = []
     network.router.register_forward_hook(lambda module, args, routing: found.append(routing))
-    output = network(tokens)
-    expected, balance, dropped = routed_by_hand(
-        network, tokens.view(-1, 5), settings, noise if training else 0 * noise
-    )
-    torch.testing.assert_close(output.view(-1, 5), expected, atol=2e-6, rtol=1e-5)
-    assert float(found[0].balance) == pytest.approx(float(balance), rel=1e-5)
-    assert float(found[0].dropped) == pytest.approx(dropped, abs=1e-6)
-    assert training or dropped == 0
-    assert not training or factor > 1 or dropped > 0
-    target = torch.randn_like(expected)
-    of = [tokens, *network.parameters()]
-    mine = torch.autograd.grad((output.view(-1, 5) * target).sum() + found[0].balance, of)
-    theirs = torch.autograd.grad((expected * target).sum() + balance, of, allow_unused=True)
-    for ours, wanted in zip(mine, theirs, strict=True):  # None: an expert that no token has chosen
-        torch.testing.assert_close(ours, torch.zeros_like(ours) if wanted is None else wanted, atol=5e-6, rtol=1e-4)
+    output = network(hidden)
+    total = wanted = 0.0
+    for sample, length in enumerate(lengths):
+        own = noise[sample] if training else torch.zeros_like(noise[sample])
+        expected, balance, dropped = routed_by_hand(network, hidden[sample, :length], settings, own)
+        torch.testing.assert_close(output[sample, :length], expected, atol=2e-6, rtol=1e-5)
+        assert not output[sample, length:].any()
+        assert found[0].balance[sample].item() == pytest.approx(balance.item(), rel=1e-5)
+        assert found[0].dropped[sample].item() == pytest.approx(dropped, abs=1e-6)
+        assert training or dropped == 0
+        target = torch.randn_like(expected)
+        total = total + (output[sample, :length] * target).sum() + found[0].balance[sample]
+        wanted = wanted + (expected * target).sum() + balance
+    assert not training or factor >= 1 or found[0].dropped.sum() > 0
+    of = [hidden, *network.parameters()]
+    mine = torch.autograd.grad(total, of)
+    theirs = torch.autograd.grad(wanted, of, allow_unused=True)
+    for ours, expected in zip(mine, theirs, strict=True):  # None: an expert that no token has chosen
+        torch.testing.assert_close(
+            ours, torch.zeros_like(ours) if expected is None else expected, atol=5e-6, rtol=1e-4
+        )
 
 
 def test_the_second_expert_is_drawn_by_its_probability():
     router = Router(2, Experts((0,), 3, 2)).train()
     with torch.no_grad():
         router.weight.copy_(torch.tensor([[5.0, 0.0], [1.0, 0.0], [0.0, 0.0]]))
-        chosen = router(torch.tensor([[1.0, 0.0]]).repeat(4000, 1)).experts
+        chosen = router(torch.tensor([[1.0, 0.0]]).repeat(1, 4000, 1)).experts[0]
         assert (chosen[:, 0] == 0).all()
         # Of experts 1 and 2, with logits 1 and 0.
         assert float((chosen[:, 1] == 1).float().mean()) == pytest.approx(1 / (1 + math.exp(-1)), abs=0.03)
-        assert (router.eval()(torch.tensor([[1.0, 0.0]])).experts == torch.tensor([[0, 1]])).all()
+        assert (router.eval()(torch.tensor([[[1.0, 0.0]]])).experts == torch.tensor([[0, 1]])).all()
 
 
 def test_even_use_of_experts_costs_one():
     router = Router(4, Experts((0,), 4, 2))
     with torch.no_grad():
         router.weight.copy_(3 * torch.eye(4))
-    assert float(router(torch.eye(4)).balance) == pytest.approx(1.0)
-    assert float(router(torch.eye(4)[:1].repeat(4, 1)).balance) > 2
+    assert router(torch.eye(4)[None]).balance.item() == pytest.approx(1.0)
+    assert router(torch.eye(4)[None, :1].repeat(1, 4, 1)).balance.item() > 2
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
@@ -187,7 +197,7 @@ def test_the_preference_step_against_whole_logits(siglip, tmp_path, kind):
     expected = preference_loss(ratios[:2], ratios[2:], kind, 0.5).mean()
     # Both are sums that are divided by four samples.
     assert float(sums["preference"].loss) / 4 == pytest.approx(float(expected), rel=1e-4)
-    balance = sum(routing.balance for routing in recorder.latest.routing.values())
+    balance = sum(routing.balance.mean() for routing in recorder.latest.routing.values())
     assert float(sums["balance"].loss) / 4 == pytest.approx(float(balance), rel=1e-5)
     assert objective.term("balance").weight == 0.02
     margin, pairs = sums["preference"].measured["reward_margin"]
@@ -304,8 +314,14 @@ def test_what_the_stages_cannot_start_from(world, sharp_teacher, mixed, pairs, t
     options = {"method": "llava_mod", "mm_projector_type": "mlp2x_gelu", "teacher_model_path": sharp_teacher}
     with pytest.raises(ValueError, match="--stage preference trains a sparse student, and this one is dense"):
         tiny.run(world, "preference", tmp_path / "a", data_path=pairs, **options)
-    with pytest.raises(ValueError, match="--stage d2s of llava_mod trains new experts whole: leave --lora_enable out"):
-        tiny.run(world, "d2s", tmp_path / "b", data_path=mixed, lora_enable=True, **options)
+    for stage in ("d2d", "d2s"):
+        with pytest.raises(ValueError, match=f"--stage {stage} of llava_mod .* leave --lora_enable out"):
+            tiny.run(world, stage, tmp_path / "b", data_path=mixed, lora_enable=True, **options)
+    with pytest.raises(ValueError, match="--stage dft: method llava_mod distils in the stages d2d, d2s, preference"):
+        tiny.run(world, "dft", tmp_path / "b", data_path=mixed, **options)
+    with pytest.raises(ValueError, match="other experts .* than the options ask for"):
+        sparse = {**options, "model_name_or_path": recipe[1] / "d2s", "method_options": '{"experts": 3}'}
+        tiny.run(world, "d2s", tmp_path / "b", data_path=mixed, **sparse)
     with pytest.raises(ValueError, match="--stage 'd2d': must be one of pt, dpt, dft, sft \\(--method kd\\)"):
         tiny.run(world, "d2d", tmp_path / "c", data_path=mixed, **{**options, "method": "kd"})
     with pytest.raises(DataError, match="16 x no rejected answer"):
@@ -313,12 +329,58 @@ def test_what_the_stages_cannot_start_from(world, sharp_teacher, mixed, pairs, t
 
 
 @pytest.mark.parametrize(
-    "options, message", [({"preference": "ppo"}, "one of kto_pair, dpo"), ({"beta": 0}, "above 0")]
+    "options, message",
+    [
+        ({"preference": "ppo"}, "preference: must be one of kto_pair, dpo"),
+        ({"beta": 0}, "beta: must be above 0"),
+        ({"every": 0}, "every: must be at least 1"),
+        ({"balance": -1}, "balance: must be at least 0"),
+        ({"choices": 1}, "1 choices of 4 experts; there must be at least 2"),
+        ({"experts": 2, "choices": 3}, "3 choices of 2 experts"),
+        ({"capacity": 0}, "capacity_factor 0 must be above 0"),
+    ],
 )
-def test_options_of_the_preference_step(tmp_path, options, message):
-    args = TrainingArguments(str(tmp_path), stage="preference", method="llava_mod", use_cpu=True, report_to=[])
+def test_options_are_checked_before_anything_is_read(options, message):
     with pytest.raises(ValueError, match=f"--method_options .*{message}"):
-        find_method("llava_mod", options).terms("preference", args)
+        find_method("llava_mod", options)
+
+
+def test_data_without_pairs_do_not_go_with_the_preference_stage(siglip, tmp_path):
+    from llava_compodistill.train.data import CheckedDataset
+    from llava_compodistill.train.trainer import CompoDistillTrainer
+
+    model = make_model(siglip)
+    args = TrainingArguments(str(tmp_path), stage="preference", method="llava_mod", use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match=r"make_data_module\(..., paired=True\)"):
+        CompoDistillTrainer(model, args, model, train_dataset=CheckedDataset.__new__(CheckedDataset))
+
+
+def test_the_last_answer_alone_is_compared():
+    labels = torch.tensor([-100, 5, 6, -100, -100, 7, 8, 9, -100])
+    assert last_answer(labels).tolist() == [-100, -100, -100, -100, -100, 7, 8, 9, -100]
+    assert last_answer(torch.tensor([5, 6])).tolist() == [5, 6]
+    assert last_answer(torch.tensor([-100, -100])).tolist() == [-100, -100]
+
+
+def test_a_pair_that_the_limit_has_cut_is_left_out(siglip, tmp_path):
+    teacher = make_model(siglip, seed=1, dtype=torch.float32).requires_grad_(False)
+    student = make_model(siglip, seed=2, dtype=torch.float32, tokenizer_model_max_length=22)
+    args = TrainingArguments(str(tmp_path), stage="preference", method="llava_mod", use_cpu=True, report_to=[])
+    term = args.chosen_method.terms("preference", args)[0]
+    objective = Objective(student, teacher, [term], 91)
+
+    def loss(layouts):
+        with objective.running():
+            sums = objective(student, {**make_batch(layouts, dtype=torch.float32).inputs, "use_cache": False})
+        found = sums["preference"]
+        return found.measured["pairs_cut"][0].item(), found.loss.item(), found.logged["preference"].item()
+
+    # 16 visual tokens: a sample of 22 or more may have been cut.
+    cut, both, _ = loss(["qIqaa", "qIqaa", "qIqaaa", "qIqaa"])
+    assert cut == 0 and both > 0
+    cut, one, _ = loss(["qIqaa", "qIqaa", "qIqaaaaaaa", "qIqaa"])
+    assert cut == 1 and 0 < one < both
+    assert loss(["qIqaa", "qIqaaaaaaa"])[::2] == (1, 0)
 
 
 def test_pairs_are_checked():
@@ -327,6 +389,8 @@ def test_pairs_are_checked():
     sample = tiny.sample(0, "x.png", 1)
     assert find_pair_problem({**sample, "rejected": "Green"}) is None
     assert "no rejected" in find_pair_problem({**sample, "rejected": " "})
+    assert "<image>" in find_pair_problem({**sample, "rejected": "<image>\nA dog"})
+    assert "half a character" in find_pair_problem({**sample, "rejected": "\ud800"})
     assert "the chosen one" in find_pair_problem({**sample, "rejected": sample["conversations"][-1]["value"]})
     turns = [*sample["conversations"], {"from": "human", "value": "And?"}]
     assert "nothing to reject" in find_pair_problem({**sample, "conversations": turns, "rejected": "x"})

@@ -41,6 +41,10 @@ def test_every_method_is_known_by_its_name(tmp_path):
         method = find_method(name)
         assert method.name == name
         for stage in ("pt", "dpt", "dft", "sft"):
+            if stage in ("dpt", "dft") and method.teacher_stages and stage not in method.teacher_stages:
+                with pytest.raises(ValueError, match=f"--stage {stage}: method {name} distils in the stages"):
+                    TrainingArguments(str(tmp_path), stage=stage, method=name, use_cpu=True, report_to=[])
+                continue
             args = TrainingArguments(str(tmp_path), stage=stage, method=name, use_cpu=True, report_to=[])
             terms = [term.name for term in method.terms(stage, args)]
             assert terms == ["answers", *MORE_TERMS[name].get(stage, [])]

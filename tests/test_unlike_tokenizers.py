@@ -29,6 +29,7 @@ from llava_compodistill.hosts.llava.reading import read_conversation  # noqa: E4
 from llava_compodistill.hosts.llava.templates import current_template, prepare_tokenizer, use_template  # noqa: E402
 from llava_compodistill.record.merge import record_merge  # noqa: E402
 from llava_compodistill.train.objective import Objective  # noqa: E402
+from llava_compodistill.train.teacher_text import _can_read  # noqa: E402
 
 IGNORE = -100
 WORDS = "a red square above a blue circle\nUSER: What color is it? ASSISTANT: Red\nHow many objects are there?\n"
@@ -426,7 +427,7 @@ def test_terms_that_compare_text_are_named(pair, tmp_path, method, terms, way):
 def test_a_batch_without_the_teachers_reading_is_named(pair, tmp_path):
     args = TrainingArguments(str(tmp_path), stage="dft", method="kd", use_cpu=True, report_to="none")
     objective = Objective(*pair, args.chosen_method.terms("dft", args), VOCABS[0], teacher_vocab_size=VOCABS[1])
-    with pytest.raises(ValueError, match="lacks what the teacher reads"), objective.running():
+    with pytest.raises(ValueError, match="lacks the teacher's tokens: give make_data_module"), objective.running():
         objective(pair[0], {**make_batch(LAYOUTS).inputs, "use_cache": False})
 
 
@@ -558,3 +559,10 @@ def test_tokens_added_at_the_end_make_no_other_tokenizer(world, dft, sharp_teach
     compat.make_tokenizer_portable(model)
     trainer, log = dft(model_name_or_path=model, method="kd", max_steps=1)
     assert trainer.objective.pair.vocab_size == size and log[0]["kl"] > 0
+    # Not where the teacher's embedding ends before them, or where they are LLaVA's markers of every image.
+    config, markers = SimpleNamespace(vocab_size=size + 1), AutoTokenizer.from_pretrained(str(sharp_teacher))
+    assert _can_read(SimpleNamespace(vocab_size=size + 2), student, teacher) and not _can_read(
+        config, student, teacher
+    )
+    markers.add_tokens(["<im_start>"])
+    assert not _can_read(config, markers, AutoTokenizer.from_pretrained(str(sharp_teacher)))

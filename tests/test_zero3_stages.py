@@ -63,8 +63,8 @@ def test_a_stage_goes_on_from_a_lora_checkpoint(dft, world, dpt_path, teacher_pa
 @pytest.mark.once
 def test_experts_are_made_before_their_weights_are_split(dft, world, sharp_teacher, mixed, tmp_path):
     """And every rank meets all of them in every step, whatever its tokens choose."""
-    # With one choice nothing is drawn: every rank draws for itself.
-    options = {"method": "llava_mod", "method_options": '{"choices": 1}', "per_device_train_batch_size": 1, **PLAIN}
+    # Every rank draws for itself: where all experts are chosen, that decides nothing.
+    options = {"method": "llava_mod", "method_options": '{"choices": 4}', "per_device_train_batch_size": 1, **PLAIN}
     dft("dense", stage="d2d", **options)
     options |= {"model_name_or_path": tmp_path / "dense", "max_steps": 2}
     _, expected = dft("one", stage="d2s", gradient_accumulation_steps=2, **options)

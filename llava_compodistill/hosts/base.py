@@ -116,8 +116,8 @@ class Host(Protocol):
         """[…, D] -> [..., V]."""
 
     def routers(self, core: nn.Module) -> dict[int, nn.Module]:
-        """By the numbers of their layers, the modules that route tokens to experts; each returns a routing with a
-        scalar `balance` and a scalar `dropped`. Empty for a dense model."""
+        """By the numbers of their layers, the modules that route tokens to experts; empty for a dense model. Each
+        returns a routing with `balance` and `dropped`, [B], and leaves out what its attribute `real` calls padding."""
 
     def project(self, core: nn.Module, features: torch.Tensor) -> torch.Tensor:
         """Features of the encoder [B, N_v, D_v] -> visual tokens [B, N_v, D]."""

@@ -141,6 +141,7 @@ class Method:
         name: what `--method` calls it.
         recipe: its stages, in their order.
         teacher_stages: the stages that load a teacher.
+        whole_stages: the stages that do not go with LoRA or quantised weights.
         paired_stages: the stages whose data are pairs of answers, see `train.data.PreferenceDataset`.
         defaults: the options and their defaults.
 
@@ -152,6 +153,7 @@ class Method:
     recipe: ClassVar[Sequence[str]] = ("dpt", "dft", "sft")
     teacher_stages: ClassVar[Sequence[str]] = ()
     paired_stages: ClassVar[Sequence[str]] = ()
+    whole_stages: ClassVar[Sequence[str]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, options: Mapping[str, Any] | None = None):
@@ -169,16 +171,19 @@ class Method:
         """The terms of one of the stages: pt, dpt, dft, sft, or another of `recipe`."""
         raise NotImplementedError
 
+    def check_student(self, config: Any, stage: str) -> None:
+        """Look at the config of the student that a distilled stage starts from, before weights are read.
+
+        Raises:
+            ValueError: for a student that the stage cannot start from, with the way out.
+        """
+
     def changes_student(self, stage: str) -> bool:
         """Whether `change_student` does anything in this stage."""
         return False
 
     def change_student(self, core: nn.Module, stage: str) -> None:
-        """Change the student's architecture in place before a stage, on the weights that it starts from.
-
-        Raises:
-            ValueError: for a student that the stage cannot start from, with the way out.
-        """
+        """Change the student's architecture in place before a stage, on the weights that it starts from."""
 
     def trained(self, stage: str, name: str) -> bool:
         """Whether a stage beyond the adapter's trains this weight of the language model (by its name in the model)."""

@@ -12,13 +12,15 @@ abstract.
 
 What is not certain: the paper's global batches. The authors' training code adds L_balance twice in d2s, as the model's
 own loss and once more; here it counts once. Their L_KL indexes logits by unshifted labels; here the shift is causal.
-L_balance, the room of experts and the means of kto_pair belong to a micro-batch: in these steps, unlike elsewhere,
-accumulation changes the loss.
+Room and balance are those of a sample, as in their batches of one. The means of kto_pair belong to a micro-batch:
+there, unlike elsewhere, accumulation changes the loss. A pair of which the length limit has cut an answer is left out.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +29,7 @@ from torch import nn
 from ..hosts.llava.experts import Experts, routers
 from ..losses.preference import KINDS, preference_loss
 from ..ops.answer_loss import answer_loss
+from ..pair import Pair
 from ..record.forward import Needs, Pass
 from ..record.head import HeadRows
 from .answers import AnswerTerm
@@ -55,10 +58,10 @@ class BalanceTerm(Term):
 
     def __call__(self, student: Pass, teacher: Pass | None, returned: None = None) -> Sums:
         found = list(student.routing.values())
-        samples = len(student.batch.labels)
-        loss = torch.stack([routing.balance for routing in found]).sum() * samples
-        dropped = torch.stack([routing.dropped for routing in found]).mean().detach()
-        return Sums(loss, {self.name: loss.detach()}, measured={"dropped": (dropped, torch.ones_like(dropped))})
+        loss = torch.stack([routing.balance for routing in found]).sum()
+        dropped = torch.stack([routing.dropped for routing in found]).detach()
+        measured = {"dropped": (dropped.sum(), dropped.new_tensor(dropped.numel()))}
+        return Sums(loss, {self.name: loss.detach()}, measured=measured)
 
 
 class PreferenceTerm(Term):
@@ -75,6 +78,10 @@ class PreferenceTerm(Term):
         if beta <= 0:
             raise ValueError(f"--method_options beta: must be above 0, got {beta:g}.")
         self.kind, self.beta = kind, beta
+
+    def prepare(self, pair: Pair) -> None:
+        models = (pair.student, pair.teacher)
+        self._limits = [getattr(model.config, "tokenizer_model_max_length", None) for model in models]
 
     def needs(self) -> tuple[Needs, Needs]:
         answers = Needs(head=frozenset({"answer"}))
@@ -101,13 +108,29 @@ class PreferenceTerm(Term):
             raise ValueError(
                 f"{len(returned)} samples in a batch of pairs: the preference stage's collator makes pairs."
             )
-        chosen, rejected = returned.chunk(2)
-        # Divided by the samples, of which a pair has two.
-        loss = 2 * preference_loss(chosen, rejected, self.kind, self.beta).sum()
+        whole = self._whole(student, teacher)
+        chosen, rejected = (part[whole] for part in returned.chunk(2))
         margins = self.beta * (chosen - rejected).detach()
         pairs = margins.new_tensor(len(margins))
-        measured = {"reward_margin": (margins.sum(), pairs), "reward_accuracy": ((margins > 0).sum().float(), pairs)}
+        measured = {
+            "reward_margin": (margins.sum(), pairs),
+            "reward_accuracy": ((margins > 0).sum().float(), pairs),
+            "pairs_cut": ((~whole).sum().float(), margins.new_tensor(len(whole))),
+        }
+        if not len(margins):
+            return Sums(None, {self.name: margins.sum()}, measured=measured)
+        # Divided by the samples, of which a pair has two.
+        loss = 2 * preference_loss(chosen, rejected, self.kind, self.beta).sum()
         return Sums(loss, {self.name: loss.detach()}, measured=measured)
+
+    def _whole(self, student: Pass, teacher: Pass) -> torch.Tensor:
+        """[P] bool: the pairs of which no answer reaches the length limit in either model."""
+        whole = torch.ones(len(student.batch.labels), dtype=torch.bool, device=student.batch.labels.device)
+        for latest, limit in zip((student, teacher), self._limits, strict=True):
+            if limit is not None:
+                whole &= latest.batch.real.sum(dim=1) < limit
+        chosen, rejected = whole.chunk(2)
+        return chosen & rejected
 
 
 class LLaVAMoD(Method):
@@ -117,6 +140,7 @@ class LLaVAMoD(Method):
     recipe = ("pt", "d2d", "d2s", "preference")
     teacher_stages = ("d2d", "d2s", "preference")
     paired_stages = ("preference",)
+    whole_stages = ("d2d", "d2s", "preference")
     defaults = {
         "experts": 4,
         "choices": 2,
@@ -127,6 +151,18 @@ class LLaVAMoD(Method):
         "beta": 0.1,
     }
 
+    def __init__(self, options: Mapping[str, Any] | None = None):
+        super().__init__(options)
+        values = self.options
+        for name, least in (("every", 1), ("balance", 0)):
+            if values[name] < least:
+                raise ValueError(f"--method_options {name}: must be at least {least}, got {values[name]}.")
+        try:
+            self._experts(1)
+        except ValueError as error:
+            raise ValueError(f"--method_options experts, choices, capacity: {error}") from None
+        PreferenceTerm(values["preference"], values["beta"])
+
     def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
         balance = self.options["balance"]
         if stage == "preference":
@@ -136,26 +172,37 @@ class LLaVAMoD(Method):
         answers = AnswerTerm(lm_weight, args.kl_weight, args.kd_temperature)
         return [answers, BalanceTerm(balance)] if stage == "d2s" else [answers]
 
-    def changes_student(self, stage: str) -> bool:
-        return stage in SPARSE_STAGES
-
-    def change_student(self, core: nn.Module, stage: str) -> None:
-        if routers(core):
-            return
-        if stage == "preference":
+    def check_student(self, config: Any, stage: str) -> None:
+        there = getattr(config, "experts", None)
+        if stage == "preference" and there is None:
             raise ValueError(
                 "--stage preference trains a sparse student, and this one is dense: give --model_name_or_path the "
                 "checkpoint of the d2s stage."
             )
+        wanted = asdict(self._experts(config.num_hidden_layers))
+        if stage == "d2s" and there is not None and {**there, "layers": tuple(there["layers"])} != wanted:
+            raise ValueError(
+                f"--method_options: the student's checkpoint has other experts ({there}) than the options ask for "
+                f"({wanted}). Give the options that it was made with."
+            )
+
+    def _experts(self, depth: int) -> Experts:
+        options = self.options
+        layers = tuple(range(0, depth, options["every"]))
+        return Experts(layers, options["experts"], options["choices"], options["capacity"])
+
+    def changes_student(self, stage: str) -> bool:
+        return stage == "d2s"
+
+    def change_student(self, core: nn.Module, stage: str) -> None:
         from ..hosts.llava.language_models import upcycle
 
-        options: dict[str, Any] = self.options
-        layers = tuple(range(0, core.config.num_hidden_layers, options["every"]))
-        upcycle(core, Experts(layers, options["experts"], options["choices"], options["capacity"]))
-        logger.info(
-            "Upcycled: %d experts, %d a token, in the layers %s.",
-            options["experts"], options["choices"], ", ".join(map(str, layers)),
-        )  # fmt: skip
+        if routers(core):
+            return
+        settings = self._experts(core.config.num_hidden_layers)
+        upcycle(core, settings)
+        layers = ", ".join(map(str, settings.layers))
+        logger.info("Upcycled: %d experts, %d a token, in the layers %s.", settings.count, settings.choices, layers)
 
     def trained(self, stage: str, name: str) -> bool:
         return stage not in SPARSE_STAGES or ".mlp." in name

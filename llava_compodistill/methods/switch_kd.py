@@ -5,7 +5,8 @@
     z_Sw = L_T(P_T(V_S(image)), text)        the switch: the student's encoder in the teacher's place
 
 P_T and L_T are frozen, and gradients pass through them to V_S; V_S, P_S and L_S are all trained, so that the dft stage
-needs `--unfreeze_mm_vision_tower True`. DBiLD (`losses.bild`) stands in L_KL's place; l1 = l2 = 1 and tau = 3.
+needs `--unfreeze_mm_vision_tower True`. DBiLD (`losses.bild`) stands in L_KL's place, and `--kl_weight` scales both
+terms; l1 = l2 = 1 and tau = 3.
 
 The authors' training code is not public. The formulas follow their figure and a third party's restatement of the
 paper's equations; that differences of logits are compared, without a factor tau squared, follows the code of BiLD, on
@@ -112,7 +113,7 @@ class SwitchTerm(_DifferencesTerm):
         return _ANSWERS
 
     def __call__(self, student: Pass, teacher: Pass, returned: None = None) -> Sums:
-        if student.switched is None:  # a batch without images
+        if student.switched is None:  # a batch of text alone
             return Sums(None, {self.name: student.batch.labels.new_zeros((), dtype=torch.float32)})
         loss = self.dbild(student.switched.head["answer"], teacher.head["answer"])
         return Sums(loss, {self.name: loss.detach()})
@@ -145,5 +146,6 @@ class SwitchKD(Method):
         if stage == "dft":
             differences = Differences(self.options["tau"], self.options["k_min"], self.options["k_max"])
             kinds = {"l1": AlignTerm, "l2": SwitchTerm}
-            terms += [kind(self.options[name], differences) for name, kind in kinds.items() if self.options[name]]
+            weights = {name: self.options[name] * args.kl_weight for name in kinds}
+            terms += [kind(weights[name], differences) for name, kind in kinds.items() if weights[name]]
         return terms

@@ -33,8 +33,8 @@ def shared_tokens(ours: Any, theirs: Any) -> int | None:
 
 def first_difference(ours: Any, theirs: Any) -> str:
     """A token that two unlike tokenizers do not share."""
-    theirs = theirs.get_vocab()
-    return next(token for token, index in ours.get_vocab().items() if theirs.get(token) != index)
+    mine, others = ours.get_vocab(), theirs.get_vocab()
+    return min(token for token in mine.keys() | others.keys() if mine.get(token) != others.get(token))
 
 
 def align_answers(

@@ -134,10 +134,13 @@ def record(
     recorder = PassRecorder()
     means = GroupMeans(sorted(needs.groups))
     by_head = {layer for layer, _ in needs.heads}
+    routers = host.routers(model)
     run = model.forward
 
     def begin(batch: MergedBatch) -> None:
         recorder._pass = Pass(batch)
+        for router in routers.values():
+            router.real = batch.real
         means.begin()
         if capture is not None:
             capture.begin()
@@ -183,9 +186,11 @@ def record(
         for layer, rows in sorted(needs.hidden):
             module = host.decoder_layers(model)[max(layer, 0)]
             stack.enter_context(_keep_hidden(module, recorder, (layer, rows)))
-        for layer, router in host.routers(model).items() if needs.routing else ():
-            handle = router.register_forward_hook(partial(_keep_routing, recorder, layer))
-            stack.callback(handle.remove)
+        for layer, router in routers.items():
+            stack.callback(setattr, router, "real", None)
+            if needs.routing:
+                handle = router.register_forward_hook(partial(_keep_routing, recorder, layer))
+                stack.callback(handle.remove)
         stack.enter_context(replaced(model, "forward", forward))
         yield recorder
 

@@ -19,6 +19,7 @@ from ..eval.benchmarks.base import EngineBenchmark
 from ..eval.benchmarks.llava import LlavaBenchmark
 from ..eval.checkpoint import check_checkpoint, template_of
 from ..eval.summaries import read_summary
+from ..methods import find_method
 from ..pair.layers import visual_understanding_layers
 from ..train.mix import read_sources
 from .devices import Devices, device_sets
@@ -120,7 +121,12 @@ class FullSizeWorld:
                 lacking.append(f"{kind}.{name}{what}")
         if recipe.mix == "scaled" and self.file.data["scaled"] is None:
             lacking.append("data.scaled (Table 9: a YAML mix)")
-        return f"needs {' and '.join(lacking)} in {self.file.name}" if lacking else None
+        if lacking:
+            return f"needs {' and '.join(lacking)} in {self.file.name}"
+        whole = set(find_method(recipe.method).whole_stages) & set(recipe.stages)
+        if self.file.lora and (whole or "--unfreeze_mm_vision_tower" in recipe.flags):
+            return f"trains whole weights, which `lora: true` in {self.file.name} excludes"
+        return None
 
     def refusal_of_figures(self) -> str | None:
         lacking = [f"samples.{kind}" for kind in ("vqa", "cr") if self.file.samples[kind] is None]

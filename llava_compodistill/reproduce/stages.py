@@ -97,6 +97,10 @@ def plan(script: str, environment: Mapping[str, str], flags: Sequence[str], root
         # PT with TAF begins with the teacher's adapter.
         begins = {"teacher_model_path"} if (command["stage"], command["mm_projector_type"]) == ("pt", "taf") else set()
         counted = {flag: value for flag, value in counted.items() if flag not in _OF_THE_TEACHER - begins}
+    if command["stage"] == "pt":
+        # A run that goes on with a killed stage may be another row's, and training compares all its flags.
+        flags = (*flags, "--method", "sft", "--method_options", "{}")
+        flags += () if begins else ("--teacher_model_path", "")
     facts = {flag: _plain(value, root) for flag, value in counted.items()}
     sizes = {flag: _sizes(flag, value, root) for flag, value in counted.items()}
     text = json.dumps([script, facts, {flag: size for flag, size in sizes.items() if size}], sort_keys=True)

@@ -20,6 +20,10 @@ STAGES = ("pt", "dpt", "dft", "sft")
 ADAPTER_STAGES = ("pt", "dpt")
 
 
+#: Stages of the paper that have a teacher.
+DISTILLED_STAGES = ("dpt", "dft")
+
+
 @dataclass
 class ModelArguments(llava_training.ModelArguments):
     """LLaVA's model arguments, with the teacher and the TAF adapter (paper, Section 4.2)."""
@@ -180,6 +184,11 @@ class TrainingArguments(llava_training.TrainingArguments):
         stages = dict.fromkeys([*STAGES, *self.chosen_method.recipe])
         if self.stage not in stages:
             raise ValueError(f"--stage {self.stage!r}: must be one of {', '.join(stages)} (--method {self.method}).")
+        if self.stage in DISTILLED_STAGES and self.chosen_method.teacher_stages and not self.distilled:
+            raise ValueError(
+                f"--stage {self.stage}: method {self.method} distils in the stages "
+                f"{', '.join(self.chosen_method.teacher_stages)} (its recipe: {', '.join(self.chosen_method.recipe)})."
+            )
         if self.kd_temperature <= 0:
             raise ValueError(f"--kd_temperature {self.kd_temperature}: must be greater than 0.")
         for name in ("lm_weight", "kl_weight", "attention_weight"):
@@ -248,9 +257,9 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         raise ValueError(f"--taf_depth {model.taf_depth}: MLP_S has 1 or 2 linear layers.")
     if training.stage in ADAPTER_STAGES and training.lora_enable:
         raise ValueError(f"--stage {training.stage} trains the adapter alone: --lora_enable does not go with it.")
-    if training.chosen_method.changes_student(training.stage) and (training.lora_enable or training.bits in (4, 8)):
+    if training.stage in training.chosen_method.whole_stages and (training.lora_enable or training.bits in (4, 8)):
         flag = "--lora_enable" if training.lora_enable else f"--bits {training.bits}"
-        raise ValueError(f"--stage {training.stage} of {training.method} trains new experts whole: leave {flag} out.")
+        raise ValueError(f"--stage {training.stage} of {training.method} takes whole weights: leave {flag} out.")
     _check_trained_tower(model, training)
     if model.mm_use_im_start_end and (training.stage in ADAPTER_STAGES or training.lora_enable):
         what = "the adapter alone" if training.stage in ADAPTER_STAGES else "the adapter and LoRA weights"

@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from PIL import Image
 
 from ..errors import DataError, SampleError
-from ..hosts.llava.training import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from ..hosts.llava.training import IGNORE_INDEX, DataCollatorForSupervisedDataset, LazySupervisedDataset
 from ..pair.tokens import TEACHER
 from .mix import Mix, read_sources
 from .teacher_text import TeacherText, TeacherTextCollator
@@ -116,8 +117,25 @@ class PreferenceDataset(CheckedDataset):
         self._rejected.list_data_dict = _WithRejected(self.list_data_dict)
 
     def read(self, position: int) -> dict[str, Any]:
-        """{"chosen": LLaVA's sample, "rejected": the same with the other answer}."""
-        return {"chosen": super().read(position), "rejected": CheckedDataset.read(self._rejected, position)}
+        """{"chosen": LLaVA's sample, "rejected": the same with the other answer}, labelled at its last answer."""
+        found = {"chosen": super().read(position), "rejected": CheckedDataset.read(self._rejected, position)}
+        for sample in found.values():
+            for reading in (sample, sample.get(TEACHER)):
+                if reading is not None:
+                    reading["labels"] = last_answer(reading["labels"])
+        return found
+
+
+def last_answer(labels: torch.Tensor) -> torch.Tensor:
+    """[N] labels, with those before the last answer's replaced by IGNORE_INDEX."""
+    gaps = (labels == IGNORE_INDEX).nonzero().flatten()
+    labelled = (labels != IGNORE_INDEX).nonzero().flatten()
+    if not len(labelled):
+        return labels
+    before = gaps[gaps < labelled[-1]]
+    labels = labels.clone()
+    labels[: before[-1] + 1 if len(before) else 0] = IGNORE_INDEX
+    return labels
 
 
 class _WithRejected(Sequence):

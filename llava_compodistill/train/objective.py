@@ -170,7 +170,8 @@ class Objective:
 
     def _on_end(self, student: Pass) -> dict[str, torch.Tensor]:
         """The terms, inside the student's wrappers: their losses leave the model under their names."""
-        student.switched = self._switch()
+        if student.batch.visual_index.shape[1]:  # text alone has nothing to switch
+            student.switched = self._switch()
         returned = dict(zip(self._widths, student.returned.split(list(self._widths.values())), strict=True))
         self._sums = {term.name: term(student, self._teacher_pass, returned.get(term.name)) for term in self.terms}
         for term in self.terms:

@@ -279,4 +279,6 @@ def find_pair_problem(record: dict[str, Any]) -> str | None:
         return "the last turn is not gpt's: there is nothing to reject"
     if rejected.strip() == last["value"].strip():
         return "the rejected answer is the chosen one"
-    return None
+    turns = [*record["conversations"][:-1], {**last, "value": rejected}]
+    problem = find_problem({**record, "conversations": turns}, None, False, {})
+    return None if problem is None else f"the rejected answer: {problem}"

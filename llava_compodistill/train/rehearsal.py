@@ -41,6 +41,7 @@ def rehearse(model_args: ModelArguments, args: TrainingArguments, teacher_text: 
     if not args.distilled:
         return
     config = read_config(model_args.teacher_model_path)
+    args.chosen_method.check_student(read_config(model_args.model_name_or_path), args.stage)
     if getattr(config, "mm_vision_tower", None) is None:
         return  # no LLaVA checkpoint, which loading it will say
     student, teacher = _student(model_args), _sketch(config, model_args.teacher_model_path, model_args)

@@ -24,6 +24,8 @@ from .arguments import ModelArguments, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
+_MARKERS = {"<im_start>", "<im_end>", "<im_patch>"}
+
 
 @dataclass(frozen=True)
 class TeacherText:
@@ -102,15 +104,15 @@ def find_teacher_text(
     own = not os.path.isdir(path) or any(os.path.isfile(os.path.join(path, name)) for name in names)
     source = path if own else model_args.teacher_model_base
     theirs = read_tokenizer(source, model_max_length=args.model_max_length, padding_side="right")
+    config = read_config(path)
     shared = shared_tokens(tokenizer, theirs)
-    if shared is not None:
+    if shared is not None and _can_read(config, tokenizer, theirs):
         if model_args.teacher_version:
             raise ValueError(
                 f"--teacher_version {model_args.teacher_version}: the teacher shares the student's tokenizer and "
                 "reads the student's tokens, under --version. Leave the flag out."
             )
         return None, shared
-    config = read_config(path)
     if getattr(config, "mm_vision_tower", None) is None:
         return None, None  # no LLaVA checkpoint, which loading it will say
     token = first_difference(tokenizer, theirs)
@@ -119,7 +121,7 @@ def find_teacher_text(
         "The teacher's tokenizer (%s, %d tokens) is not the student's (%s, %d tokens): %r is %s and %s. The teacher "
         "reads each sample through its own, under the template %s (%s).",
         *(source, len(theirs), model_args.model_name_or_path, len(tokenizer)),
-        *(token, theirs.get_vocab().get(token), tokenizer.get_vocab()[token], template, reason),
+        *(token, theirs.get_vocab().get(token), tokenizer.get_vocab().get(token), template, reason),
     )
     try:
         with under_template(template) as used:
@@ -130,6 +132,13 @@ def find_teacher_text(
     text = TeacherText(theirs, template, start_end, TokenBytes(theirs), TokenBytes(tokenizer))
     _try_out(text, source)
     return text, None
+
+
+def _can_read(config: Any, tokenizer: Any, theirs: Any) -> bool:
+    """Whether a teacher can be given the student's tokens, of which its own tokenizer may lack the last: its embedding
+    has rows for them (Qwen's is padded), and they are none of LLaVA's markers, which stand in every sample."""
+    own = tokenizer.get_vocab().keys() - theirs.get_vocab().keys()
+    return len(tokenizer) <= config.vocab_size and not own & _MARKERS
 
 
 def _template(config: Any, path: str, model_args: ModelArguments) -> tuple[str, str]:

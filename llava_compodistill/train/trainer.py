@@ -64,6 +64,11 @@ class CompoDistillTrainer(LLaVATrainer):
     ):
         if args.distilled and teacher is None:
             raise ValueError(f"Stage {args.stage} distils from a teacher: pass teacher=load_teacher(path).")
+        if args.paired != getattr(kwargs.get("train_dataset"), "paired", args.paired):
+            raise ValueError(
+                f"Stage {args.stage} of {args.method} takes {'pairs of answers' if args.paired else 'single samples'}"
+                f": make the data with make_data_module(..., paired={args.paired})."
+            )
         self.objective = Objective(
             model,
             teacher if args.distilled else None,

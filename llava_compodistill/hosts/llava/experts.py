@@ -4,9 +4,10 @@ Every other layer's feed-forward network becomes four copies of itself, and a ro
 ("sparse upcycling"). The config entry `experts` says which layers and how many; LLaVA loads such a checkpoint by its
 model_type, `llava_qwen2_sparse` and so on.
 
-In training an expert takes a limited number of tokens, and what exceeds it is dropped, first choices last; a token's
-second choice is drawn. In evaluation nothing is dropped or drawn, so that a sample's answer does not depend on its
-batch. (The authors' limit in evaluation, twice the even share, comes to the same with four experts and two choices.)
+In training an expert takes a limited number of a sample's tokens, and what exceeds it is dropped, first choices last;
+a token's second choice is drawn. Room and balance are those of a sample, without its padding, so that a batch does not
+change how its samples are routed (the authors' batches are of one sample). In evaluation nothing is dropped or drawn.
+(The authors' limit there, twice the even share, comes to the same with four experts and two choices.)
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ class Experts:
     Attributes:
         layers: numbers of the layers with experts.
         count: experts a layer.
-        choices: experts a token.
-        capacity_factor: what an expert takes in training, in even shares of the batch's tokens times choices.
+        choices: experts a token, at least 2: the weights of a token's experts add up to 1, and a single one would give
+            the router no gradient.
+        capacity_factor: what an expert takes in training, in even shares of a sample's tokens times choices.
     """
 
     layers: tuple[int, ...]
@@ -37,23 +39,25 @@ class Experts:
     capacity_factor: float = 1.5
 
     def __post_init__(self) -> None:
-        if not 1 <= self.choices <= self.count:
+        if not 2 <= self.choices <= self.count:
             raise ValueError(
-                f"experts: {self.choices} choices of {self.count} experts; there must be 1 to {self.count}."
+                f"experts: {self.choices} choices of {self.count} experts; there must be at least 2 choices, and no "
+                "more than experts."
             )
         if self.capacity_factor <= 0:
             raise ValueError(f"experts: capacity_factor {self.capacity_factor} must be above 0.")
 
 
 class Routing(NamedTuple):  # a tuple, in which ZeRO-3 finds the tensors that a module returns
-    """Where S tokens go.
+    """Where the tokens of B samples go.
 
     Attributes:
-        experts: [S, choices], expert numbers, first choice first.
-        weights: [S, choices], float32, 0 where an expert has no room; the others of a token add up to 1.
-        balance: scalar, E sum_e m_e c_e with m_e the mean probability of expert e and c_e the share of tokens whose
-            first choice it is: 1 where all experts are used alike.
-        dropped: scalar, the share of choices that found no room.
+        experts: [B, N, choices], expert numbers, first choice first.
+        weights: [B, N, choices], float32, 0 at padding and where an expert has no room; the others of a token add up
+            to 1.
+        balance: [B], E sum_e m_e c_e with m_e the mean probability of expert e and c_e the share of a sample's tokens
+            whose first choice it is: 1 where all experts are used alike.
+        dropped: [B], the share of choices that found no room.
     """
 
     experts: torch.Tensor
@@ -63,45 +67,57 @@ class Routing(NamedTuple):  # a tuple, in which ZeRO-3 finds the tensors that a 
 
 
 class Router(nn.Module):
-    """Chooses experts for tokens by a linear layer, in float32 whatever the model's precision."""
+    """Chooses experts for tokens by a linear layer, in float32 whatever the model's precision.
+
+    Attributes:
+        real: [B, N] bool of the batch that comes next, False at padding; None where nothing is padding.
+    """
 
     def __init__(self, size: int, settings: Experts, generator: torch.Generator | None = None):
         super().__init__()
         self.settings = settings
+        self.real: torch.Tensor | None = None
         start = torch.empty(settings.count, size, device="cpu").uniform_(-1, 1, generator=generator)
         self.weight = nn.Parameter(torch.empty(settings.count, size))
         with torch.no_grad():
             self.weight.copy_(start / math.sqrt(size))  # as torch's linear layers start
 
-    def forward(self, tokens: torch.Tensor) -> Routing:
-        """[S, D] -> Routing."""
+    def forward(self, hidden: torch.Tensor) -> Routing:
+        """[B, N, D] -> Routing."""
         count, choices = self.settings.count, self.settings.choices
-        with torch.autocast(tokens.device.type, enabled=False):
-            logits = F.linear(tokens.float(), self.weight.float())
+        real = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if self.real is None else self.real
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = F.linear(hidden.float(), self.weight.float())
         probabilities = logits.softmax(dim=-1)
         chosen = [probabilities.argmax(dim=-1)]
         # The later choices are drawn in training, by the largest of the noisy logits that are left.
         noisy = logits.detach() + _gumbel(logits) if self.training else logits.detach()
         for _ in range(1, choices):
-            taken = torch.stack(chosen, dim=1)
-            chosen.append(noisy.scatter(1, taken, -math.inf).argmax(dim=-1))
-        experts = torch.stack(chosen, dim=1)
-        has_room = self._has_room(experts)
-        weights = probabilities.gather(1, experts) * has_room
-        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
-        first = F.one_hot(chosen[0], count).float().mean(dim=0)
-        balance = count * (probabilities.mean(dim=0) * first).sum()
-        return Routing(experts, weights, balance, 1 - has_room.float().mean())
+            taken = torch.stack(chosen, dim=-1)
+            chosen.append(noisy.scatter(-1, taken, -math.inf).argmax(dim=-1))
+        experts = torch.stack(chosen, dim=-1)
+        has_room = self._has_room(experts, real)
+        weights = probabilities.gather(-1, experts) * has_room
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
+        tokens = real.sum(dim=1).clamp(min=1)
+        first = F.one_hot(chosen[0], count) * real[..., None]
+        probable = (probabilities * real[..., None]).sum(dim=1)
+        balance = count * (probable * first.sum(dim=1)).sum(dim=-1) / tokens**2
+        return Routing(experts, weights, balance, 1 - has_room.sum(dim=(1, 2)) / (tokens * choices))
 
-    def _has_room(self, experts: torch.Tensor) -> torch.Tensor:
-        """[S, choices] bool: all first choices queue before the second ones, each in the order of the tokens."""
+    def _has_room(self, experts: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """[B, N, choices] bool: a sample's first choices queue before its second ones, each in the order of its
+        tokens; padding does not queue."""
+        count, choices = self.settings.count, self.settings.choices
+        there = real[..., None].expand_as(experts)
         if not self.training:
-            return torch.ones_like(experts, dtype=torch.bool)
-        count, tokens = self.settings.count, len(experts)
-        capacity = math.ceil(tokens * self.settings.choices / count * self.settings.capacity_factor)
-        queue = F.one_hot(experts.t().reshape(-1), count)
-        place = (queue.cumsum(dim=0) * queue).sum(dim=1)
-        return (place <= capacity).view(self.settings.choices, tokens).t()
+            return there
+        capacity = (real.sum(dim=1) * choices / count * self.settings.capacity_factor).ceil()
+        queue = F.one_hot(experts, count) * real[..., None, None]
+        queue = queue.transpose(1, 2).flatten(1, 2)  # [B, choices x N, E]
+        place = (queue.cumsum(dim=1) * queue).sum(dim=-1)
+        has_room = (place <= capacity[:, None]).view(len(real), choices, -1).transpose(1, 2)
+        return has_room & there
 
 
 def _gumbel(like: torch.Tensor) -> torch.Tensor:
@@ -125,14 +141,14 @@ class SparseMLP(nn.Module):
         self.experts = nn.ModuleList([expert(config) for _ in range(settings.count)])
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., D]."""
-        tokens = hidden.reshape(-1, hidden.shape[-1])
-        routing = self.router(tokens)
+        """[B, N, D] -> [B, N, D]."""
+        routing = self.router(hidden)
+        tokens, experts, weights = (part.flatten(0, 1) for part in (hidden, routing.experts, routing.weights))
         output = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
-            place, choice = ((routing.experts == number) & (routing.weights > 0)).nonzero(as_tuple=True)
+            place, choice = ((experts == number) & (weights > 0)).nonzero(as_tuple=True)
             # Also without a token: DDP and ZeRO-3 want every rank to meet the same weights in the same order.
-            made = expert(tokens[place]) * routing.weights[place, choice, None].to(tokens.dtype)
+            made = expert(tokens[place]) * weights[place, choice, None].to(tokens.dtype)
             output = output.index_add(0, place, made.to(tokens.dtype))
         return output.view_as(hidden)
 

@@ -279,7 +279,10 @@ def test_the_report_has_means_errors_and_the_papers_figures(tmp_path):
     world = FakeWorld()
     runs = run_grid(world, tmp_path / "runs", seeds=(0, 1, 2))
     found = report.collect(STUDY, runs, world, [0, 1, 2], world.evaluate(None))
-    paths = report.write([found], runs, world, tmp_path, "the command", about.environment())
+    teacher = {"cr": 99.0, "vqa": 98.25}
+    paths = report.write([found], runs, world, tmp_path, "the command", about.environment(), teacher=teacher)
+    assert "The teacher: " in paths[0].read_text() and " 99.0, " in paths[0].read_text()
+    assert str(tmp_path) not in paths[1].read_text(), "results can be published"
     text = paths[0].read_text()
     error = 1 / math.sqrt(3)
     assert f"| CompoDistill | 71.0 ± {error:.1f} | 70.0 ± 0.0 | 3 | – | – |" in text
@@ -322,7 +325,7 @@ def test_a_table_of_the_miniature(tmp_path, monkeypatch, capsys):
     (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert run["steps"] == 12 and 0 <= run["scores"]["cr"] <= 100
     whole = json.loads((tmp_path / "data" / "instruct_student.json").read_text())
-    manifest = json.loads((tmp_path / "runs").joinpath(run["checkpoint"], "data_manifest.json").read_text())
+    manifest = json.loads((tmp_path / run["checkpoint"] / "data_manifest.json").read_text())
     assert manifest["samples"] == round(len(whole) / 2)
 
 

@@ -78,7 +78,8 @@ def draw_similarity(
             axis.plot(depth, values, "o-", color=color, label=model, markersize=3.5)
             axis.fill_between(depth, values - half, values + half, color=color, alpha=0.2, linewidth=0)
         count = next(iter(curves.values()))[0].n
-        axis.set_title(f"{name}, {count} {unit}: {kind} tokens", fontsize=10)
+        counted = f"{count} {unit.removesuffix('s') if count == 1 else unit}"
+        axis.set_title(f"{name}, {counted}: {kind} tokens", fontsize=10)
         axis.set_xlim(0, 1)
         axis.set_xlabel("relative depth of the layer")
         axis.set_ylabel(f"cosine similarity to {reference}")

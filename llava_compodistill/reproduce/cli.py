@@ -100,11 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     jobs = args.jobs or world.jobs or _devices()
     runs = train_grid(world, recipes, seeds, root / "runs", jobs, console, world.ahead)
-    findings = [collect(study, runs, world, seeds, _teacher(world, root)) for study in studies]
+    teacher = _teacher(world, root) if studies else None
+    findings = [collect(study, runs, world, seeds, teacher or {}) for study in studies]
     command = f"llava-compodistill reproduce {' '.join(args.studies)} --preset {args.preset} --seeds {args.seeds}"
     command += f" --world {args.world}" if args.world else ""
     drawn = _drawn(figures, runs, world, seeds, root)
-    paths = write(findings, runs, world, root, command, environment(), drawn)
+    paths = write(findings, runs, world, root, command, environment(), drawn, teacher)
     for found in findings:
         console.print(Markdown(markdown(found, world)))
     for figure in drawn:

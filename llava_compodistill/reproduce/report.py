@@ -125,11 +125,13 @@ def write(
     command: str,
     environment: Mapping[str, Any],
     drawn: Sequence[Any] = (),
+    teacher: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write report.md and results.json; returns their paths.
 
     Args:
         drawn: figures, as `figures.draw` returns them.
+        teacher: the teacher's figures.
     """
     commits = sorted({record["environment"]["commit"] for record in runs.values() if record})
     hours = sum(record["seconds"] for record in runs.values() if record) / 3600
@@ -147,13 +149,17 @@ def write(
         "difference of this size would be found in four of five experiments.",
         "",
     ]
+    if teacher is not None:
+        shown = [f"{text} {_cell([teacher[name]], name)}" for name, text in world.metrics.items() if name in teacher]
+        head += [f"The teacher: {', '.join(shown)}.", ""]
     report, results = root / "report.md", root / "results.json"
     sections = [*(markdown(found, world) for found in findings), *map(figure_markdown, drawn)]
     report.write_text("\n".join([*head, *sections]), encoding="utf-8")
     content = {
         "world": world.settings(),
         "environment": dict(environment),
-        "runs": [record for record in runs.values() if record],
+        "teacher": teacher,
+        "runs": [_portable(record, root) for record in runs.values() if record],
         "studies": {
             found.study.name: {
                 "scores": found.scores,
@@ -171,3 +177,9 @@ def write(
     }
     results.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return [report, results]
+
+
+def _portable(record: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """A run's record with its checkpoint's place below the folder of results."""
+    path = Path(record["checkpoint"])
+    return {**record, "checkpoint": str(path.relative_to(root)) if path.is_relative_to(root) else path.name}

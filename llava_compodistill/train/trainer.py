@@ -210,10 +210,11 @@ class CompoDistillTrainer(LLaVATrainer):
         if tokens and not spans and not self.objective.pair.shares_tokenizer and not self._told_unaligned:
             self._told_unaligned = True
             logger.warning(
-                "--model_max_length %s leaves nothing of the teacher's answers to compare in step %d: its template "
-                "and tokenizer make longer sequences than the student's do. Raise it.",
-                self._limit,
+                "Step %d: no part of the teacher's answers corresponds to the student's. Either --model_max_length %s "
+                "has cut them (the teacher's tokens may be more), or they read otherwise under its template "
+                "(--teacher_version).",
                 self.state.global_step + 1,
+                self._limit,
             )
         self._cut_samples += cut
         self._seen_samples += samples

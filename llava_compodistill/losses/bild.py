@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ..ops.answer_loss.chunked import Head, chunk_elements, rows_per_chunk, slices
+from ..ops.answer_loss.head import Head, chunk_elements, rows_per_chunk, slices
 
 
 class Differences(NamedTuple):

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from .chunked import AnswerLossFunction, Options, rows_per_chunk
+from .chunked import AnswerLossFunction, Options
+from .head import rows_per_chunk
 
 
 class AnswerLoss(NamedTuple):

@@ -14,20 +14,13 @@ of the vocabulary at a time over all rows, from logits computed once more.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# Logits of a chunk; about four buffers of that size, in 4 bytes, live at a time.
-CHUNK_ELEMENTS = {"cpu": 1 << 21}
-DEFAULT_CHUNK_ELEMENTS = 1 << 25
-# float16 loses what is below 6e-8: gradients of logits and hidden states are kept times a power of two, at most this.
-_FLOAT16_SCALE = 1024.0
-# torch.mm(..., out_dtype=torch.float32) for 16-bit operands: CUDA only, PyTorch 2.8 and later.
-_HAS_WIDE_MM = "dtype" in torch.ops.aten.mm.overloads()
+from .head import FLOAT16_SCALE, Head, hand_out, slices, wide_product
 
 
 class Options(NamedTuple):
@@ -41,16 +34,6 @@ class Options(NamedTuple):
     train_bias: bool
 
 
-def rows_per_chunk(weight: torch.Tensor) -> int:
-    """Rows of logits that fit the memory meant for them, at least 32: fewer would leave the matrix units idle."""
-    return max(32, chunk_elements(weight.device) // max(weight.shape[0], 1) // 32 * 32)
-
-
-def chunk_elements(device: torch.device) -> int:
-    """Elements that one buffer of a chunk may have."""
-    return CHUNK_ELEMENTS.get(device.type, DEFAULT_CHUNK_ELEMENTS)
-
-
 def gradient_scale(options: Options) -> float:
     """What float16 gradients are multiplied by while they are kept: a power of two that keeps them below 2048 at the
     logits, and so leaves a factor of 32 for the sums over the vocabulary that make those of the hidden states.
@@ -59,8 +42,8 @@ def gradient_scale(options: Options) -> float:
     """
     largest = abs(options.lm_weight) + abs(options.kl_weight) * options.temperature
     if not 2 < largest < math.inf:
-        return _FLOAT16_SCALE
-    return 2.0 ** math.floor(math.log2(2 * _FLOAT16_SCALE / largest))
+        return FLOAT16_SCALE
+    return 2.0 ** math.floor(math.log2(2 * FLOAT16_SCALE / largest))
 
 
 class AnswerLossFunction(torch.autograd.Function):
@@ -83,14 +66,7 @@ class AnswerLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "answer_loss made its gradients in the forward pass and has handed them out: call it again for a "
-                "second backward pass."
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        factors = grad_loss / ctx.scale, grad_loss, grad_loss
-        return *map(_finish, gradients, factors, ctx.dtypes), *[None] * 5
+        return *hand_out(ctx, "answer_loss", grad_loss), *[None] * 5
 
 
 class _Run:
@@ -156,7 +132,7 @@ class _Run:
             return
         # Widened a block at a time, so that the product does not need as much memory again.
         for block in slices(len(self.grad_weight), 16384):
-            self.grad_weight[block] += _wide_product(grad[:, block].t(), hidden).div_(self.scale)
+            self.grad_weight[block] += wide_product(grad[:, block].t(), hidden).div_(self.scale)
 
     def columns(self) -> None:
         """The gradient of a 16-bit head: each block of it is one product over all rows, rounded once."""
@@ -183,7 +159,7 @@ class _Run:
                 self.grad_weight[block] = grad.to(student.dtype).t() @ student.hidden
             else:
                 grad = grad.mul_(self.scale).to(student.dtype)
-                self.grad_weight[block] = _wide_product(grad.t(), student.hidden).div_(self.scale)
+                self.grad_weight[block] = wide_product(grad.t(), student.hidden).div_(self.scale)
 
     def _logit_gradient(
         self,
@@ -216,62 +192,7 @@ class _Run:
         return grad.scatter_add_(1, labels.clamp(0, grad.shape[1] - 1), inside.to(grad.dtype).mul_(-lm_weight))
 
 
-class Head:
-    """A language-model head and its input in the dtype of the product."""
-
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
-        self.dtype = _compute_dtype(hidden, weight)
-        self.weight_dtype = weight.dtype
-        self.hidden, self.weight = hidden.to(self.dtype), weight.to(self.dtype)
-        self.bias = None if bias is None else bias.to(self.dtype)
-        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    def logits(self, rows: slice, vocab: slice = slice(None)) -> torch.Tensor:
-        """[rows, vocab], in the dtype of the product."""
-        return F.linear(self.hidden[rows], self.weight[vocab], None if self.bias is None else self.bias[vocab])
-
-
-def _compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """What the product of a plain head would run in here: autocast's dtype inside autocast."""
-    dtype = _autocast_dtype(hidden.device.type)
-    if dtype is not None and hidden.dtype != torch.float64:
-        return dtype
-    return torch.promote_types(hidden.dtype, weight.dtype)
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    if hasattr(torch, "get_autocast_dtype"):
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if device == "cpu":  # before PyTorch 2.4
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
-    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
-
-
-def slices(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
 def _log_softmax(logits: torch.Tensor, temperature: float, wide: torch.dtype) -> torch.Tensor:
     if temperature != 1:
         logits = logits.to(wide) / temperature
     return F.log_softmax(logits, dim=1, dtype=wide)
-
-
-def _wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right, float32 for 16-bit operands."""
-    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16) and _HAS_WIDE_MM:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    wide = torch.float64 if left.dtype == torch.float64 else torch.float32
-    return left.to(wide) @ right.to(wide)
-
-
-def _finish(gradient: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
-    """gradient * factor, in place where it has the parameter's dtype; 16-bit ones a block at a time in float32."""
-    if gradient is None:
-        return None
-    if gradient.dtype == factor.dtype:
-        return gradient.mul_(factor).to(dtype)
-    for block in slices(len(gradient), 4096):
-        gradient[block] = gradient[block] * factor.view(*[1] * gradient.ndim)
-    return gradient.to(dtype)

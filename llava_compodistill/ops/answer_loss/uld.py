@@ -21,10 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .chunked import Head, _finish, _wide_product, rows_per_chunk, slices
-
-# float16 loses what is below 6e-8: gradients of hidden states are kept times this. Those of logits are below 2.
-_FLOAT16_SCALE = 1024.0
+from .head import FLOAT16_SCALE, Head, hand_out, rows_per_chunk, slices, wide_product
 
 
 class _Options(NamedTuple):
@@ -95,7 +92,8 @@ class _ULD(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, options):
         student, teacher = Head(hidden, weight, bias), Head(teacher_hidden, teacher_weight, teacher_bias)
         wide, vocab = student.wide, slice(options.vocab[0])
-        scale = _FLOAT16_SCALE if student.dtype == torch.float16 else 1.0
+        # Gradients of logits are below 2.
+        scale = FLOAT16_SCALE if student.dtype == torch.float16 else 1.0
         zeros = student.weight.new_zeros
         total = zeros((), dtype=wide)
         grad_hidden = torch.empty_like(student.hidden) if options.train_hidden else None
@@ -122,7 +120,7 @@ class _ULD(torch.autograd.Function):
                     torch.mm(grad, student.weight[vocab], out=grad_hidden[part])
                 if grad_weight is not None:
                     for block in slices(options.vocab[0], 16384):
-                        grad_weight[block] += _wide_product(grad[:, block].t(), student.hidden[part]).div_(scale)
+                        grad_weight[block] += wide_product(grad[:, block].t(), student.hidden[part]).div_(scale)
         ctx.gradients, ctx.scale = (grad_hidden, grad_weight, grad_bias), scale
         ctx.dtypes = [None if part is None else part.dtype for part in (hidden, weight, bias)]
         return total
@@ -130,14 +128,7 @@ class _ULD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "uld_loss made its gradients in the forward pass and has handed them out: call it again for a second "
-                "backward pass."
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        factors = grad_loss / ctx.scale, grad_loss, grad_loss
-        return *map(_finish, gradients, factors, ctx.dtypes), *[None] * 4
+        return *hand_out(ctx, "uld_loss", grad_loss), *[None] * 4
 
 
 def _probabilities(head: Head, rows: slice, vocab: int, temperature: float, wide: torch.dtype) -> torch.Tensor:

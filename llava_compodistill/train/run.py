@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+import time
 from typing import Any
 
 import torch
@@ -81,6 +82,17 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
     trainer.save_model(args.output_dir)
     checkpoint.report_leftovers(args.output_dir)
     return trainer
+
+
+def end_processes() -> None:
+    """Part from the other ranks, at the end of a process."""
+    if not torch.distributed.is_initialized():
+        return
+    on_gloo = torch.distributed.get_backend() == "gloo"
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    if on_gloo:
+        time.sleep(0.5)  # its threads are freeing the tensors of the last collectives, and abort an ending process
 
 
 def fetches_adapter(model_args: ModelArguments, args: TrainingArguments) -> bool:

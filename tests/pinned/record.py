@@ -289,8 +289,8 @@ def main() -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank-of"]:
         run_here(sys.argv[3:], Path(sys.argv[2]))
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+        from llava_compodistill.train.run import end_processes
+
+        end_processes()
     else:
         sys.exit(main())

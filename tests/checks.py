@@ -31,3 +31,23 @@ def assert_same_weights(found, expected, tolerance):
         torch.testing.assert_close(
             found[name], value, atol=tolerance, rtol=0, msg=lambda message, n=name: f"{n}: {message}"
         )
+
+
+def killed_and_resumed(dft, monkeypatch, **options):
+    """Run the fixture `dft` with a checkpoint every second step, killed at the first one, and once more."""
+    from llava_compodistill.train.trainer import CompoDistillTrainer
+
+    original = CompoDistillTrainer._save_checkpoint
+
+    class Killed(BaseException):
+        pass
+
+    def save_and_die(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        raise Killed
+
+    saving = {"save_strategy": "steps", "save_steps": 2, **options}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(CompoDistillTrainer, "_save_checkpoint", save_and_die)
+        dft("broken", **saving)
+    return dft("broken", **saving)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from checks import PLAIN, assert_same_log, assert_same_weights, trained_weights
+from checks import PLAIN, assert_same_log, assert_same_weights, killed_and_resumed, trained_weights
 from factory import save_tower
 
 from llava_compodistill.hosts.llava.model import llava_core
 from llava_compodistill.methods import METHODS, find_method
-from llava_compodistill.train.trainer import CompoDistillTrainer
 
 TOY = "toy_method:Toy"
 
@@ -112,20 +111,7 @@ def test_a_term_from_outside_is_the_same_under_gradient_checkpointing(dft):
 def test_its_weights_are_kept_for_resuming_and_stay_out_of_llavas_files(dft, tmp_path, monkeypatch, lora):
     options = {"method": TOY, "max_steps": 4, **({"lora_enable": True, "lora_r": 4} if lora else {})}
     unbroken, expected = dft("unbroken", **options)
-    original = CompoDistillTrainer._save_checkpoint
-
-    class Killed(BaseException):
-        pass
-
-    def save_and_die(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        raise Killed
-
-    saving = {"save_strategy": "steps", "save_steps": 2, **options}
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(CompoDistillTrainer, "_save_checkpoint", save_and_die)
-        dft("broken", **saving)
-    resumed, _ = dft("broken", **saving)
+    resumed, _ = killed_and_resumed(dft, monkeypatch, **options)
     assert_same_log(read_log(resumed), expected, 1e-5)
     assert_same_weights(trained_weights(resumed.model), trained_weights(unbroken.model), 1e-5)
     saved = torch.load(tmp_path / "broken" / "distillation.bin", weights_only=True)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from checks import PLAIN, assert_same_weights, trained_weights
+from checks import PLAIN, assert_same_weights, killed_and_resumed, trained_weights
 from factory import make_batch, make_model, save_tower
 from safetensors.torch import load_file, save_file
 from test_checkpoint import space_needed, space_options
@@ -20,7 +20,6 @@ from llava_compodistill.hosts.llava.loader import load_model
 from llava_compodistill.hosts.llava.model import llava_core
 from llava_compodistill.hosts.llava.trained_towers import train_tower
 from llava_compodistill.train import checkpoint
-from llava_compodistill.train.trainer import CompoDistillTrainer
 
 register()
 
@@ -229,20 +228,7 @@ def test_switch_kd_accumulated_or_checkpointed_is_the_same(dft):
 def test_switch_kd_resumes_as_if_it_had_not_been_killed(dft, monkeypatch):
     options = {**SWITCH, "max_steps": 4, "mm_vision_tower_lr": 5e-4}
     unbroken, _ = dft("unbroken", **options)
-    original = CompoDistillTrainer._save_checkpoint
-
-    class Killed(BaseException):
-        pass
-
-    def save_and_die(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        raise Killed
-
-    saving = {"save_strategy": "steps", "save_steps": 2, **options}
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(CompoDistillTrainer, "_save_checkpoint", save_and_die)
-        dft("broken", **saving)
-    resumed, _ = dft("broken", **saving)
+    resumed, _ = killed_and_resumed(dft, monkeypatch, **options)
     expected = trained_weights(unbroken.model)
     assert_same_weights(trained_weights(resumed.model), expected, 0)
 

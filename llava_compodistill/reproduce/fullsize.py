@@ -59,7 +59,7 @@ class FullSizeWorld:
         root: folder of stages, runs and records.
     """
 
-    name = "gpu"
+    name, title = "gpu", "full-size models"
     band = "intermediate"
 
     def __init__(self, file: WorldFile, root: Path):

@@ -65,14 +65,20 @@ def markdown(found: Found, world: World) -> str:
     lines = [f"## {study.title}", ""]
     if study.note:
         lines += [study.note, ""]
-    names = ["row", *metrics.values(), "seeds", *(f"paper: {text}" for text in papers.values())]
+    first = next(iter(metrics), None)
+    repeated = first is not None and any(len(values) > 1 for values in found.scores[first].values())
+    by_seed = [f"{metrics[first]} by seed"] if repeated else []
+    names = ["row", *metrics.values(), "seeds", *by_seed, *(f"paper: {text}" for text in papers.values())]
     lines += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for name, row in study.rows.items():
         values = [found.scores[metric][name] for metric in metrics]
         cells = [_cell(list(value.values()), metric) for value, metric in zip(values, metrics, strict=True)]
         count = str(max(map(len, values))) if row.recipe is not None else "–"
         paper = [f"{row.paper[key]:.1f}" if key in row.paper else "–" for key in papers]
-        lines.append("| " + " | ".join([row.label, *cells, count, *paper]) + " |")
+        single = [", ".join(f"{value:.1f}" for value in found.scores[first][name].values())] if repeated else []
+        if repeated and row.recipe is None:
+            single = ["–"]
+        lines.append("| " + " | ".join([row.label, *cells, count, *single, *paper]) + " |")
     lines.append("")
     if found.verdicts:
         lines += ["| the paper's claim | difference here | 95 % interval | p | verdict |", "|---|---|---|---|---|"]
@@ -136,7 +142,7 @@ def write(
     commits = sorted({record["environment"]["commit"] for record in runs.values() if record})
     hours = sum(record["seconds"] for record in runs.values() if record) / 3600
     head = [
-        f"# The paper's tables in the world “{world.name}”",
+        f"# The paper's tables: {world.title}",
         "",
         f"`{command}`; {sum(1 for record in runs.values() if record)} runs, {hours:.1f} hours of training, trained at "
         f"{', '.join(str(commit) for commit in commits)}, reported at {environment['commit']} "

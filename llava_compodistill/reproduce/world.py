@@ -18,6 +18,7 @@ class World(Protocol):
 
     Attributes:
         name: the preset.
+        title: what it is, in a report's heading.
         metrics: of `evaluate`, by name, what each is called in a table.
         more: further ones, for studies that name them.
         band: the layers that its recipes align.
@@ -26,6 +27,7 @@ class World(Protocol):
     """
 
     name: str
+    title: str
     metrics: dict[str, str]
     more: dict[str, str]
     band: str

@@ -46,6 +46,7 @@ class MiniatureWorld:
 
     def __init__(self, name: str, root: Path, split: str = "test"):
         self.name, self.root, self.split = name, root, split
+        self.title = "the miniature world" + (", a few steps a student" if name == "smoke" else "")
         self.preset: Settings = preset("smoke" if name == "smoke" else "default")
         self.band = self.preset.band
         self._evaluating = threading.Lock()  # one at a time: each takes all cores

@@ -139,7 +139,8 @@ def test_more_data_of_the_miniature(tmp_path):
 # The grid
 # ---------------------------------------------------------------------------------------------------------------------
 class FakeWorld:
-    name, metrics, more = "fake", {"cr": "compositional", "vqa": "recognition"}, {}
+    name, title = "fake", "a fake world"
+    metrics, more = {"cr": "compositional", "vqa": "recognition"}, {}
 
     def __init__(self):
         self.trained, self.prepared, self.fails = [], [], False
@@ -285,8 +286,9 @@ def test_the_report_has_means_errors_and_the_papers_figures(tmp_path):
     assert str(tmp_path) not in paths[1].read_text(), "results can be published"
     text = paths[0].read_text()
     error = 1 / math.sqrt(3)
-    assert f"| CompoDistill | 71.0 ± {error:.1f} | 70.0 ± 0.0 | 3 | – | – |" in text
-    assert "| Teacher | 90.0 | 95.0 | – | 62.6 | 70.3 |" in text and "A note." in text and "`the command`" in text
+    assert "# The paper's tables: a fake world" in text
+    assert f"| CompoDistill | 71.0 ± {error:.1f} | 70.0 ± 0.0 | 3 | 70.0, 71.0, 72.0 | – | – |" in text
+    assert "| Teacher | 90.0 | 95.0 | – | – | 62.6 | 70.3 |" in text and "A note." in text and "`the command`" in text
     assert "| it helps (compositional) | +10.0 | +10.0 to +10.0 | < 0.001 | **holds** |" in text
     assert "| it helps VQA (recognition) | +0.0 | +0.0 to +0.0 | 1.000 | undecided |" in text
     content = json.loads(paths[1].read_text())

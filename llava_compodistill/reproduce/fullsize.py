@@ -226,6 +226,7 @@ class FullSizeWorld:
                 "VERSION": file.template(recipe.student),
                 "LORA": str(int(file.lora)),
                 **environment,
+                **({} if captions else _rate_and_length(recipe)),
                 **file.environment,
             }
             seeds = ["--seed", str(seed), "--data_seed", str(seed)]
@@ -360,3 +361,9 @@ def _find_model(model: str) -> None:
 def _find_folder(path: str) -> None:
     if not Path(path).is_dir():
         raise DataError(f"there is no folder {path}")
+
+
+def _rate_and_length(recipe: Recipe) -> dict[str, str]:
+    """What a recipe changes in the stages that train the language model."""
+    changed = {} if recipe.rate is None else {"LR": str(recipe.rate)}
+    return changed if recipe.steps == 1 else {**changed, "EPOCHS": f"{recipe.steps:g}"}

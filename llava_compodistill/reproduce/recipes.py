@@ -26,6 +26,8 @@ class Recipe:
         data: the share of the instruction data.
         mix: which instruction data: "" for a world's own, `scaled` for these with those of Table 9, `doubled` for
             Table 5's, of which half is what the other tables train on, where a world has twice as much.
+        rate: learning rate of the stage that does the work (DFT where there is one); None for the world's own.
+        steps: optimizer steps of all stages together, as a share of the world's own.
     """
 
     stages: tuple[str, ...] = ("dpt", "dft", "sft")
@@ -38,6 +40,8 @@ class Recipe:
     student: str = "default"
     data: float = 1.0
     mix: str = ""
+    rate: float | None = None
+    steps: float = 1.0
 
     def __post_init__(self) -> None:
         first, *others = self.stages
@@ -45,10 +49,11 @@ class Recipe:
             raise ValueError(f"stages {self.stages}: one that trains the adapter, then others.")
 
     def described(self) -> dict[str, Any]:
-        """As JSON holds it; without a `mix`, as before there were any, so that earlier runs keep their names."""
+        """As JSON holds it; without what came later and is not used, so that earlier runs keep their names."""
         values = asdict(self)
-        if not self.mix:
-            del values["mix"]
+        for name in ("mix", "rate", "steps"):
+            if values[name] == getattr(Recipe, name):
+                del values[name]
         return json.loads(json.dumps(values))
 
     @property

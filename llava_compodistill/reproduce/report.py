@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from .claims import Verdict, judge
-from .studies import Study
+from .claims import Verdict, interval, judge, judge_family
+from .studies import Gap, Study
 from .world import World
 
 #: The paper's figures, as a table calls them.
@@ -48,8 +48,9 @@ def collect(study: Study, runs: Runs, world: World, seeds: Sequence[int], teache
                 found = {seed: record["scores"] for seed, record in records.items() if record}
             rows[name] = {seed: value[metric] for seed, value in found.items() if value.get(metric) is not None}
         scores[metric] = rows
-    verdicts = [judge(claim, scores[claim.metric]) for claim in study.claims if claim.metric in scores]
-    return Found(study, scores, [verdict for verdict in verdicts if verdict is not None])
+    judged = (judge(claim, scores[claim.metric]) for claim in study.claims if claim.metric in scores)
+    verdicts = [verdict for verdict in judged if verdict is not None]
+    return Found(study, scores, judge_family(verdicts) if study.family else verdicts)
 
 
 def shown_metrics(study: Study, world: World) -> dict[str, str]:
@@ -68,7 +69,9 @@ def markdown(found: Found, world: World) -> str:
     first = next(iter(metrics), None)
     repeated = first is not None and any(len(values) > 1 for values in found.scores[first].values())
     by_seed = [f"{metrics[first]} by seed"] if repeated else []
-    names = ["row", *metrics.values(), "seeds", *by_seed, *(f"paper: {text}" for text in papers.values())]
+    gap = study.gap if study.gap is not None and study.gap.metric in metrics else None
+    closed = [] if gap is None else [f"gap closed ({metrics[gap.metric]})"]
+    names = ["row", *metrics.values(), *closed, "seeds", *by_seed, *(f"paper: {text}" for text in papers.values())]
     lines += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for name, row in study.rows.items():
         values = [found.scores[metric][name] for metric in metrics]
@@ -78,13 +81,67 @@ def markdown(found: Found, world: World) -> str:
         single = [", ".join(f"{value:.1f}" for value in found.scores[first][name].values())] if repeated else []
         if repeated and row.recipe is None:
             single = ["–"]
+        if gap is not None:
+            cells.append(_gap_closed(found.scores[gap.metric], name, gap))
         lines.append("| " + " | ".join([row.label, *cells, count, *single, *paper]) + " |")
     lines.append("")
-    if found.verdicts:
+    if found.verdicts and study.family:
+        names = ("claim", "difference", "interval", "d", "seeds ahead", "p", "p (signs)", "p (Holm)", "verdict")
+        lines += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+        lines += [f"| {_family_claim(verdict, metrics)} |" for verdict in found.verdicts]
+        lines += ["", _FAMILY, ""]
+    elif found.verdicts:
         lines += ["| the paper's claim | difference here | 95 % interval | p | verdict |", "|---|---|---|---|---|"]
         lines += [f"| {_claim(verdict, metrics)} |" for verdict in found.verdicts]
         lines.append("")
     return "\n".join(lines)
+
+
+#: Below the claims that are judged together.
+_FAMILY = (
+    "d: mean difference over its standard deviation. p: paired t-test; with a margin, two one-sided t-tests, and the "
+    "interval is the 90 % one. p (signs): paired permutation test. p (Holm): p corrected for the number of claims in "
+    "this table; the verdict follows it."
+)
+
+
+def _gap_closed(scores: Mapping[str, Mapping[int, float]], row: str, gap: Gap) -> str:
+    """Share of the way from the bottom row's mean to the top row's, in %, with the 95 % interval over seeds."""
+    if row in (gap.bottom, gap.top) or not all(scores.get(name) for name in (row, gap.bottom, gap.top)):
+        return "–"
+    bottom = scores[gap.bottom]
+    top, shared = mean(scores[gap.top].values()), sorted(scores[row].keys() & bottom.keys())
+    width = top - mean(bottom.values())
+    if width <= 0 or not shared:
+        return "–"
+    shares = [100 * (scores[row][seed] - bottom[seed]) / width for seed in shared]
+    if len(shares) < 2:
+        return f"{shares[0]:.0f} %"
+    low, high, _ = interval(shares)
+    return f"{mean(shares):.0f} % ({low:.0f} to {high:.0f})"
+
+
+def _family_claim(verdict: Verdict, names: Mapping[str, str]) -> str:
+    claim, text = verdict.claim, verdict.verdict
+    if verdict.needed is not None:
+        text += f" (about {verdict.needed} seeds)"
+    return " | ".join(
+        [
+            f"{claim.text} ({names.get(claim.metric, claim.metric)})",
+            f"{verdict.difference:+.1f}",
+            f"{verdict.low:+.1f} to {verdict.high:+.1f}",
+            "–" if verdict.effect is None else f"{verdict.effect:.2f}",
+            f"{verdict.ahead} of {verdict.seeds}",
+            _p(verdict.p),
+            "–" if verdict.signs is None else _p(verdict.signs),
+            "–" if verdict.adjusted is None else _p(verdict.adjusted),
+            f"**{text}**" if verdict.verdict != "undecided" else text,
+        ]
+    )
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def _cell(values: Sequence[float], metric: str) -> str:
@@ -107,7 +164,7 @@ def _claim(verdict: Verdict, names: Mapping[str, str]) -> str:
             f"{claim.text} ({names.get(claim.metric, claim.metric)})",
             f"{verdict.difference:+.1f}",
             f"{verdict.low:+.1f} to {verdict.high:+.1f}",
-            f"{verdict.p:.3f}" if verdict.p >= 0.001 else "< 0.001",
+            _p(verdict.p),
             f"**{text}**" if verdict.verdict != "undecided" else text,
         ]
     )

@@ -29,12 +29,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the paper: on `metric`, the row `better` is ahead of the row `worse`."""
+    """A statement about rows, of the paper or one of ours: on `metric`, the row `better` is ahead of the row `worse`.
+
+    Attributes:
+        margin: points; with one, the statement is another: the two rows differ by less than this.
+    """
 
     text: str
     better: str
     worse: str
     metric: str = "cr"
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How much of the way from the row `bottom` to the row `top` each row has gone, on `metric`."""
+
+    metric: str
+    bottom: str
+    top: str
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,9 @@ class Study:
         rows: by a short name.
         note: what the table is about, and what differs in the miniature world.
         metrics: shown in place of a world's usual ones, where it has them.
+        family: the claims are judged together: their p-values are corrected for their number (Holm).
+        gap: shown as a column.
+        seeds: how many are trained where the command names none.
     """
 
     name: str
@@ -55,6 +72,9 @@ class Study:
     claims: tuple[Claim, ...] = ()
     note: str = ""
     metrics: tuple[str, ...] = ()
+    family: bool = False
+    gap: Gap | None = None
+    seeds: int = 3
 
 
 def _paper(vqa: float, cr: float) -> dict[str, float]:

@@ -167,13 +167,17 @@ class MiniatureWorld:
         settings = self.preset
         if position == 0:
             return settings.pretrain_steps, settings.pretrain_learning_rate
+        rate, last = settings.learning_rate, settings.supervised_learning_rate
+        if recipe.rate is not None:  # for both stages
+            rate, last = recipe.rate, last * (recipe.rate / rate)
+        distil, supervised = (
+            round(steps * recipe.steps) for steps in (settings.distil_steps, settings.supervised_steps)
+        )
         later = recipe.stages[1:]
         if len(later) == 1:
-            return settings.distil_steps + settings.supervised_steps, settings.learning_rate
+            return distil + supervised, rate
         main = "dft" if "dft" in later else later[0]
-        if recipe.stages[position] == main:
-            return settings.distil_steps, settings.learning_rate
-        return settings.supervised_steps, settings.supervised_learning_rate
+        return (distil, rate) if recipe.stages[position] == main else (supervised, last)
 
     def train(
         self, recipe: Recipe, seed: int, folder: Path, threads: int, on_log: Callable[[], None]

@@ -160,6 +160,9 @@ def test_the_scripts_get_the_papers_settings(make):
         assert command["seed"] == command["data_seed"] == "3" and command["model_max_length"] == "2048"
     assert dft.command["pretrain_mm_mlp_adapter"] == str(dpt.output / "mm_projector.bin")
     assert sft.command["model_name_or_path"] == str(dft.output) and dft.command["version"] == "qwen_1_5"
+    changed = make().plan(replace(COMPODISTILL, rate=2e-5, steps=0.5), 3)
+    found = [(stage.command["learning_rate"], stage.command["num_train_epochs"]) for stage in changed]
+    assert found == [("1e-3", "1"), ("2e-05", "0.5"), ("2e-05", "0.5")]
 
 
 def test_the_data_behind_a_path_count(make, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -17,9 +18,9 @@ from scipy import stats
 from llava_compodistill import about, train
 from llava_compodistill.cli import main
 from llava_compodistill.reproduce import cli, grid, report
-from llava_compodistill.reproduce.claims import interval, judge, seeds_needed
+from llava_compodistill.reproduce.claims import equivalence, holm, interval, judge, judge_family, seeds_needed
 from llava_compodistill.reproduce.recipes import COMPODISTILL, KD, SFT, Recipe
-from llava_compodistill.reproduce.studies import STUDIES, Claim, Row, Study
+from llava_compodistill.reproduce.studies import STUDIES, Claim, Gap, Row, Study
 from llava_compodistill.reproduce.world import stage_settings
 from llava_compodistill.train.mix import Mix, read_sources
 from miniature import weights
@@ -90,6 +91,9 @@ def test_the_miniature_trains_equal_numbers_of_steps(tmp_path):
     for recipe in (COMPODISTILL, SFT, *(row.recipe for row in STUDIES["table14"].rows.values())):
         steps = [world.steps_and_rate(recipe, position)[0] for position in range(len(recipe.stages))]
         assert sum(steps) == 1400, recipe
+    half = replace(COMPODISTILL, steps=0.5, rate=1e-3)
+    assert [world.steps_and_rate(half, position) for position in range(3)] == [(60, 1e-3), (600, 1e-3), (70, 1.5e-4)]
+    assert half.key != COMPODISTILL.key and "rate" not in COMPODISTILL.described()
     rows = STUDIES["table3b"].rows
     assert world.normal(rows["early"].recipe) == COMPODISTILL, "the miniature's own band is not trained twice"
     assert world.normal(rows["later"].recipe) == rows["later"].recipe
@@ -273,6 +277,49 @@ def test_the_interval_covers_what_it_should():
     assert abs(sum(covered) / len(covered) - 0.95) < 0.015
 
 
+def test_the_permutation_test_changes_all_signs():
+    differences = [5.0, 3.0, 8.0, -1.0, 2.0, 9.0, 4.0]
+    found = judged(differences)
+    sums = [abs(sum(a * b for a, b in zip(differences, signs, strict=True))) for signs in
+            itertools.product((1, -1), repeat=len(differences))]  # fmt: skip
+    assert found.signs == sum(value >= sum(differences) for value in sums) / 2 ** len(differences)
+    assert found.ahead == 6 and found.effect == pytest.approx(30 / 7 / stats.tstd(differences))
+
+
+def test_two_rows_differ_by_less_than_a_margin():
+    """Against the two one-sided t-tests."""
+    claim = Claim("they are alike", "full", "sft", margin=2.0)
+    for differences, verdict in (
+        ([0.3, -0.5, 0.4, 0.1, -0.2], "holds"),
+        ([5.0, 5.5, 4.8, 5.1, 5.2], "does not hold"),
+        ([-5.0, -5.5, -4.8, -5.1, -5.2], "does not hold"),
+        ([3.0, -2.5, 0.5, 1.0, -0.5], "undecided"),
+    ):
+        low, high, p = equivalence(differences, 2.0)
+        one_sided = [
+            stats.ttest_1samp(differences, -2.0, alternative="greater").pvalue,
+            stats.ttest_1samp(differences, 2.0, alternative="less").pvalue,
+        ]
+        bounds = stats.ttest_1samp(differences, 0).confidence_interval(0.9)
+        assert p == pytest.approx(max(one_sided)) and (low, high) == pytest.approx((bounds.low, bounds.high))
+        scores = {"full": dict(enumerate(differences)), "sft": dict.fromkeys(range(5), 0.0)}
+        found = judge(claim, scores)
+        assert found.verdict == verdict and found.signs is None
+        assert judge_family([found])[0].verdict == verdict
+
+
+def test_claims_of_a_family_share_their_chance_of_error():
+    """Holm's example: the smallest p times the number of claims, the next times one less, never falling."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0]) and holm([]) == []
+    near = judged([3.0, 1.0, 4.0, 0.5, 2.0])
+    assert near.verdict == "holds" and 0.0125 < near.p < 0.05
+    (alone,) = judge_family([near])
+    assert alone.adjusted == near.p and alone.verdict == "holds"
+    others = judge_family([near, *[judged([1.0, -1.0, 0.5])] * 3])
+    assert others[0].adjusted == pytest.approx(4 * near.p) and others[0].verdict == "undecided"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The report
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,6 +343,21 @@ def test_the_report_has_means_errors_and_the_papers_figures(tmp_path):
         "0": 70.0, "1": 71.0, "2": 72.0,
     }  # fmt: skip
     assert content["studies"]["table"]["verdicts"][0]["verdict"] == "holds"
+
+
+def test_a_family_shows_effects_and_the_gap_that_is_closed(tmp_path):
+    world = FakeWorld()
+    runs = run_grid(world, tmp_path / "runs", seeds=(0, 1, 2))
+    study = replace(STUDY, family=True, gap=Gap("cr", "sft", "teacher"))
+    found = report.collect(study, runs, world, [0, 1, 2], world.evaluate(None))
+    lines = report.markdown(found, world).split("\n")
+    # From 61 to 90: 10 of 29 points, the same with every seed.
+    assert any("gap closed (compositional)" in line for line in lines)
+    (row,) = [line for line in lines if line.startswith("| CompoDistill ")]
+    assert "| 34 % (34 to 34) |" in row
+    (claim,) = [line for line in lines if line.startswith("| it helps (")]
+    assert claim.split(" | ")[4:] == ["3 of 3", "< 0.001", "0.250", "< 0.001", "**holds** |"]
+    assert [line for line in lines if "p (Holm): p corrected" in line]
 
 
 def in_this_process(name, environment, flags, log, threads, on_log):

@@ -199,3 +199,31 @@ def draw_overlays(rows: Sequence[tuple[str, Any, Mapping[str, np.ndarray]]], ref
     what = f"Attention over the visual tokens (cosine: with that of {reference})"
     figure.text(0.5, 0.09, what, ha="center", va="top", fontsize=9)
     return _save(figure, path)
+
+
+def draw_curves(
+    found: Mapping[str, Sequence[Sequence[Sequence[float]]]], axis_label: str, chance: float, path: Path
+) -> Path:
+    """Accuracy over training steps: a curve for each model, its mean over seeds, and each seed as a thin line.
+
+    Args:
+        found: by model, for each seed its [steps, accuracy in %] in order.
+        axis_label: what the accuracy is of.
+        chance: drawn as a dotted line.
+    """
+    figure, axes = _new(width=6.4, height=4.0)
+    axis = axes[0][0]
+    axis.axhline(chance, color="0.5", linestyle=":", linewidth=1)
+    for color, (model, curves) in zip(COLORS, found.items(), strict=False):
+        for curve in curves:
+            axis.plot(*zip(*curve, strict=True), color=color, alpha=0.25, linewidth=0.8)
+        shared = [steps for steps, _ in curves[0] if all(any(s == steps for s, _ in curve) for curve in curves)]
+        means = [np.mean([dict(map(tuple, curve))[steps] for curve in curves]) for steps in shared]
+        axis.plot(shared, means, "o-", color=color, linewidth=2, markersize=4, label=f"{model} (n = {len(curves)})")
+    axis.set_xlabel("optimizer steps, all stages")
+    axis.set_ylabel(axis_label)
+    axis.set_ylim(min(chance - 10, axis.get_ylim()[0]), 102)
+    place = {"xytext": (3, 2), "textcoords": "offset points", "fontsize": 8, "color": "0.4"}
+    axis.annotate("chance", (axis.get_xlim()[0], chance), **place)
+    _legend(figure, axis)
+    return _save(figure, path)

@@ -17,10 +17,13 @@ from rich.table import Table
 
 from ..about import environment
 from ..cli.miniature import find_scripts
+from ..errors import DataError
+from . import evidence
 from .grid import finished, run_folder, train_grid
 from .recipes import COMPODISTILL, KD, SFT, Recipe
 from .report import collect, figure_markdown, markdown, write
 from .studies import ALIASES, LLAVA_KD, STUDIES, Study
+from .tuning import TUNING_FILE, at_tuned_rates, read_tuning, tune, tuning_section
 from .world import World
 
 PRESETS = {
@@ -36,10 +39,12 @@ FIGURES = {
     "figure4": "the mean of the teacher's and the student's attention",
 }
 FIGURE_STUDENTS = [SFT, KD, LLAVA_KD, COMPODISTILL]
+TUNING_SEEDS = (100, 101)
 
 
 def build_parser() -> argparse.ArgumentParser:
     titles = {name: study.title.split(": ", 1)[1] for name, study in STUDIES.items()} | FIGURES
+    titles |= {name: study.title.split(": ", 1)[1] for name, study in evidence.STUDIES.items()}
     names = "\n".join(f"  {name:<9} {title}" for name, title in titles.items())
     names += "\n" + "\n".join(f"  {name:<9} the same as {other}" for name, other in ALIASES.items())
     presets = "\n".join(f"  {name:<9} {text}" for name, text in PRESETS.items())
@@ -50,13 +55,20 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=f"tables and figures:\n{names}\n\npresets:\n{presets}\n\n{kept}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("studies", nargs="+", metavar="TABLE|FIGURE", help="tables and figures, or all")
+    parser.add_argument("studies", nargs="+", metavar="TABLE|FIGURE", help="tables and figures, or all of the paper's")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument(
         "--world", type=Path, default=None, metavar="FILE",
         help="YAML or JSON: models and data of --preset gpu (default: the paper's, where the scripts expect them)",
     )  # fmt: skip
-    parser.add_argument("--seeds", default="0,1,2", help="seeds of the students (default: 0,1,2)")
+    parser.add_argument(
+        "--seeds", default=None, help="seeds of the students (default: 0,1,2; 0 to 7 for evidence; 100,101 for --tune)"
+    )
+    parser.add_argument(
+        "--tune", default=None, metavar="RATES",
+        help="train the rows at each of these learning rates, choose on the validation split, and write "
+        f"{TUNING_FILE} to --output: evidence then takes these rates",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, default=None, help="folder (default: runs/reproduce-PRESET)")
     parser.add_argument(
         "--jobs", type=int, default=None, help="students trained at once (default: one per core, GPU or set of GPUs)"
@@ -71,25 +83,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`llava-compodistill reproduce`."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    known = [*STUDIES, *FIGURES]
-    asked = known if args.studies == ["all"] else [ALIASES.get(name, name) for name in args.studies]
+    known = {**STUDIES, **evidence.STUDIES}
+    asked = [*STUDIES, *FIGURES] if args.studies == ["all"] else [ALIASES.get(name, name) for name in args.studies]
     names = list(dict.fromkeys(asked))
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if name not in known and name not in FIGURES]
     if unknown:
-        parser.error(f"unknown {', '.join(unknown)}: there are {', '.join((*known, *ALIASES))} and all.")
-    try:
-        seeds = [int(seed) for seed in args.seeds.split(",")]
-    except ValueError:
-        parser.error(f"--seeds {args.seeds}: must be numbers separated by commas, such as 0,1,2.")
+        parser.error(f"unknown {', '.join(unknown)}: there are {', '.join((*known, *FIGURES, *ALIASES))} and all.")
+    studies = [known[name] for name in names if name in known]
+    figures = [name for name in names if name in FIGURES]
+    seeds, rates = _numbers(parser, "--seeds", args.seeds, int), _numbers(parser, "--tune", args.tune, float)
+    if rates and min(rates) <= 0:
+        parser.error(f"--tune {args.tune}: learning rates are greater than 0.")
+    if rates and (args.preset == "gpu" or not studies):
+        parser.error("--tune: needs a table, and a world with a validation split (--preset cpu or smoke).")
+    count = max((study.seeds for study in studies), default=3)
+    seeds = seeds or list(TUNING_SEEDS if rates else range(count))
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: must be 1 or more.")
     if args.world is not None and args.preset != "gpu":
         parser.error(f"--world: --preset {args.preset} makes its own models and data; --preset gpu reads the file.")
     console = Console()
     root = (args.output or Path("runs") / f"reproduce-{args.preset}").resolve()
-    world = make_world(args.preset, root, args.world)
-    studies = [STUDIES[name] for name in names if name in STUDIES]
-    figures = [name for name in names if name in FIGURES]
+    world = make_world(args.preset, root, args.world, "val" if rates else "test")
+    jobs = args.jobs or world.jobs or _devices()
+    if rates:
+        return _tune(studies, rates, seeds, world, root, jobs, console)
+    tuning = read_tuning(root) if any(study.family for study in studies) else None
+    if tuning is not None:
+        try:
+            studies = [at_tuned_rates(study, tuning, world) if study.family else study for study in studies]
+        except DataError as error:
+            console.print(str(error), markup=False, soft_wrap=True)
+            return 2
+    world.curve = world.curve or max((study.curve for study in studies), default=0)
     recipes, figures, reasons = _possible(studies, figures, world)
     for text in reasons:
         console.print(text, markup=False, soft_wrap=True)
@@ -98,20 +124,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         console.print(listing(studies, seeds, world, root / "runs"))
         return 0
-    jobs = args.jobs or world.jobs or _devices()
     runs = train_grid(world, recipes, seeds, root / "runs", jobs, console, world.ahead)
     teacher = _teacher(world, root) if studies else None
     findings = [collect(study, runs, world, seeds, teacher or {}) for study in studies]
-    command = f"llava-compodistill reproduce {' '.join(args.studies)} --preset {args.preset} --seeds {args.seeds}"
+    chosen = ",".join(map(str, seeds))
+    command = f"llava-compodistill reproduce {' '.join(args.studies)} --preset {args.preset} --seeds {chosen}"
     command += f" --world {args.world}" if args.world else ""
     drawn = _drawn(figures, runs, world, seeds, root)
-    paths = write(findings, runs, world, root, command, environment(), drawn, teacher)
+    families = [study for study in studies if study.family]
+    more = [tuning_section(families, tuning, world)] if families else []
+    more += evidence.curve_sections(studies, runs, world, seeds, root)
+    paths = write(findings, runs, world, root, command, environment(), drawn, teacher, more)
     for found in findings:
         console.print(Markdown(markdown(found, world)))
     for figure in drawn:
         console.print(Markdown(figure_markdown(figure)))
     for path in paths:
         console.print(str(path), soft_wrap=True)
+    return 0
+
+
+def _numbers(parser: argparse.ArgumentParser, flag: str, value: str | None, kind: type) -> list[Any]:
+    try:
+        return [] if value is None else [kind(number) for number in value.split(",")]
+    except ValueError:
+        example = "0,1,2" if kind is int else "1e-3,2e-3"
+        parser.error(f"{flag} {value}: must be numbers separated by commas, such as {example}.")
+
+
+def _tune(
+    studies: Sequence[Study],
+    rates: list[float],
+    seeds: list[int],
+    world: World,
+    root: Path,
+    jobs: int,
+    console: Console,
+) -> int:
+    record = tune(world, studies, rates, seeds, root, jobs, console, environment())
+    console.print(Markdown(tuning_section(studies, record, world)))
+    console.print(str(root / TUNING_FILE), soft_wrap=True)
     return 0
 
 
@@ -176,11 +228,12 @@ def listing(studies: Sequence[Study], seeds: Sequence[int], world: World, root: 
     return table
 
 
-def make_world(preset: str, root: Path, file: Path | None = None) -> World:
+def make_world(preset: str, root: Path, file: Path | None = None, split: str = "test") -> World:
     """The world of a preset.
 
     Args:
         file: names models and data of `gpu`; None takes the paper's.
+        split: held-out split of the miniature's figures, val or test.
     """
     if preset == "gpu":
         from .fullsize import FullSizeWorld
@@ -190,7 +243,7 @@ def make_world(preset: str, root: Path, file: Path | None = None) -> World:
     sys.path.insert(0, str(find_scripts()))
     from miniature.reproduction import MiniatureWorld
 
-    return MiniatureWorld(preset, root)
+    return MiniatureWorld(preset, root, split)
 
 
 def _devices() -> int:

@@ -61,6 +61,7 @@ class FullSizeWorld:
 
     name, title = "gpu", "full-size models"
     band = "intermediate"
+    curve = 0  # an evaluation costs too much
 
     def __init__(self, file: WorldFile, root: Path):
         self.file, self.root = file, root

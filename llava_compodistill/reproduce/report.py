@@ -189,12 +189,14 @@ def write(
     environment: Mapping[str, Any],
     drawn: Sequence[Any] = (),
     teacher: Mapping[str, Any] | None = None,
+    more: Sequence[str] = (),
 ) -> list[Path]:
     """Write report.md and results.json; returns their paths.
 
     Args:
         drawn: figures, as `figures.draw` returns them.
         teacher: the teacher's figures.
+        more: further sections.
     """
     commits = sorted({record["environment"]["commit"] for record in runs.values() if record})
     hours = sum(record["seconds"] for record in runs.values() if record) / 3600
@@ -216,7 +218,7 @@ def write(
         shown = [f"{text} {_cell([teacher[name]], name)}" for name, text in world.metrics.items() if name in teacher]
         head += [f"The teacher: {', '.join(shown)}.", ""]
     report, results = root / "report.md", root / "results.json"
-    sections = [*(markdown(found, world) for found in findings), *map(figure_markdown, drawn)]
+    sections = [*(markdown(found, world) for found in findings), *map(figure_markdown, drawn), *more]
     report.write_text("\n".join([*head, *sections]), encoding="utf-8")
     content = {
         "world": world.settings(),

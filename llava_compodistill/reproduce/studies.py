@@ -64,6 +64,7 @@ class Study:
         family: the claims are judged together: their p-values are corrected for their number (Holm).
         gap: shown as a column.
         seeds: how many are trained where the command names none.
+        curve: at how many points of its main stage a student is evaluated, where a world does that.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Study:
     family: bool = False
     gap: Gap | None = None
     seeds: int = 3
+    curve: int = 0
 
 
 def _paper(vqa: float, cr: float) -> dict[str, float]:

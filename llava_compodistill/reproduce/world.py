@@ -24,6 +24,7 @@ class World(Protocol):
         band: the layers that its recipes align.
         jobs: students trained at once; None for one a core or GPU.
         ahead: further runs that may be begun and wait for a device or for another run's stage.
+        curve: at how many points of its main stage `train` evaluates a student; it returns them as `curve`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class World(Protocol):
     band: str
     jobs: int | None
     ahead: int
+    curve: int
 
     def settings(self) -> dict[str, Any]:
         """What all its runs depend on, as JSON holds it; runs of other settings are made anew."""
@@ -62,7 +64,8 @@ class World(Protocol):
     def train(
         self, recipe: Recipe, seed: int, folder: Path, threads: int, on_log: Callable[[], None]
     ) -> dict[str, Any]:
-        """Train one student in a folder; returns `checkpoint`, `seconds` and `steps`."""
+        """Train one student in a folder; returns `checkpoint`, `seconds`, `steps`, and with `self.curve` the list
+        `curve` of [steps, accuracy on the validation split]."""
 
     def stop(self) -> None:
         """Begin no further stage: a run has failed, or the user stops the command."""

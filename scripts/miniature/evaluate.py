@@ -119,6 +119,16 @@ def evaluate(
     )
 
 
+def relation_types(model: nn.Module, tokenizer: Any, data: str | Path, split: str = "val") -> float:
+    """The mean accuracy over `RELATION_KINDS`, in [0, 1]."""
+
+    def scored(questions: Sequence[Question]) -> list[Score]:
+        return score(questions, model, tokenizer, version=VERSION, batch_size=64)
+
+    data = Path(data)
+    return mean(_compositional(scored, data / f"compositional_{split}", data / "images", RELATION_KINDS).values())
+
+
 Scorer = Callable[[Sequence[Question]], list[Score]]
 
 
@@ -126,9 +136,9 @@ def _exact(scored: Scorer, questions: Sequence[Question]) -> float:
     return mean(result.greedy for result in scored(questions))
 
 
-def _compositional(scored: Scorer, folder: Path, images: Path) -> dict[str, float]:
+def _compositional(scored: Scorer, folder: Path, images: Path, kinds: Sequence[str] = KINDS) -> dict[str, float]:
     accuracy = {}
-    for kind in KINDS:
+    for kind in kinds:
         items = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8")).values()
         questions = [
             Question(str(images / item["filename"]), CAPTION_PROMPT, item[key])

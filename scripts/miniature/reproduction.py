@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -42,7 +43,7 @@ class MiniatureWorld:
         "similarity": "similarity",
     }
     more = {"relation_questions": "relation questions"}
-    jobs, ahead = None, 0
+    jobs, ahead, curve = None, 0, 0
 
     def __init__(self, name: str, root: Path, split: str = "test"):
         self.name, self.root, self.split = name, root, split
@@ -184,7 +185,9 @@ class MiniatureWorld:
     ) -> dict[str, Any]:
         settings, models = self.preset, self.root / "models"
         outputs: list[Path] = []
+        curve: list[list[float]] = []
         seconds, total = 0.0, 0
+        main = max(range(len(recipe.stages)), key=lambda position: self.steps_and_rate(recipe, position)[0])
         for position, stage in enumerate(recipe.stages):
             steps, rate = self.steps_and_rate(recipe, position)
             last = position == len(recipe.stages) - 1
@@ -208,10 +211,33 @@ class MiniatureWorld:
             if stage == "dft":
                 flags += ["--attention_weight", str(settings.attention_weight)]
                 flags += ["--student_layers", settings.band, "--teacher_layers", settings.band, *recipe.flags]
+            if self.curve and position == main:
+                flags += ["--save_strategy", "steps", "--save_steps", str(max(1, steps // self.curve))]
+                flags += ["--save_total_limit", str(self.curve + 1)]
             seconds += run_script(script, environment, flags, folder / f"{position}-{stage}.log", threads, on_log)
+            if self.curve and position == main:
+                curve = self._curve(output, total)
             outputs.append(output)
             total += steps
-        return {"checkpoint": str(outputs[-1]), "seconds": round(seconds, 1), "steps": total}
+        found = {"checkpoint": str(outputs[-1]), "seconds": round(seconds, 1), "steps": total}
+        if self.curve:
+            curve += self._curve(outputs[-1], total) if main < len(outputs) - 1 else []
+            found["curve"] = curve
+        return found
+
+    def _curve(self, output: Path, before: int) -> list[list[float]]:
+        """[steps, relation types in %] of a stage's checkpoints, which are deleted, or of its result without any."""
+        from .evaluate import load_for_evaluation, relation_types
+
+        checkpoints = {int(path.name.split("-")[1]): path for path in output.glob("checkpoint-*")}
+        found = []
+        for step, path in sorted(checkpoints.items()) or [(0, output)]:
+            with self._evaluating:
+                model, tokenizer = load_for_evaluation(path)
+                found.append([before + step, 100 * relation_types(model, tokenizer, self.root / "data", "val")])
+            if path != output:
+                shutil.rmtree(path)
+        return found
 
     def stop(self) -> None:
         pass  # a run that has begun ends in minutes

@@ -12,7 +12,7 @@ from checks import PLAIN, assert_same_log, assert_same_weights, trained_weights
 from factory import encoder_features, make_batch, make_model, save_tower
 from test_capture import merged_samples, weights_of
 from test_rivals import gradients
-from tiny import sample
+from tiny import read_log, sample
 
 from llava_compodistill.losses.advantage import advantage_weights
 from llava_compodistill.methods.advantage import AdvantageTerm
@@ -407,6 +407,21 @@ def test_accumulation_and_checkpointing_change_nothing(dft):
     assert "advantage" not in plain[0] and plain[0]["lm"] == expected[0]["lm"]
     assert abs(plain[0]["kl"] - expected[0]["kl"]) > 1e-5 and plain[0]["attention"] != expected[0]["attention"]
     assert expected[0]["loss"] == pytest.approx(sum(expected[0][name] for name in ("lm", "kl", "attention")), rel=1e-4)
+
+
+@pytest.mark.once
+@pytest.mark.slow
+def test_two_processes_weigh_alike(dft, world, sharp_teacher, mixed, tmp_path):
+    """Where a rank holds text alone, its teacher runs once, and the other's twice."""
+    from test_distributed import launch, parallel_flags
+
+    options = {"visual_advantage": "both", "shuffle_advantage": True, "max_steps": 3, "per_device_train_batch_size": 1}
+    _, expected = dft("one", gradient_accumulation_steps=2, **PLAIN, **options)
+    launch(parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", ddp_backend="gloo", **options))
+    found = read_log(tmp_path / "two")
+    assert_same_log(found, expected, 2e-5)
+    advantages = [[entry["advantage"] for entry in log] for log in (found, expected)]
+    assert advantages[0] == pytest.approx(advantages[1], abs=1e-4)
 
 
 @pytest.mark.parametrize("method, attention", [("kd", None), ("compodistill", "matched")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import pytest
 import reference
@@ -62,11 +63,18 @@ def test_weights_are_bounded_and_rise_with_the_advantage():
 # ---------------------------------------------------------------------------------------------------------------------
 # The objective, against a computation of its own (reference.py)
 # ---------------------------------------------------------------------------------------------------------------------
-def make_pair(siglip, teacher_tower=None, **options):
+@pytest.fixture
+def tower(siglip, monkeypatch):
+    # transformers 4.37 fills the mask of padded batches with float64's smallest number in torch's default dtype.
+    monkeypatch.setattr(torch, "full", partial(torch.full, dtype=torch.float64))
+    return siglip
+
+
+def make_pair(tower, teacher_tower=None, **options):
     sizes = {"hidden": 48, "layers": 6, "heads": 6, "kv_heads": 3, "vocab": 128}
-    teacher = make_model(teacher_tower or siglip, seed=1, **sizes, **options).requires_grad_(False)
+    teacher = make_model(teacher_tower or tower, seed=1, **sizes, **options).requires_grad_(False)
     teacher.lm_head.weight.mul_(15)  # so that the image matters to a random model
-    return make_model(siglip, seed=2, **options), teacher
+    return make_model(tower, seed=2, **options), teacher
 
 
 def make_objective(pair, folder, **changes):
@@ -163,7 +171,7 @@ def expected_sums(pair, samples, features, args):
     "options",
     [
         {"visual_advantage": "tokens", "kd_temperature": 2.0},
-        {"visual_advantage": "rows", "advantage_floor": 0.5},
+        {"visual_advantage": "rows", "advantage_floor": 0.02},
         {"visual_advantage": "both", "attention_rows": "answer", "advantage_floor": 0.02},
         {"visual_advantage": "tokens", "stage": "dpt"},
         {"visual_advantage": "tokens", "method": "kd", "family": "llama"},
@@ -172,11 +180,11 @@ def expected_sums(pair, samples, features, args):
     ],
     ids=str,
 )
-def test_losses_and_gradients_equal_the_reference(siglip, tmp_path, options):
+def test_losses_and_gradients_equal_the_reference(tower, tmp_path, options):
     options = dict(options)
     checkpointed, family = options.pop("checkpointed", False), options.pop("family", "qwen2")
     limit = options.pop("tokenizer_model_max_length", None)
-    pair = student, teacher = make_pair(siglip, family=family, tokenizer_model_max_length=limit)
+    pair = student, teacher = make_pair(tower, family=family, tokenizer_model_max_length=limit)
     if checkpointed:
         student.train()
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -206,7 +214,7 @@ def test_losses_and_gradients_equal_the_reference(siglip, tmp_path, options):
         )
         if args.attention_rows == "all":
             assert float(counted - similarity) == pytest.approx(plain[2].item(), rel=1e-5), "measured without weights"
-            assert args.visual_advantage == "tokens" or (attention - plain[2]).abs() > 1e-4
+            assert args.visual_advantage == "tokens" or (attention - plain[2]).abs() > 1e-5
     total, count = sums["advantage"].measured["advantage"]
     assert int(count) == len(known) == (7 if limit else 10)
     assert float(total) == pytest.approx(sum(known), rel=1e-4)
@@ -222,10 +230,10 @@ def test_losses_and_gradients_equal_the_reference(siglip, tmp_path, options):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_an_encoder_of_the_teachers_own_finds_the_same_rows(siglip, tmp_path):
+def test_an_encoder_of_the_teachers_own_finds_the_same_rows(tower, tmp_path):
     """With fewer patches: answers stand elsewhere, and the limit cuts another number of them."""
-    tower = save_tower(tmp_path / "siglip-4", patches=4)
-    pair = student, teacher = make_pair(siglip, tower, dtype=torch.float32, tokenizer_model_max_length=30)
+    coarse = save_tower(tmp_path / "siglip-4", patches=4)
+    pair = student, teacher = make_pair(tower, coarse, dtype=torch.float32, tokenizer_model_max_length=30)
     objective = make_objective(pair, tmp_path, visual_advantage="both", student_layers="1", teacher_layers="2,3")
     assert not objective.pair.shares_encoder and teacher.config.tokenizer_model_max_length == 30 - 16 + 4
     batch = make_batch(["qIqaqa", "Iqaaqa", "qqaa", "q" * 12 + "a" * 12], dtype=torch.float32)
@@ -253,8 +261,8 @@ def test_an_encoder_of_the_teachers_own_finds_the_same_rows(siglip, tmp_path):
 # The teacher without its images
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_blind_pass_is_the_teachers_own_on_the_text(siglip, tmp_path, attention):
-    pair = _, teacher = make_pair(siglip, attention=attention, dtype=torch.float32)
+def test_the_blind_pass_is_the_teachers_own_on_the_text(tower, tmp_path, attention):
+    pair = _, teacher = make_pair(tower, attention=attention, dtype=torch.float32)
     objective = make_objective(pair, tmp_path, visual_advantage="tokens")
     batch, other = make_batch(LAYOUTS, dtype=torch.float32), make_batch(LAYOUTS, dtype=torch.float32)
     other.inputs["images"] = other.inputs["images"].flip(-1)
@@ -274,9 +282,9 @@ def test_the_blind_pass_is_the_teachers_own_on_the_text(siglip, tmp_path, attent
     torch.testing.assert_close(found.blind.log_probs, torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
-def test_what_the_blind_pass_costs(siglip, tmp_path):
+def test_what_the_blind_pass_costs(tower, tmp_path):
     """One forward of the teacher over the text of the samples with an image; nothing where no term asks."""
-    pair = student, teacher = make_pair(siglip, dtype=torch.float32)
+    pair = student, teacher = make_pair(tower, dtype=torch.float32)
     shapes, encoded = [], []
     teacher.get_model().layers[0].mlp.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[:2]))
     student.get_vision_tower().vision_tower.register_forward_pre_hook(lambda *args: encoded.append(1))
@@ -297,8 +305,8 @@ def test_what_the_blind_pass_costs(siglip, tmp_path):
     assert float(total) == float(count) == 0
 
 
-def test_tokens_that_do_not_depend_on_the_image_weigh_little(siglip, tmp_path):
-    pair = make_pair(siglip)
+def test_tokens_that_do_not_depend_on_the_image_weigh_little(tower, tmp_path):
+    pair = make_pair(tower)
     objective = make_objective(pair, tmp_path, visual_advantage="tokens")
     batch = make_batch(["qaaqaIqaaaaa", "qqaaa", "Iqa"])
     weights = objective.term("advantage").token_weights(teacher_passes(objective, batch))
@@ -309,8 +317,8 @@ def test_tokens_that_do_not_depend_on_the_image_weigh_little(siglip, tmp_path):
     assert text.tolist() == [1.0] * 3 and alone.tolist() == [1.0]
 
 
-def test_shuffled_weights_depend_on_the_seed_and_the_sample_alone(siglip, tmp_path):
-    pair = make_pair(siglip)
+def test_shuffled_weights_depend_on_the_seed_and_the_sample_alone(tower, tmp_path):
+    pair = make_pair(tower)
     layouts = ["Iqaaaaaaaa", "qIqaaaaa", "qqaa"]
     batch = make_batch(layouts)
 
@@ -331,8 +339,8 @@ def test_shuffled_weights_depend_on_the_seed_and_the_sample_alone(siglip, tmp_pa
     torch.testing.assert_close(weights(alone, shuffle_advantage=True), shuffled[8:13])
 
 
-def test_an_identical_teacher_leaves_nothing_to_distil(siglip, tmp_path):
-    student, teacher = (make_model(siglip, seed=2) for _ in range(2))
+def test_an_identical_teacher_leaves_nothing_to_distil(tower, tmp_path):
+    student, teacher = (make_model(tower, seed=2) for _ in range(2))
     layers = {"student_layers": "1,2", "teacher_layers": "1,2"}
     objective = make_objective((student, teacher.requires_grad_(False)), tmp_path, visual_advantage="both", **layers)
     batch = make_batch(LAYOUTS)
@@ -342,9 +350,9 @@ def test_an_identical_teacher_leaves_nothing_to_distil(siglip, tmp_path):
     assert float(count) > 0 and abs(float(total)) > 0.01, "the advantage is the teacher's, not the difference of both"
 
 
-def test_weights_of_one_give_the_unweighted_losses(siglip, tmp_path):
+def test_weights_of_one_give_the_unweighted_losses(tower, tmp_path):
     """A floor that is larger than any advantage by far."""
-    pair = make_pair(siglip)
+    pair = make_pair(tower)
     batch = make_batch(LAYOUTS)
     sums, found = run(make_objective(pair, tmp_path, visual_advantage="both", advantage_floor=1e14), batch)
     expected, gradient = run(make_objective(pair, tmp_path), batch)

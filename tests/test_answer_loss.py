@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from llava_compodistill.losses import IGNORE_INDEX, answer_rows, logit_distillation_loss
 from llava_compodistill.ops.answer_loss import answer_loss, chunked
+from llava_compodistill.ops.answer_loss.log_probs import answer_log_probs
 
 pytestmark = pytest.mark.once  # nothing here depends on transformers
 
@@ -27,7 +28,7 @@ def make_inputs(rows=11, student_vocab=17, teacher_vocab=20, dtype=torch.float64
     )
 
 
-def plain(inputs, temperature=1.0, vocab_size=None):
+def plain(inputs, temperature=1.0, vocab_size=None, kl_row_weights=None):
     """Whole logits, textbook formulas, in the dtype of the inputs with a softmax in at least float32."""
     student = F.linear(inputs["student_hidden"], inputs["student_head_weight"], inputs.get("student_bias"))
     student = student if student.dtype == torch.float64 else student.float()
@@ -39,7 +40,8 @@ def plain(inputs, temperature=1.0, vocab_size=None):
     common = vocab_size or min(student.shape[1], teacher.shape[1])
     p = torch.softmax(teacher[:, :common] / temperature, dim=1)
     q = torch.softmax(student[:, :common] / temperature, dim=1)
-    return lm, (p * (p / q).log()).sum() * temperature**2
+    rows = (p * (p / q).log()).sum(dim=1) * temperature**2
+    return lm, rows.sum() if kl_row_weights is None else (kl_row_weights.to(rows.dtype) * rows).sum()
 
 
 #: The gradient that arrives at the loss: made in the forward pass, the op's gradients must take it up.
@@ -156,6 +158,10 @@ def test_frozen_parts_get_no_gradient(monkeypatch):
 @pytest.mark.parametrize("chunk_rows", [7, 63, 64])  # 16-bit heads: several blocks of the vocabulary, but for 64
 @pytest.mark.parametrize("options", [dict(), dict(temperature=2.0), dict(vocab_size=301)], ids=str)
 def test_no_less_accurate_than_plain_in_the_same_dtype(dtype, chunk_rows, options):
+    assert_no_less_accurate(dtype, chunk_rows, options)
+
+
+def assert_no_less_accurate(dtype, chunk_rows, options):
     inputs = make_inputs(rows=64, student_vocab=333, teacher_vocab=340, dtype=dtype)
     wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
     truth, reference = run(plain, wide, **options), run(plain, inputs, **options)
@@ -179,6 +185,103 @@ def test_large_weights_do_not_overflow_float16(weights, temperature):
     for value, exact in zip(result, truth, strict=True):
         assert value.isfinite().all()
         assert (value - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights of rows
+# ---------------------------------------------------------------------------------------------------------------------
+def make_row_weights(rows, dtype=torch.float64):
+    weights = torch.rand(rows, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 11
+    weights[1] = 0
+    return weights.to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("teacher_vocab", "vocab_size", "temperature"), [(17, None, 1.0), (20, 13, 1.0), (17, None, 2.5), (20, 13, 0.7)]
+)
+@pytest.mark.parametrize("chunk_rows", [1, 4, 1024])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_weighted_rows_against_plain(teacher_vocab, vocab_size, temperature, chunk_rows, with_bias):
+    inputs, train = make_inputs(teacher_vocab=teacher_vocab), ("student_hidden", "student_head_weight", "student_bias")
+    if not with_bias:
+        inputs["student_bias"] = inputs["teacher_bias"] = None
+        train = train[:2]
+    options = dict(temperature=temperature, vocab_size=vocab_size, kl_row_weights=make_row_weights(11))
+    expected = run(plain, inputs, weights=(0.3, 1.7), train=train, **options)
+    result = run(answer_loss, inputs, weights=(0.3, 1.7), train=train, chunk_rows=chunk_rows, **options)
+    for value, exact in zip(result, expected, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-11)
+    options["kl_row_weights"] = None
+    unweighted = run(answer_loss, inputs, weights=(0.3, 1.7), train=train, chunk_rows=chunk_rows, **options)
+    assert torch.equal(result[0], unweighted[0]), "L_LM has no weights"
+    assert all((mine - other).norm() > 1 for mine, other in zip(result[1:], unweighted[1:], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("chunk_rows", [7, 64])
+@pytest.mark.parametrize("options", [dict(), dict(temperature=2.0), dict(vocab_size=301)], ids=str)
+def test_weights_of_one_do_not_change_a_bit(dtype, chunk_rows, options):
+    inputs = make_inputs(rows=64, student_vocab=333, teacher_vocab=340, dtype=dtype)
+    options = dict(weights=(0.1, 0.7), chunk_rows=chunk_rows, **options)
+    expected = run(answer_loss, inputs, **options)
+    for value, same in zip(run(answer_loss, inputs, kl_row_weights=torch.ones(64), **options), expected, strict=True):
+        assert torch.equal(value, same)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("chunk_rows", [7, 64])
+def test_weighted_rows_are_no_less_accurate_than_plain(dtype, chunk_rows):
+    assert_no_less_accurate(dtype, chunk_rows, dict(kl_row_weights=make_row_weights(64, torch.float32)))
+
+
+def test_large_row_weights_do_not_overflow_float16():
+    inputs = make_inputs(rows=64, student_vocab=33, teacher_vocab=40, dtype=torch.float16)
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    row_weights = make_row_weights(64) * 20
+    truth = run(plain, wide, kl_row_weights=row_weights)
+    result = run(answer_loss, inputs, kl_row_weights=row_weights, chunk_rows=16)
+    for value, exact in zip(result, truth, strict=True):
+        assert value.isfinite().all()
+        assert (value - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+def test_no_rows_with_weights_and_no_gradient_to_them():
+    weights = torch.ones(11, dtype=torch.float64, requires_grad=True)
+    inputs = make_inputs()
+    inputs["student_hidden"].requires_grad_()
+    answer_loss(**inputs, kl_row_weights=weights).loss.backward()
+    assert weights.grad is None
+    for dtype in (torch.float16, torch.float32):
+        assert run(answer_loss, make_inputs(rows=0, dtype=dtype), kl_row_weights=torch.ones(0))[1].item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("chunk_rows", [1, 4, None])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_log_probs_of_answers(dtype, chunk_rows, with_bias):
+    inputs = make_inputs(dtype=dtype)
+    hidden, weight = inputs["student_hidden"].requires_grad_(), inputs["student_head_weight"]
+    bias = inputs["student_bias"] if with_bias else None
+    found = answer_log_probs(hidden, weight, inputs["labels"], bias=bias, chunk_rows=chunk_rows)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    logits = F.linear(hidden, weight, bias).to(wide)
+    expected = torch.stack([row.softmax(0)[label].log() for row, label in zip(logits, inputs["labels"], strict=True)])
+    assert found.dtype == wide and not found.requires_grad
+    torch.testing.assert_close(found, expected.detach())
+    assert answer_log_probs(hidden[:0], weight, inputs["labels"][:0]).shape == (0,)
+
+
+def test_log_probs_in_autocast_are_the_heads_own():
+    inputs = make_inputs(dtype=torch.float32)
+    arguments = inputs["student_hidden"], inputs["student_head_weight"], inputs["labels"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = answer_log_probs(*arguments)
+    narrow = answer_log_probs(*(part.bfloat16() if part.is_floating_point() else part for part in arguments))
+    assert found.dtype == torch.float32 and torch.equal(found, narrow)
+    with pytest.raises(ValueError, match="chunk_rows must be at least 1, got 0"):
+        answer_log_probs(*arguments, chunk_rows=0)
+    with pytest.raises(ValueError, match=r"\[0, 17\)"):
+        answer_log_probs(*arguments[:2], torch.full((11,), 17))
 
 
 def test_mixed_dtypes_and_autocast():
@@ -251,6 +354,13 @@ def test_logits_live_one_chunk_at_a_time():
         (dict(vocab_size=18), ValueError, r"\[1, 17\].*18"),
         (dict(temperature=0.0), ValueError, "temperature"),
         (dict(chunk_rows=0), ValueError, "chunk_rows"),
+        (dict(kl_row_weights=torch.ones(10)), ValueError, r"\[11\], got torch.float32 \[10\]"),
+        (dict(kl_row_weights=torch.ones(11, dtype=torch.int64)), ValueError, "floating point"),
+        (
+            dict(kl_row_weights=torch.ones(11), teacher_hidden=None, teacher_head_weight=None),
+            ValueError,
+            "give teacher_hidden",
+        ),
     ],
 )
 def test_errors(change, error, message):

@@ -94,6 +94,62 @@ def test_gradcheck(kind, similarity):
     assert torch.autograd.gradcheck(loss, student.requires_grad_())
 
 
+BY_ROWS = [pair for pair in KINDS if pair != ("cosine", "matrix")]
+
+
+@pytest.mark.parametrize(("kind", "similarity"), BY_ROWS)
+@pytest.mark.parametrize("heads", [None, 3])
+def test_weighted_rows_against_loops(kind, similarity, heads):
+    student, teacher, row_mask, column_mask = make_maps(heads=heads)
+    weights = torch.rand(row_mask.shape, dtype=torch.float64) * 3
+    weights[:, 4] = 0  # of a row that counts otherwise
+    weights[~row_mask] = float("nan")
+    options = dict(kind=kind, similarity=similarity, column_mask=column_mask)
+
+    def loss(s):
+        return attention_distillation_loss(s, teacher, row_mask, row_weights=weights, reduction="none", **options)
+
+    expected = []
+    for sample in range(2):
+        total = mass = 0.0
+        for row in (row_mask[sample] & (weights[sample] > 0)).nonzero()[:, 0].tolist():
+            weight, columns = weights[sample, row].item(), column_mask[sample].numpy()
+            maps = [m[sample][None] if heads is None else m[sample] for m in (student, teacher)]
+            pairs = zip(*(m[:, row].numpy()[:, columns] for m in maps), strict=True)
+            total += weight * np.mean([row_loss(s, t, kind) for s, t in pairs])
+            mass += weight
+        expected.append(total / mass)
+    assert loss(student).tolist() == pytest.approx([*expected, 0.0], rel=1e-12)
+    plain = attention_distillation_loss(student, teacher, row_mask, reduction="none", **options)
+    assert (loss(student) - plain)[:2].abs().min() > 1e-4
+    if heads is None:
+        assert torch.autograd.gradcheck(loss, student.requires_grad_())
+
+
+@pytest.mark.parametrize(("kind", "similarity"), BY_ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_weights_of_one_do_not_change_a_bit(kind, similarity, dtype):
+    student, teacher, row_mask, column_mask = (x.to(dtype) if x.is_floating_point() else x for x in make_maps())
+    found = []
+    for weights in (None, torch.ones(row_mask.shape)):
+        mine = student.clone().requires_grad_()
+        options = dict(column_mask=column_mask, row_weights=weights)
+        loss = attention_distillation_loss(mine, teacher, row_mask, kind, similarity, **options)
+        loss.backward()
+        found.append((loss.detach(), mine.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_a_sample_whose_rows_all_weigh_nothing_does_not_count():
+    student, teacher, row_mask, column_mask = make_maps()
+    weights = torch.ones(row_mask.shape)
+    weights[1] = 0
+    options = dict(column_mask=column_mask, row_weights=weights)
+    each = attention_distillation_loss(student, teacher, row_mask, reduction="none", **options)
+    assert each[0] > 0 and each[1:].tolist() == [0.0, 0.0]
+    assert attention_distillation_loss(student, teacher, row_mask, **options) == each[0]
+
+
 @pytest.mark.parametrize(("kind", "similarity"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_identical_maps_give_zero_loss(kind, similarity, dtype):
@@ -198,6 +254,9 @@ def test_no_gradient_reaches_the_teacher():
         (dict(row_mask=torch.ones(3, 7)), "bool"),
         (dict(row_mask=torch.ones(3, 6, dtype=torch.bool)), r"\[3, 7\]"),
         (dict(column_mask=torch.ones(3, 4, dtype=torch.bool)), r"\[3, 5\]"),
+        (dict(row_weights=torch.ones(3, 6)), r"\[3, 7\], got torch.float32 \[3, 6\]"),
+        (dict(row_weights=torch.ones(3, 7, dtype=torch.long)), "floating point"),
+        (dict(row_weights=torch.ones(3, 7), similarity="matrix"), "use 'row'"),
         (dict(teacher_map=torch.rand(3, 7, 4)), r"\[3, 7, 4\] \(teacher\)"),
     ],
 )

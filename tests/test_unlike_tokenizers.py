@@ -518,6 +518,8 @@ def test_what_does_not_fit_is_said_before_weights_are_read(other, dft, llama_tea
     monkeypatch.setattr("llava_compodistill.train.run.load_teacher", load)
     with pytest.raises(ValueError, match="one by one: visual_kl"):
         other(method="llava_kd")
+    with pytest.raises(ValueError, match="--visual_advantage tokens: the teacher's tokenizer is not the student's"):
+        other(visual_advantage="tokens")
     with pytest.raises(ValueError, match="--teacher_version v1: the teacher shares the student's tokenizer"):
         dft(teacher_version="v1")
     with pytest.raises(ValueError, match="--teacher_version v1: no teacher reads samples in --stage sft"):

@@ -7,7 +7,7 @@ methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,6 +105,9 @@ class Host(Protocol):
         self, core: nn.Module, merge: Callable[..., Any], received: Callable[[MergedBatch], None]
     ) -> Callable[..., Any]:
         """A function that stands in for the model's MERGE, and hands out what it did."""
+
+    def text_alone(self, inputs: Mapping[str, Any], samples: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Some samples [S] of a batch, as the host's collator would make them if they had no images."""
 
     def backbone(self, core: nn.Module) -> nn.Module:
         """The decoder without its head."""

@@ -26,6 +26,7 @@ def attention_distillation_loss(
     similarity: str = "row",
     *,
     column_mask: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
     reduction: str = "mean",
 ) -> torch.Tensor:
     """Distance between the visual attention maps of one student layer and its target: one summand of L_ADL.
@@ -45,6 +46,8 @@ def attention_distillation_loss(
             mean squared difference is the same either way; "kl" has rows only.
         column_mask: [B, N_v] bool, the real visual keys. Only "mse" needs it where samples differ in N_v; given, it
             also keeps samples without any visual key from counting.
+        row_weights: [B, N] floating point, at least 0: the mean over a sample's counted rows is weighted by them. A
+            row of weight 0 does not count. Not for the flattened matrix, which has no rows.
         reduction: "mean", or "none" for one loss per sample, [B], 0 where a sample does not count (divide their sum
             by the number of counting samples over all steps and ranks: ``counting_samples``).
 
@@ -55,7 +58,12 @@ def attention_distillation_loss(
     Raises ``ValueError`` with the value received and the values allowed.
     """
     _check(student_map, teacher_map, row_mask, column_mask, kind, similarity, reduction)
+    if row_weights is not None:
+        _check_weights(row_weights, row_mask, kind, similarity)
+        row_mask = row_mask & (row_weights > 0)
     student, teacher, rows = _prepare(student_map, teacher_map, row_mask, column_mask)
+    if row_weights is not None:
+        rows = row_weights.to(student.dtype).masked_fill(~row_mask, 0.0).unsqueeze(1)
     if kind == "cosine":
         per_sample = _cosine(student, teacher, rows, similarity)
         per_sample = counting_samples(row_mask, column_mask).to(per_sample.dtype) - per_sample
@@ -123,6 +131,16 @@ def _check(student_map, teacher_map, row_mask, column_mask, kind, similarity, re
         )
 
 
+def _check_weights(row_weights, row_mask, kind, similarity) -> None:
+    if row_weights.shape != row_mask.shape or not row_weights.dtype.is_floating_point:
+        raise ValueError(
+            f"row_weights must be floating point [B, N] = {list(row_mask.shape)}, got {row_weights.dtype} "
+            f"{list(row_weights.shape)}"
+        )
+    if kind == "cosine" and similarity == "matrix":
+        raise ValueError("row_weights weigh rows, and similarity 'matrix' compares flattened maps; use 'row'")
+
+
 def _prepare(student_map, teacher_map, row_mask, column_mask):
     """Both maps as wide [B, H, N, N_v] with everything that does not count set to 0 (NaN too), and rows [B, 1, N]."""
     counted = row_mask[:, None, :, None]
@@ -136,8 +154,13 @@ def _prepare(student_map, teacher_map, row_mask, column_mask):
 
 
 def _mean_over_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[B, H, N] to [B]: the mean over counted rows and over heads; 0 without a counted row."""
-    return (values * rows).sum(dim=-1).div(rows.sum(dim=-1).clamp(min=1)).mean(dim=1)
+    """[B, H, N] to [B]: the mean over counted rows and over heads; 0 without a counted row.
+
+    Args:
+        rows: [B, 1, N] bool, or their weights.
+    """
+    total = rows.sum(dim=-1)
+    return (values * rows).sum(dim=-1).div(total.where(total > 0, 1)).mean(dim=1)
 
 
 def _cosine(student, teacher, rows, similarity) -> torch.Tensor:

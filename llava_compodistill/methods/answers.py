@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,13 +17,16 @@ from ..record.head import HeadRows
 from .base import Sums, Term
 from .unlike import WEIGHT, UniversalLogitTerm
 
+if TYPE_CHECKING:
+    from .advantage import AdvantageTerm
+
 logger = logging.getLogger(__name__)
 
 #: Which of a batch's answer rows.
 Rows = slice | torch.Tensor
 
 
-def _common_rows(mine: MergedBatch, theirs: MergedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def common_rows(mine: MergedBatch, theirs: MergedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the answer rows of two models' layouts of the same samples, those that both have: where an encoder of more
     patches, or a limit, has cut one of them, its last answers are missing there."""
     counts = [batch.answer_mask().sum(dim=1).tolist() for batch in (mine, theirs)]
@@ -44,6 +48,7 @@ class AnswerTerm(Term):
     Args:
         temperature: T of L_KL, which carries T squared.
         distilled: False leaves L_KL out, also where there is a teacher.
+        advantage: another term of the method, which weighs the tokens of L_KL (L_LM stays as it is).
     """
 
     name = "answers"
@@ -51,10 +56,15 @@ class AnswerTerm(Term):
     unlike_tokenizers = True
 
     def __init__(
-        self, lm_weight: float = 1.0, kl_weight: float = 1.0, temperature: float = 1.0, distilled: bool = True
+        self,
+        lm_weight: float = 1.0,
+        kl_weight: float = 1.0,
+        temperature: float = 1.0,
+        distilled: bool = True,
+        advantage: AdvantageTerm | None = None,
     ):
         self.lm_weight, self.kl_weight, self.temperature = lm_weight, kl_weight, temperature
-        self.distilled = distilled
+        self.distilled, self.advantage = distilled, advantage
 
     def on(self, pair: Pair) -> Sequence[Term]:
         if pair.shares_tokenizer or not self.distilled:
@@ -82,18 +92,24 @@ class AnswerTerm(Term):
         if teacher is None or not self.distilled:
             return self._sums(mine, slice(None))
         theirs = teacher.head["answer"]
+        weights = None if self.advantage is None else self.advantage.token_weights(teacher)
         if self.pair.shares_encoder:  # and one limit: one sequence
             self._check_same_rows(mine.targets, theirs.targets)
-            return self._sums(mine, slice(None), theirs, slice(None))
-        both, others = _common_rows(student.batch, teacher.batch)
+            return self._sums(mine, slice(None), theirs, slice(None), weights)
+        both, others = common_rows(student.batch, teacher.batch)
         self._check_same_rows(mine.targets[both], theirs.targets[others], compare=True)
-        total = self._sums(mine, both, theirs, others)
+        total = self._sums(mine, both, theirs, others, weights)
         alone = torch.ones(len(mine.targets), dtype=torch.bool, device=both.device)
         alone[both] = False
         return total + self._sums(mine, alone) if alone.any() else total
 
     def _sums(
-        self, mine: HeadRows, rows: Rows, theirs: HeadRows | None = None, their_rows: Rows | None = None
+        self,
+        mine: HeadRows,
+        rows: Rows,
+        theirs: HeadRows | None = None,
+        their_rows: Rows | None = None,
+        their_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         weight, bias = mine.weights
         teacher_weight = teacher_bias = None
@@ -113,6 +129,7 @@ class AnswerTerm(Term):
                 kl_weight=self.kl_weight,
                 temperature=self.temperature,
                 vocab_size=self.pair.vocab_size,
+                kl_row_weights=None if their_weights is None else their_weights[their_rows],
             )
         )
 

@@ -21,6 +21,7 @@ from .places import check_same_visual_places
 
 if TYPE_CHECKING:
     from ..train.arguments import TrainingArguments
+    from .advantage import AdvantageTerm
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +32,16 @@ class VisualAttentionTerm(Term):
     Args:
         args: bands, matching, distance, rows and weight.
         trained: False to log the similarity alone.
+        advantage: another term of the method, which weighs the queries that predict an answer token.
     """
 
     name = "attention"
     count = "image_samples"
     unlike_tokenizers = True
 
-    def __init__(self, args: TrainingArguments, trained: bool = True):
+    def __init__(self, args: TrainingArguments, trained: bool = True, advantage: AdvantageTerm | None = None):
         self.args, self.trained, self.weight = args, trained, args.attention_weight
+        self.advantage = advantage
         self.student_layers: list[int] = []
         self.groups: list[list[int]] = []
         self._candidates: list[int] = []
@@ -131,14 +134,16 @@ class VisualAttentionTerm(Term):
         counts = counting_samples(rows)
         order = _another_image(batch.has_image) if args.shuffle_attention_targets else None
         options = {"similarity": args.attention_similarity, "column_mask": columns, "reduction": "none"}
+        weights = None if self.advantage is None else self.advantage.row_weights(student, teacher)
         losses, similarities = [], []
         for place, layer in enumerate(self.student_layers):
             mine, target = self._maps(place, student, teacher)
             target = target if order is None else target[order]
             if self.trained:
                 self._check_graph(layer, mine)
-                losses.append(attention_distillation_loss(mine, target, rows, kind=args.attention_loss, **options))
-            if self.trained and args.attention_loss == "cosine":
+                weighted = {**options, "kind": args.attention_loss, "row_weights": weights}
+                losses.append(attention_distillation_loss(mine, target, rows, **weighted))
+            if self.trained and args.attention_loss == "cosine" and weights is None:
                 similarities.append(counts.to(mine.dtype) - losses[-1].detach())
             else:
                 similarities.append(attention_similarity(mine.detach(), target, rows, **options))

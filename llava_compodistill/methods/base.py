@@ -86,6 +86,11 @@ class Term:
         `__call__`); None where the term needs no such pass, which costs another forward of the teacher and a backward
         through it."""
 
+    def blind_needs(self) -> Needs | None:
+        """What the teacher's pass on the text alone, its images left out, has to leave behind (`Pass.blind` of the
+        teacher's pass); None where the term needs no such pass, which costs another forward of the teacher on a much
+        shorter sequence."""
+
     def on_head(self, student: Pass, teacher: Pass | None) -> torch.Tensor | None:
         """[K] values that need the head's weights: made inside the student's head, where they are whole under ZeRO-3.
 
@@ -144,6 +149,7 @@ class Method:
         whole_stages: the stages that do not go with LoRA or quantised weights.
         paired_stages: the stages whose data are pairs of answers, see `train.data.PreferenceDataset`.
         defaults: the options and their defaults.
+        weighed: what `--visual_advantage` can weigh in it.
 
     Raises:
         ValueError: for an option that the method does not have, or of another type than its default.
@@ -155,6 +161,7 @@ class Method:
     paired_stages: ClassVar[Sequence[str]] = ()
     whole_stages: ClassVar[Sequence[str]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
+    weighed: ClassVar[Sequence[str]] = ()
 
     def __init__(self, options: Mapping[str, Any] | None = None):
         for name, value in (options or {}).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .advantage import AdvantageTerm
 from .attention import VisualAttentionTerm
 from .base import Term
 from .heads import MatchedHeadsTerm
@@ -17,11 +18,15 @@ class CompoDistill(KD):
     """Logit distillation and, in the dft stage, visual attention alignment."""
 
     name = "compodistill"
+    weighed = ("tokens", "rows", "both")
 
     def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
         terms = super().terms(stage, args)
         aligned = stage == "dft" and args.vat and args.attention_weight > 0
         if aligned or (args.measure_attention and stage in self.teacher_stages):
             term = MatchedHeadsTerm if args.attention_heads == "matched" else VisualAttentionTerm
-            terms.append(term(args, trained=aligned))
+            advantage = None
+            if aligned and args.visual_advantage in ("rows", "both"):
+                advantage = next(other for other in terms if isinstance(other, AdvantageTerm))
+            terms.append(term(args, trained=aligned, advantage=advantage))
         return terms

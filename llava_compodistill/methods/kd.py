@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .advantage import AdvantageTerm
 from .answers import AnswerTerm
 from .base import Method, Term
 
@@ -16,6 +17,15 @@ class KD(Method):
 
     name = "kd"
     teacher_stages = ("dpt", "dft")
+    weighed = ("tokens",)
 
     def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
-        return [AnswerTerm(lm_weight=args.lm_weight, kl_weight=args.kl_weight, temperature=args.kd_temperature)]
+        weighs = args.visual_advantage != "none" and stage in self.teacher_stages
+        advantage = AdvantageTerm(args) if weighs else None
+        answers = AnswerTerm(
+            lm_weight=args.lm_weight,
+            kl_weight=args.kl_weight,
+            temperature=args.kd_temperature,
+            advantage=advantage if args.visual_advantage in ("tokens", "both") else None,
+        )
+        return [answers] if advantage is None else [answers, advantage]

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..hosts import host_of
 from ..hosts.base import MergedBatch
+from ..ops.answer_loss.log_probs import answer_log_probs
 from .attention import GroupMeans, capture_visual_attention
 from .head import HeadRows, at_head
 from .merge import record_merge
@@ -44,6 +45,7 @@ class Needs:
         hidden: (layer, name of rows): the layer's output there is kept; for EMBEDDINGS what the first layer receives.
         graph: whether gradients flow through maps (what else is kept has the graph that the forward had).
         routing: whether it is kept how layers with experts route tokens.
+        log_probs: whether the log-probabilities of the answer tokens are kept.
     """
 
     head: frozenset[str] = frozenset()
@@ -52,6 +54,7 @@ class Needs:
     graph: bool = False
     heads: frozenset[LayerHeads] = frozenset()
     routing: bool = False
+    log_probs: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -61,6 +64,7 @@ class Needs:
             self.graph or other.graph,
             self.heads | other.heads,
             self.routing or other.routing,
+            self.log_probs or other.log_probs,
         )
 
 
@@ -75,10 +79,13 @@ class Pass:
         head_maps: by (layer, heads), [B, number of heads, N, N_v]; empty for a batch without an image.
         hidden: by (layer, name of rows), [R, D].
         routing: by layer, what its router returned.
+        log_probs: [R], those of the answer tokens, in nats and without a graph.
         returned: what `on_head` returned, as it came out of the head's call.
         aligned: of a teacher with another tokenizer, [B, S, 2]: the answer rows that correspond, by their numbers
             within a sample, of the student and of the teacher, padded with -1 (`pair.tokens.align_answers`).
         switched: of a student, the teacher's pass on the student's visual features, where a term asks for it.
+        blind: of a teacher, its pass on the text alone of the samples with an image, where a term asks for it and
+            there is such a sample.
     """
 
     batch: MergedBatch
@@ -87,9 +94,11 @@ class Pass:
     head_maps: dict[LayerHeads, torch.Tensor] = field(default_factory=dict)
     hidden: dict[LayerRows, torch.Tensor] = field(default_factory=dict)
     routing: dict[int, Any] = field(default_factory=dict)
+    log_probs: torch.Tensor | None = None
     returned: torch.Tensor | None = None
     aligned: torch.Tensor | None = None
     switched: Pass | None = None
+    blind: Pass | None = None
 
 
 class PassRecorder:
@@ -158,9 +167,16 @@ def record(
 
     def head_forward(hidden: torch.Tensor, run_head: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         latest = recorder.latest
-        for name in needs.head:
+
+        def keep(name: str) -> HeadRows:
             targets = latest.batch.answer_targets() if name == "answer" else None
-            latest.head[name] = HeadRows(hidden[latest.batch.rows(name)], targets, host.head(model), run_head)
+            return HeadRows(hidden[latest.batch.rows(name)], targets, host.head(model), run_head)
+
+        latest.head = {name: keep(name) for name in needs.head}
+        if needs.log_probs:
+            answers = latest.head.get("answer") or keep("answer")
+            weight, bias = answers.weights
+            latest.log_probs = answer_log_probs(answers.hidden, weight, answers.targets, bias=bias)
         return hidden.new_zeros(hidden.shape[0], 1, 1) if on_head is None else on_head(latest)
 
     def forward(*args: Any, **kwargs: Any) -> Any:

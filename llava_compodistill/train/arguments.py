@@ -7,6 +7,7 @@ Every flag of `llava.train.train` keeps its name and meaning; the fields below a
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -141,6 +142,24 @@ class TrainingArguments(llava_training.TrainingArguments):
         default=False,
         metadata={"help": "Control experiment: give each sample the teacher attention of another image in the batch."},
     )
+    visual_advantage: Literal["none", "tokens", "rows", "both"] = field(
+        default="none",
+        metadata={
+            "help": "Weigh by how much the image helps the teacher to predict an answer token: the tokens of L_KL, "
+            "the rows of L_ADL that predict one, or both. Methods kd and compodistill."
+        },
+    )
+    advantage_floor: float = field(
+        default=0.1,
+        metadata={
+            "help": "What a token counts without visual advantage, beside at most 1 for it. No weight is above "
+            "1 + 1 / floor, where the mean is 1."
+        },
+    )
+    shuffle_advantage: bool = field(
+        default=False,
+        metadata={"help": "Control experiment: reorder the weights among the answer tokens of each sample."},
+    )
     mm_vision_tower_lr: float | None = field(
         default=None,
         metadata={
@@ -196,6 +215,7 @@ class TrainingArguments(llava_training.TrainingArguments):
                 raise ValueError(f"--{name} {getattr(self, name)}: a loss weight cannot be negative.")
         if self.attention_heads == "matched" and self.layer_matching == "adaptive":
             raise ValueError("--attention_heads matched needs --layer_matching group or simple, not adaptive.")
+        _check_advantage(self)
         if self.calibration_batches < 1:
             raise ValueError(f"--calibration_batches {self.calibration_batches}: must be at least 1.")
         for name, least in (("sight_steps", 1), ("sight_samples", 2)):
@@ -233,6 +253,40 @@ def _read_method(name: str, options: str) -> Method:
     if not isinstance(given, dict):
         raise ValueError(f"--method_options {options}: must be a JSON object of names and values.")
     return find_method(name, given)
+
+
+def _check_advantage(training: TrainingArguments) -> None:
+    value, method = training.visual_advantage, training.chosen_method
+    if not 0 < training.advantage_floor < math.inf:
+        raise ValueError(
+            f"--advantage_floor {training.advantage_floor}: must be greater than 0, or all weights of a sample could "
+            "be 0, and finite."
+        )
+    if value == "none":
+        if training.shuffle_advantage:
+            raise ValueError("--shuffle_advantage True: nothing is weighed without --visual_advantage.")
+        return
+    of_tokens, of_rows = value in ("tokens", "both"), value in ("rows", "both")
+    aligned = training.stage == "dft" and training.vat and training.attention_weight > 0
+    why = None
+    if value not in method.weighed:
+        takes = " and ".join(method.weighed) or "none"
+        why = f"--method {training.method} takes {takes}; kd takes tokens, compodistill tokens, rows and both"
+    elif not training.distilled:
+        why = f"--stage {training.stage} of {training.method} has no teacher: leave the flag out"
+    elif of_tokens and not training.kl_weight:
+        why = "it weighs the tokens of L_KL, which --kl_weight 0 leaves out"
+    elif of_rows and not aligned:
+        why = (
+            "it weighs the rows of L_ADL, which is trained in --stage dft, with --vat True and an --attention_weight "
+            "above 0: use tokens"
+        )
+    elif of_rows and training.attention_rows == "visual":
+        why = "--attention_rows visual leaves out the queries that predict an answer token: use all, text or answer"
+    elif of_rows and training.attention_loss == "cosine" and training.attention_similarity == "matrix":
+        why = "--attention_similarity matrix compares whole maps, which have no rows to weigh: use row, or tokens here"
+    if why is not None:
+        raise ValueError(f"--visual_advantage {value}: {why}.")
 
 
 def check_arguments(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..hosts import host_of
 from ..methods import Sums, Term
 from ..methods.base import prepared
 from ..pair import Pair
@@ -114,6 +115,7 @@ class Objective:
             raise RuntimeError("Objective: call it inside `with objective.running():`.")
         with encode_for(self.pair), self._switching(inputs):
             self._teacher_pass = self._run_teacher(inputs, self._needs()[1])
+            self._run_blind(inputs, self._teacher_pass)
             returned = model(**_students(inputs))
         sums, self._sums, self._teacher_pass = self._sums, {}, None
         # What came out of the wrappers carries their hooks on the way back; what went in does not.
@@ -124,16 +126,33 @@ class Objective:
     def _run_teacher(self, inputs: Mapping[str, Any], needs: Needs) -> Pass | None:
         if self.pair.teacher is None:
             return None
-        given, aligned = {**inputs, "use_cache": False}, None
-        if not self.pair.shares_tokenizer:
-            if TEACHER not in inputs:
-                raise ValueError("The batch lacks the teacher's tokens: give make_data_module teacher=teacher_text.")
-            given |= given.pop(TEACHER)
-            aligned = given.pop("aligned")
+        given = self._teachers(inputs)
+        aligned = given.pop("aligned", None)
         with torch.no_grad(), record(self.pair.teacher, needs, impl=self.impl) as recorder:
             self.pair.teacher(**given)
             recorder.latest.aligned = aligned
             return recorder.latest
+
+    def _teachers(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the teacher reads, and under `aligned` the rows that correspond where its tokenizer is another."""
+        given = {**inputs, "use_cache": False}
+        if not self.pair.shares_tokenizer:
+            if TEACHER not in inputs:
+                raise ValueError("The batch lacks the teacher's tokens: give make_data_module teacher=teacher_text.")
+            given |= given.pop(TEACHER)
+        return given
+
+    def _run_blind(self, inputs: Mapping[str, Any], sighted: Pass | None) -> None:
+        """Let the teacher read once more, without their images, the samples that have one, where a term asks."""
+        asked = [needs for needs in (term.blind_needs() for term in self.terms) if needs is not None]
+        if not asked or sighted is None or not sighted.batch.visual_index.shape[1]:
+            return
+        teacher = self.pair.teacher
+        with_image = sighted.batch.has_image.nonzero()[:, 0]
+        text = host_of(teacher).text_alone(self._teachers(inputs), with_image)
+        with torch.no_grad(), record(teacher, reduce(or_, asked), impl=self.impl) as recorder:
+            teacher(**text, use_cache=False)
+            sighted.blind = recorder.latest
 
     @contextlib.contextmanager
     def _switching(self, inputs: Mapping[str, Any]) -> Iterator[None]:

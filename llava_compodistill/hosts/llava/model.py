@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from .experts import routers as routers
 
 MERGE = "prepare_inputs_labels_for_multimodal"
 ENCODE = "encode_images"
+#: The token id that stands for an image until the merge (`llava.constants.IMAGE_TOKEN_INDEX`).
+IMAGE_TOKEN_INDEX = -200
 #: The label that real ignored positions carry through LLaVA's merge.
 _MARKED = -101
 
@@ -102,6 +104,33 @@ def recording_merge(
         return merged_ids, position_ids, mask, past_key_values, embeds, None
 
     return recording
+
+
+def text_alone(inputs: Mapping[str, Any], samples: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Some samples of a batch without their images: their text closes up, and padding follows it.
+
+    Args:
+        inputs: what LLaVA's collator gives, before the merge.
+        samples: [S] rows of it.
+
+    Returns:
+        input_ids, labels and attention_mask, [S, longest text].
+    """
+    ids, labels = inputs["input_ids"][samples], inputs["labels"][samples]
+    text = ids != IMAGE_TOKEN_INDEX
+    if inputs.get("attention_mask") is not None:
+        text &= inputs["attention_mask"][samples].bool()
+    counts = text.sum(dim=1)
+    # A sample without any text keeps one token, which predicts nothing: attention needs a key.
+    longest = max(1, int(counts.max()))
+    order = (~text).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    places = torch.arange(longest, device=ids.device)
+    there = places < counts[:, None]
+    return {
+        "input_ids": ids.gather(1, order).masked_fill(~there, 0),
+        "labels": labels.gather(1, order).masked_fill(~there, IGNORE_INDEX),
+        "attention_mask": there | (places == 0),
+    }
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@
     kl       = T**2 * sum KL(softmax(logits_t[:, :V] / T) || softmax(logits_s[:, :V] / T))
     loss     = lm_weight * lm + kl_weight * kl
 
+With ``kl_row_weights`` [R] each row's divergence enters the sum times its weight.
+
 R counts the positions that predict an answer token, already selected and shifted (``losses.answer_rows``).
 """
 
@@ -16,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from .chunked import AnswerLossFunction, Options
-from .head import rows_per_chunk
+from .head import check_labels, check_model, rows_per_chunk
 
 
 class AnswerLoss(NamedTuple):
@@ -25,7 +27,7 @@ class AnswerLoss(NamedTuple):
     Attributes:
         loss: the weighted sum of both; the only one that gradients come from.
         lm: the cross-entropy, detached.
-        kl: the divergence times T**2, detached; 0 without a teacher.
+        kl: the divergence times T**2, each row's times its weight, detached; 0 without a teacher.
     """
 
     loss: torch.Tensor
@@ -46,6 +48,7 @@ def answer_loss(
     kl_weight: float = 1.0,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    kl_row_weights: torch.Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> AnswerLoss:
     """Sums over R rows of the cross-entropy and of the KL divergence teacher || student (Section 4, L_LM and L_KL).
@@ -67,6 +70,8 @@ def answer_loss(
         vocab_size: common vocabulary of the divergence, over which both models are renormalised; at most (and by
             default) the smaller of V_S and V_T. Give the tokenizer's size where embedding rows are padded. The
             cross-entropy runs over the student's full vocabulary.
+        kl_row_weights: [R] floating point, what each row's divergence counts (1 without them); no gradient reaches
+            them.
         chunk_rows: rows whose logits exist at a time; by default as many as fit a fixed amount of memory.
 
     Returns:
@@ -78,11 +83,11 @@ def answer_loss(
     with_teacher = teacher_hidden is not None
     if with_teacher != (teacher_head_weight is not None):
         raise ValueError("teacher_hidden and teacher_head_weight must be given together")
-    _check_model("student", student_hidden, student_head_weight, student_bias)
+    check_model("student", student_hidden, student_head_weight, student_bias)
     rows, student_vocab = student_hidden.shape[0], student_head_weight.shape[0]
     common = student_vocab
     if with_teacher:
-        _check_model("teacher", teacher_hidden, teacher_head_weight, teacher_bias)
+        check_model("teacher", teacher_hidden, teacher_head_weight, teacher_bias)
         common = min(student_vocab, teacher_head_weight.shape[0])
         if teacher_hidden.shape[0] != rows:
             raise ValueError(f"student and teacher must have the same rows, got {rows} and {teacher_hidden.shape[0]}")
@@ -90,13 +95,16 @@ def answer_loss(
         if not 1 <= vocab_size <= common:
             raise ValueError(f"vocab_size must lie in [1, {common}], the rows both heads have, got {vocab_size}")
         common = vocab_size
+    if kl_row_weights is not None:
+        _check_row_weights(kl_row_weights, rows, with_teacher)
+        kl_row_weights = kl_row_weights.detach()
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if chunk_rows is None:
         chunk_rows = rows_per_chunk(student_head_weight)
     elif chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    _check_labels(labels, rows, student_vocab)
+    check_labels(labels, rows, student_vocab)
     if with_teacher:
         teacher_hidden, teacher_head_weight = teacher_hidden.detach(), teacher_head_weight.detach()
         teacher_bias = None if teacher_bias is None else teacher_bias.detach()
@@ -114,33 +122,16 @@ def answer_loss(
             teacher_hidden,
             teacher_head_weight,
             teacher_bias,
+            kl_row_weights,
             options,
         )
     )
 
 
-def _check_model(name: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+def _check_row_weights(weights: torch.Tensor, rows: int, with_teacher: bool) -> None:
+    if not with_teacher:
+        raise ValueError("kl_row_weights weigh the divergence from a teacher: give teacher_hidden, too")
+    if weights.shape != (rows,) or not weights.dtype.is_floating_point:
         raise ValueError(
-            f"{name}: hidden states must be [R, D] and the head [V, D], got {list(hidden.shape)} and "
-            f"{list(weight.shape)}"
+            f"kl_row_weights must be floating point [R] = [{rows}], got {weights.dtype} {list(weights.shape)}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{name}: bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
-    for part in (hidden, weight, bias):
-        if part is not None and not part.dtype.is_floating_point:
-            raise TypeError(f"{name}: hidden states, head and bias must be floating point, got {part.dtype}")
-
-
-def _check_labels(labels: torch.Tensor, rows: int, vocab: int) -> None:
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
-    if labels.shape != (rows,):
-        raise ValueError(f"labels must be [R] = [{rows}], got {list(labels.shape)}")
-    if labels.device.type == "cpu" and rows:
-        low, high = (int(bound) for bound in labels.aminmax())
-        if low < 0 or high >= vocab:
-            raise ValueError(
-                f"labels must lie in [0, {vocab}), got {low} to {high}; select the rows that predict an answer token "
-                "before calling (losses.answer_rows)"
-            )

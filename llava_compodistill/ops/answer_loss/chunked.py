@@ -6,6 +6,8 @@ softmax over the common vocabulary at temperature T:
     d lm / dz = p - onehot(label)
     d kl / dz = T**2 * (p_S - p_T) / T = T * (p_S - p_T)      on the common vocabulary, 0 beyond it
 
+The latter times the row's weight, where rows have weights.
+
 The gradient of the head is a sum over all rows. Chunks add to it one after the other where it is float32. For a 16-bit
 head that would take a float32 copy of it (1.2 GB at V = 151,936 and D = 2,048): there it is made afterwards, a block
 of the vocabulary at a time over all rows, from logits computed once more.
@@ -34,13 +36,16 @@ class Options(NamedTuple):
     train_bias: bool
 
 
-def gradient_scale(options: Options) -> float:
+def gradient_scale(options: Options, row_weight: float = 1.0) -> float:
     """What float16 gradients are multiplied by while they are kept: a power of two that keeps them below 2048 at the
     logits, and so leaves a factor of 32 for the sums over the vocabulary that make those of the hidden states.
 
-    An entry of d lm / dz lies in [-1, 1], and one of d kl / dz in [-T, T].
+    An entry of d lm / dz lies in [-1, 1], and one of d kl / dz in [-T, T] times its row's weight.
+
+    Args:
+        row_weight: the largest of the rows' weights.
     """
-    largest = abs(options.lm_weight) + abs(options.kl_weight) * options.temperature
+    largest = abs(options.lm_weight) + abs(options.kl_weight) * options.temperature * row_weight
     if not 2 < largest < math.inf:
         return FLOAT16_SCALE
     return 2.0 ** math.floor(math.log2(2 * FLOAT16_SCALE / largest))
@@ -48,12 +53,14 @@ def gradient_scale(options: Options) -> float:
 
 class AnswerLossFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, teacher_hidden, teacher_weight, teacher_bias, options):
+    def forward(
+        ctx, hidden, weight, bias, labels, teacher_hidden, teacher_weight, teacher_bias, kl_row_weights, options
+    ):
         # The teacher may be loaded narrower (or wider) than the student.
         student = Head(hidden, weight, bias)
         teacher = None if teacher_hidden is None else Head(teacher_hidden, teacher_weight, teacher_bias)
         with torch.autocast(hidden.device.type, enabled=False):
-            run = _Run(student, teacher, labels, options)
+            run = _Run(student, teacher, labels, kl_row_weights, options)
             run.rows()
             if run.by_vocabulary:
                 run.columns()
@@ -66,18 +73,29 @@ class AnswerLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
-        return *hand_out(ctx, "answer_loss", grad_loss), *[None] * 5
+        return *hand_out(ctx, "answer_loss", grad_loss), *[None] * 6
 
 
 class _Run:
     """The passes of one call. Gradients are those of the loss, for hidden states times ``scale``."""
 
-    def __init__(self, student: Head, teacher: Head | None, labels: torch.Tensor, options: Options):
+    def __init__(
+        self,
+        student: Head,
+        teacher: Head | None,
+        labels: torch.Tensor,
+        row_weights: torch.Tensor | None,
+        options: Options,
+    ):
         self.student, self.teacher, self.labels, self.options = student, teacher, labels, options
+        self.row_weights = None if row_weights is None else row_weights.to(student.wide)[:, None]
         self.distils = teacher is not None and options.kl_weight != 0
         # Whether the divergence needs a softmax of its own.
         self.restricts = options.temperature != 1 or options.vocab < len(student.weight)
-        self.scale = gradient_scale(options) if student.dtype == torch.float16 else 1.0
+        self.scale = 1.0
+        if student.dtype == torch.float16:
+            weighted = row_weights is not None and len(row_weights) > 0
+            self.scale = gradient_scale(options, float(row_weights.abs().max()) if weighted else 1.0)
         narrow, one_chunk = student.weight_dtype != student.wide, len(labels) <= options.chunk_rows
         self.by_vocabulary = options.train_weight and narrow and not one_chunk
         zeros = student.weight.new_zeros
@@ -109,7 +127,10 @@ class _Run:
                 self.target[part] = logits[:, 0].to(student.wide) / temperature - theirs[:, 0]
                 difference = theirs - mine
                 targets = theirs.exp_()
-                self.kl += difference.mul_(targets).sum() * temperature**2
+                difference.mul_(targets)
+                if self.row_weights is not None:
+                    difference.mul_(self.row_weights[part])
+                self.kl += difference.sum() * temperature**2
                 del difference
             del logits
             if self.grad_hidden is not None or self.grad_weight is not None or self.grad_bias is not None:
@@ -180,11 +201,16 @@ class _Run:
         factor = kl_weight * temperature
         distils = self.distils and targets is not None
         difference = mine.exp_().sub_(targets) if distils and mine is not log_probs else None
+        weights = self.row_weights[part] if distils and self.row_weights is not None else None
+        if weights is not None:
+            (targets if difference is None else difference).mul_(weights)
         grad = log_probs.exp_()
         if difference is not None:
             grad.mul_(lm_weight)[:, : targets.shape[1]].add_(difference, alpha=factor)
         elif distils:
-            grad.mul_(lm_weight + factor).sub_(targets, alpha=factor)
+            # In float64, as Python adds the factors of unweighted rows.
+            both = lm_weight + factor if weights is None else (lm_weight + factor * weights.double()).to(grad.dtype)
+            grad.mul_(both).sub_(targets, alpha=factor)
         else:
             grad.mul_(lm_weight)
         labels = self.labels[part, None] - start

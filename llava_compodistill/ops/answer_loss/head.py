@@ -72,6 +72,33 @@ def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left.to(wide) @ right.to(wide)
 
 
+def check_model(name: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: hidden states must be [R, D] and the head [V, D], got {list(hidden.shape)} and "
+            f"{list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}: bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
+    for part in (hidden, weight, bias):
+        if part is not None and not part.dtype.is_floating_point:
+            raise TypeError(f"{name}: hidden states, head and bias must be floating point, got {part.dtype}")
+
+
+def check_labels(labels: torch.Tensor, rows: int, vocab: int) -> None:
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != (rows,):
+        raise ValueError(f"labels must be [R] = [{rows}], got {list(labels.shape)}")
+    if labels.device.type == "cpu" and rows:
+        low, high = (int(bound) for bound in labels.aminmax())
+        if low < 0 or high >= vocab:
+            raise ValueError(
+                f"labels must lie in [0, {vocab}), got {low} to {high}; select the rows that predict an answer token "
+                "before calling (losses.answer_rows)"
+            )
+
+
 def _finish(gradient: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
     """gradient * factor, in place where it has the parameter's dtype; 16-bit ones a block at a time in float32."""
     if gradient is None:

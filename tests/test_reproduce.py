@@ -375,7 +375,7 @@ def in_this_process(name, environment, flags, log, threads, on_log):
 @pytest.mark.skipif(not weights.have_stored_weights(), reason="no stored weights")
 def test_a_table_of_the_miniature(tmp_path, monkeypatch, capsys):
     """A recipe through the real scripts, with half of the data; listed before and after."""
-    study = Study("tiny", "Table 0: one", {"sft": Row("half", Recipe(("pt", "sft"), "sft", data=0.5))})
+    study = Study("tiny", "Table 0: one", {"sft": Row("half", Recipe(("pt", "sft"), "sft", data=0.5))}, curve=3)
     monkeypatch.setattr(cli, "STUDIES", {"tiny": study})
     monkeypatch.chdir(Path(__file__).parents[1])  # the miniature is found in the checkout
     monkeypatch.setattr("miniature.reproduction.run_script", in_this_process)
@@ -388,6 +388,8 @@ def test_a_table_of_the_miniature(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.split()[-1] == "5"
     (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert run["steps"] == 12 and 0 <= run["scores"]["cr"] <= 100
+    assert [steps for steps, _ in run["curve"]] == [6, 9, 12] and (tmp_path / "tiny-curves.png").is_file()
+    assert not list((tmp_path / run["checkpoint"]).glob("checkpoint-*"))
     whole = json.loads((tmp_path / "data" / "instruct_student.json").read_text())
     manifest = json.loads((tmp_path / run["checkpoint"] / "data_manifest.json").read_text())
     assert manifest["samples"] == round(len(whole) / 2)

@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     families = [study for study in studies if study.family]
     more = [tuning_section(families, tuning, world)] if families else []
     more += evidence.curve_sections(studies, runs, world, seeds, root)
-    paths = write(findings, runs, world, root, command, environment(), drawn, teacher, more)
+    paths = write(findings, runs, world, root, command, environment(), drawn, teacher, more, tuning)
     for found in findings:
         console.print(Markdown(markdown(found, world)))
     for figure in drawn:

@@ -190,6 +190,7 @@ def write(
     drawn: Sequence[Any] = (),
     teacher: Mapping[str, Any] | None = None,
     more: Sequence[str] = (),
+    tuning: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write report.md and results.json; returns their paths.
 
@@ -197,6 +198,7 @@ def write(
         drawn: figures, as `figures.draw` returns them.
         teacher: the teacher's figures.
         more: further sections.
+        tuning: what `tuning.tune` found, for the results.
     """
     commits = sorted({record["environment"]["commit"] for record in runs.values() if record})
     hours = sum(record["seconds"] for record in runs.values() if record) / 3600
@@ -224,6 +226,7 @@ def write(
         "world": world.settings(),
         "environment": dict(environment),
         "teacher": teacher,
+        **({} if tuning is None else {"tuning": tuning}),
         "runs": [_portable(record, root) for record in runs.values() if record],
         "studies": {
             found.study.name: {

@@ -77,9 +77,12 @@ def read_tuning(root: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        assert all(entry["rate"] > 0 and entry["scores"] for entry in record["recipes"].values()) and record["seeds"]
+        if not (
+            record["seeds"] and all(entry["rate"] > 0 and entry["scores"] for entry in record["recipes"].values())
+        ):
+            raise ValueError("an entry is empty")
         return record
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not what `reproduce --tune` writes ({error!r}): tune again.") from None
 
 

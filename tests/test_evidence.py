@@ -1,0 +1,142 @@
+"""`llava-compodistill reproduce evidence`: one budget of tuning, comparisons that are judged together, curves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from rich.console import Console
+
+from llava_compodistill import about
+from llava_compodistill.errors import DataError
+from llava_compodistill.reproduce import cli, evidence, tuning
+from llava_compodistill.reproduce.recipes import COMPODISTILL, KD, SFT
+
+RATES = (1e-3, 2e-3)
+
+
+class World:
+    """Accuracy rises with the rate for CompoDistill and falls with it for the others."""
+
+    name, title = "fake", "a fake world"
+    metrics, more = {"cr": "compositional", "relations": "relation types"}, {}
+    ahead, jobs, curve, band = 0, 1, 0, "early"
+
+    def __init__(self, split="val"):
+        self.split, self.rates = split, {}
+
+    def settings(self):
+        return {"world": "fake", "split": self.split}
+
+    def normal(self, recipe):
+        return recipe
+
+    def models(self, recipe):
+        return {}
+
+    def refusal(self, recipe):
+        return None
+
+    def steps(self, recipe):
+        return 3
+
+    def stop(self):
+        pass
+
+    def prepare(self, recipes):
+        pass
+
+    def train(self, recipe, seed, folder, threads, on_log):
+        self.rates[str(folder)] = recipe, seed
+        found = {"checkpoint": str(folder), "seconds": 1.0, "steps": 3}
+        ends = [[1, 50.0 + seed], [3, 60.0 + seed]]
+        return {**found, "curve": ends} if self.curve else found
+
+    def evaluate(self, checkpoint, teacher="default"):
+        if checkpoint is None:
+            return {"cr": 99.0, "relations": 99.0}
+        recipe, seed = self.rates[str(checkpoint)]
+        aligned = recipe.method == "compodistill" and not recipe.flags
+        slope = 4000.0 if aligned else -4000.0
+        value = 70.0 + (10.0 if aligned else 0.0) + slope * (recipe.rate or 1e-3) + seed % 100
+        return {"cr": value, "relations": value}
+
+
+def tuned(root, world=None):
+    studies = list(evidence.STUDIES.values())
+    return tuning.tune(world or World(), studies, RATES, (100, 101), root, 1, Console(quiet=True), about.environment())
+
+
+def test_every_method_is_tuned_with_the_same_budget(tmp_path):
+    world = World()
+    record = tuned(tmp_path, world)
+    recipes = {row.recipe for row in evidence.EVIDENCE.rows.values() if row.recipe is not None}
+    assert record["recipes"].keys() == {recipe.key for recipe in recipes} and len(recipes) == 4
+    runs = [(recipe.method, recipe.flags, recipe.rate, seed) for recipe, seed in world.rates.values()]
+    assert len(runs) == len(set(runs)) == 4 * len(RATES) * 2
+    chosen = {key: entry["rate"] for key, entry in record["recipes"].items()}
+    assert chosen == {
+        **{SFT.key: 1e-3, KD.key: 1e-3, COMPODISTILL.key: 2e-3},
+        evidence.CONTROL.key: 1e-3,
+    }
+    assert record["recipes"][COMPODISTILL.key]["scores"] == {"0.001": [84.0, 85.0], "0.002": [88.0, 89.0]}
+    assert tuning.read_tuning(tmp_path) == record and record["environment"]["commit"]
+    section = tuning.tuning_section([evidence.EVIDENCE], record, world)
+    assert "| CompoDistill | 84.5 (84.0, 85.0) | **88.5 (88.0, 89.0)** |" in section and "100, 101" in section
+
+
+def test_rows_take_the_rates_that_were_chosen_for_them(tmp_path):
+    record, world = tuned(tmp_path), World()
+    study = tuning.at_tuned_rates(evidence.EVIDENCE, record, world)
+    rates = {name: row.recipe.rate for name, row in study.rows.items() if row.recipe is not None}
+    assert rates == {"sft": 1e-3, "kd": 1e-3, "compodistill": 2e-3, "control": 1e-3}
+    del record["recipes"][KD.key]
+    with pytest.raises(DataError, match="no learning rate for “KD” of evidence: run `reproduce evidence --tune"):
+        tuning.at_tuned_rates(evidence.EVIDENCE, record, world)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"recipes": {"a": {}}}', '{"recipes": {}}'])
+def test_a_damaged_tuning_file_is_named(tmp_path, text):
+    (tmp_path / "tuning.json").write_text(text)
+    with pytest.raises(DataError, match="tuning.json is not what `reproduce --tune` writes"):
+        tuning.read_tuning(tmp_path)
+
+
+def test_the_command_tunes_and_then_decides(tmp_path, monkeypatch, capsys):
+    worlds = []
+
+    def make(preset, root, file, split):
+        worlds.append(World(split))
+        return worlds[-1]
+
+    monkeypatch.setattr(cli, "make_world", make)
+    command = ["evidence", "--output", str(tmp_path), "--jobs", "1"]
+    assert cli.main([*command, "--tune", "1e-3,2e-3"]) == 0
+    assert worlds[-1].split == "val" and not (tmp_path / "report.md").exists(), "nothing is said of the test split"
+    assert cli.main(command) == 0
+    assert worlds[-1].split == "test" and {seed for _, seed in worlds[-1].rates.values()} == set(range(8))
+    report = (tmp_path / "report.md").read_text()
+    assert "## How the learning rates were chosen" in report and "evidence-curves.png" in report
+    assert (tmp_path / "evidence-curves.png").stat().st_size > 10_000
+    assert "| CompoDistill is ahead of KD (relation types) | +22.0 |" in report and "p (Holm)" in report
+    content = json.loads((tmp_path / "results.json").read_text())
+    found = {verdict["claim"]["better"]: verdict for verdict in content["studies"]["evidence"]["verdicts"]}
+    assert found["compodistill"]["verdict"] == "holds" and found["control"]["verdict"] == "holds"
+    assert content["runs"][0]["curve"] == [[1, 50.0], [3, 60.0]]
+    assert content["tuning"]["seeds"] == [100, 101]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evidence", "--tune", "fast"], "--tune fast: must be numbers separated by commas, such as 1e-3,2e-3"),
+        (["evidence", "--tune", "0"], "--tune 0: learning rates are greater than 0"),
+        (["evidence", "--tune", "1e-3", "--preset", "gpu"], "needs a table, and a world with a validation split"),
+        (["figure2", "--tune", "1e-3"], "needs a table"),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert message in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -44,6 +44,9 @@ class VisualAttentionTerm(Term):
     name = "attention"
     count = "image_samples"
     unlike_tokenizers = True
+    _NO_IMAGE = "{}: the first batches of the data hold no image. Raise --calibration_batches."
+    #: The flag for which maps are compared before training.
+    _compares: ClassVar[str] = "layer_matching"
 
     def __init__(self, args: TrainingArguments, trained: bool = True):
         self.args, self.trained, self.weight = args, trained, args.attention_weight
@@ -69,15 +72,12 @@ class VisualAttentionTerm(Term):
 
     @property
     def calibrated_by(self) -> str:
-        flags = [f"--{of}_layers {SIGHT}" for of in self._by_sight]
-        if self._by_sight:
-            flags += [f"--{name} {getattr(self.args, name)}" for name in ("sight_share", "calibration_samples")]
-        if self.calibration_batches:
-            flags += [self._compared_by, f"--calibration_batches {self.calibration_batches}"]
-        return " ".join(flags)
-
-    #: The flag for which maps are compared before training.
-    _compared_by = "--layer_matching adaptive"
+        if not (self._by_sight or self.calibration_batches):
+            return ""
+        names = ["student_layers", "teacher_layers", "layer_matching"]
+        names += ["sight_share", "calibration_samples"] if self._by_sight else []
+        names += [self._compares, "attention_rows", "calibration_batches"] if self.calibration_batches else []
+        return " ".join(f"--{name} {getattr(self.args, name)}" for name in dict.fromkeys(names))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Layers
@@ -181,7 +181,7 @@ class VisualAttentionTerm(Term):
             stacked = torch.stack([torch.stack(row) for row in distances])
             total = stacked if total is None else total + stacked
         if total is None:
-            raise ValueError(f"{self._compared_by}: the calibration batches hold no image.")
+            raise ValueError(self._NO_IMAGE.format(self.calibrated_by))
         return {"distances": total.tolist()}
 
     def use(self, calibrated: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ Head = tuple[int, int]
 class MatchedHeadsTerm(VisualAttentionTerm):
     """Over the student's layers and heads, the mean distance between a head's map and that of its teacher head."""
 
-    _compared_by = "--attention_heads matched"
+    _compares = "attention_heads"
 
     @property
     def calibration_batches(self) -> int:
@@ -77,7 +77,7 @@ class MatchedHeadsTerm(VisualAttentionTerm):
                 found.append(_similarities(mine, torch.cat(theirs, dim=1), rows))
             totals = found if totals is None else [a + b for a, b in zip(totals, found, strict=True)]
         if totals is None:
-            raise ValueError(f"{self._compared_by}: the calibration batches hold no image.")
+            raise ValueError(self._NO_IMAGE.format(self.calibrated_by))
         count = self.pair.teacher.config.num_attention_heads
         heads = [
             [(group[index // count], index % count) for index in _assign(total)]

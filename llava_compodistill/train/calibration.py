@@ -85,8 +85,8 @@ class Calibration:
         if len(increases) < LEAST_SAMPLES:
             raise ValueError(
                 f"{', '.join(self._objective.calibrated_by.values())}: the data have {len(increases)} samples with an "
-                f"image of their own and an answer, and sight is measured on {LEAST_SAMPLES} or more. Name the layers "
-                "(--student_layers intermediate --teacher_layers intermediate), or train on data with images."
+                f"image of their own and an answer, and sight is measured on {LEAST_SAMPLES} or more. Use data with "
+                "images, or other values for these flags."
             )
         if not all(math.isfinite(value) for sample in increases for value in sample):
             raise NonFiniteLossError(f"The {of}'s loss is not finite on the samples that its sight is measured on.")

@@ -305,6 +305,12 @@ class CompoDistillTrainer(LLaVATrainer):
         self._report_cut_samples()
         return result
 
+    def _inner_training_loop(self, *args, **kwargs):
+        """With this command's micro-batch: 4.37 takes a checkpoint's, whose accumulation may have been another."""
+        if "batch_size" in kwargs and not self.args.auto_find_batch_size:
+            kwargs["batch_size"] = self.args.train_batch_size
+        return super()._inner_training_loop(*args, **kwargs)
+
     def _calibrate(self, checkpoint: str | None) -> None:
         """Let the terms look at data, the same on every rank; or take what a checkpoint has of it."""
         flags, found = self.objective.calibrated_by, None

@@ -42,6 +42,7 @@ LONGEST = (
     "test_unlike_tokenizers",
     "test_trained_tower",
     "test_training_terms",
+    "test_layers_by_sight",
     "test_analysis",
     "test_sight",
     "test_newer_families",

@@ -37,16 +37,22 @@ def linear(weights: dict, name: str, x: torch.Tensor) -> torch.Tensor:
     return out + weights[f"{name}.bias"] if f"{name}.bias" in weights else out
 
 
-def attention_probabilities(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Causal attention probabilities [H, N, N] of q [H, N, d] and k [H_kv, N, d]."""
+def attention_probabilities(q: torch.Tensor, k: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    """Causal attention probabilities [H, N, N] of q [H, N, d] and k [H_kv, N, d]; 0 where `hidden` [N, N] is True."""
     k = k.repeat_interleave(q.shape[0] // k.shape[0], dim=0)
     future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
     scores = (q @ k.transpose(1, 2) / math.sqrt(q.shape[2])).masked_fill(future, -math.inf)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -math.inf)
     return torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True))
 
 
-def decoder(weights: dict, config, embeds: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A Llama or Qwen2 decoder on one sequence [N, D]: final hidden states and each layer's attention [H, N, N]."""
+def decoder(
+    weights: dict, config, embeds: torch.Tensor, hidden_keys: dict[int, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A Llama or Qwen2 decoder on one sequence [N, D]: final hidden states and each layer's attention [H, N, N].
+
+    `hidden_keys` names by layer the keys that queries do not see, [N, N] bool."""
     length, width = embeds.shape
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size = width // heads
@@ -59,7 +65,7 @@ def decoder(weights: dict, config, embeds: torch.Tensor) -> tuple[torch.Tensor, 
             for part, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
         )
         q, k = rotate(q, rope_theta(config)), rotate(k, rope_theta(config))
-        maps.append(attention_probabilities(q, k))
+        maps.append(attention_probabilities(q, k, (hidden_keys or {}).get(layer)))
         mixed = (maps[-1] @ v.repeat_interleave(heads // kv_heads, dim=0)).transpose(0, 1).reshape(length, width)
         hidden = hidden + linear(weights, f"{name}.self_attn.o_proj", mixed)
         x = rms_norm(hidden, weights[f"{name}.post_attention_layernorm.weight"], config.rms_norm_eps)
@@ -113,14 +119,28 @@ def merge(ids: list[int], labels: list[int], first_image: int, patches: int, lim
     return Merged(kinds[:limit], out[:limit])
 
 
-def run(weights: dict, config, merged: Merged, features: torch.Tensor):
-    """(final hidden states [N, D], attention [H, N, N] of each layer) of one merged sample."""
+def run(weights: dict, config, merged: Merged, features: torch.Tensor, blind: int | None = None):
+    """(final hidden states [N, D], attention [H, N, N] of each layer) of one merged sample; in the layer `blind` its
+    text sees no visual token."""
     tokens = visual_tokens(weights, config, features)
     rows = [
         weights["model.embed_tokens.weight"][kind[1]] if kind[0] == "text" else tokens[kind[1], kind[2]]
         for kind in merged.kinds
     ]
-    return decoder(weights, config, torch.stack(rows))
+    if blind is None:
+        return decoder(weights, config, torch.stack(rows))
+    visual = torch.tensor([kind[0] == "visual" for kind in merged.kinds])
+    return decoder(weights, config, torch.stack(rows), {blind: ~visual[:, None] & visual[None, :]})
+
+
+def answer_cost(weights: dict, config, merged: Merged, features: torch.Tensor, blind: int | None = None) -> float:
+    """Mean negative log-probability of a sample's answer tokens, in nats."""
+    hidden, _ = run(weights, config, merged, features, blind)
+    costs = []
+    for position in merged.answers:
+        logits = weights["lm_head.weight"] @ hidden[position]
+        costs.append(float(torch.logsumexp(logits, 0) - logits[merged.labels[position + 1]]))
+    return sum(costs) / len(costs)
 
 
 def visual_map(attention: torch.Tensor, visual: list[int]) -> torch.Tensor:

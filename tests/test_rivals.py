@@ -293,7 +293,7 @@ def test_heads_find_their_own(siglip, tmp_path):
         before = float(objective(student, batch)["attention"].loss)
     found = objective.calibrate([batch])
     objective.use(found)
-    assert found["attention"] == [[(layer, order.index(head)) for head in range(4)] for layer in (1, 2)]
+    assert found["attention"]["heads"] == [[(layer, order.index(head)) for head in range(4)] for layer in (1, 2)]
     with objective.running():
         after = float(objective(student, batch)["attention"].loss)
     assert before > 0.01 and abs(after) < 1e-9

@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from llava_compodistill.analysis.similarity import all_maps, layer_at_equal_depth, similarity
+from llava_compodistill.analysis.similarity import all_maps, similarity
 from llava_compodistill.eval.scoring import Question, batches, score
 from llava_compodistill.losses import attention_similarity
+from llava_compodistill.pair.layers import layer_at_equal_depth
 
 
 @pytest.fixture(scope="module")

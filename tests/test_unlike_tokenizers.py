@@ -28,6 +28,8 @@ from llava_compodistill.hosts.llava.host import import_llava_train  # noqa: E402
 from llava_compodistill.hosts.llava.reading import read_conversation  # noqa: E402
 from llava_compodistill.hosts.llava.templates import current_template, prepare_tokenizer, use_template  # noqa: E402
 from llava_compodistill.record.merge import record_merge  # noqa: E402
+from llava_compodistill.record.sight import without_sight  # noqa: E402
+from llava_compodistill.train.calibration import Calibration  # noqa: E402
 from llava_compodistill.train.objective import Objective  # noqa: E402
 from llava_compodistill.train.teacher_text import _can_read  # noqa: E402
 
@@ -376,6 +378,29 @@ def test_heads_are_matched(pair, tmp_path):
     assert 0 < float(sums["attention"].loss) < 3
     objective.use(objective.calibrate([paired_batch()]))
     assert len({tuple(heads) for layer in objective.term("attention").assigned for heads in layer}) > 4
+
+
+def test_the_sight_of_layers_is_measured_on_each_models_own_text(pair, tmp_path):
+    objective, *_ = run(pair, tmp_path)
+    batch = paired_batch()
+    theirs = {name: value for name, value in batch[TEACHER].items() if name != "aligned"}
+    texts = {"student": batch, "teacher": {**theirs, "images": batch["images"]}}
+    data = Calibration(objective, [], [batch] * 3)
+    for of, model in zip(("student", "teacher"), pair, strict=True):
+        costs = []
+        for layers in ([], [1]):
+            inputs = {name: texts[of][name] for name in ("input_ids", "labels", "attention_mask", "images")}
+            with record_merge(model) as recorder, without_sight(model, layers, lambda at=recorder: at.batch):
+                logits = model(**inputs, use_cache=False).logits.detach()
+            asked, has_image = recorder.batch.answer_mask(), recorder.batch.has_image
+            losses = torch.zeros(asked.shape, dtype=logits.dtype)
+            losses[asked] = torch.nn.functional.cross_entropy(
+                logits[asked], recorder.batch.answer_targets(), reduction="none"
+            )
+            costs.append((losses.sum(1) / asked.sum(1))[has_image])
+        found = data.sight(of)
+        assert found.samples == 3 * len(costs[0]) == 9 and len(found.nats) == model.config.num_hidden_layers
+        assert found.nats[1] == pytest.approx(float((costs[1] - costs[0]).mean()), rel=1e-3, abs=1e-6)
 
 
 def test_relations_of_visual_tokens(pair, tmp_path):

@@ -15,14 +15,14 @@ from ..eval.engine import Engine
 from ..eval.scoring import batches
 from ..eval.sequences import WholeSequences
 from ..hosts.llava.model import llava_core
-from ..pair.layers import match_layers, visual_understanding_layers
+from ..pair.layers import layer_at_equal_depth, match_layers, visual_understanding_layers
 from ..record.attention import GroupMeans
 from ..record.blend import blended_attention
 from ..record.merge import MergeRecorder
-from ..record.sight import without_sight
+from ..record.sight import Inside, by_layer
 from .answers import KEYS, answer_attention
 from .samples import Sample
-from .similarity import all_maps, check_same_places, layer_at_equal_depth
+from .similarity import all_maps, check_same_places
 
 Progress = Callable[[Sequence[Any], str], Iterator[Any]]
 
@@ -240,17 +240,10 @@ def knockout(
 ) -> tuple[tuple[Mean, Mean], list[tuple[Mean, Mean]]]:
     """(accuracy in %, nats an answer token) of the whole model, and with text blind to the image in each layer."""
 
-    def measured(layers: Sequence[int]) -> tuple[Mean, Mean]:
-        inside = None
-        if layers:
-
-            def inside(recorder):
-                return without_sight(engine.model, layers, lambda: recorder.batch)
-
+    def measured(inside: Inside) -> tuple[Mean, Mean]:
         probabilities, right = answer_scores(engine, samples, batch_size, inside)
         costs = [-math.log(max(probability, 1e-30)) for probability in probabilities]
         return Mean.of([100 * value for value in right]), Mean.of(costs)
 
     layers = range(depth_of(engine))
-    chosen = layers if progress is None else progress(layers, "layers")
-    return measured([]), [measured([layer]) for layer in chosen]
+    return by_layer(engine.model, measured, layers if progress is None else progress(layers, "layers"))

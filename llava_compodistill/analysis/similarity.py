@@ -12,7 +12,7 @@ from torch import nn
 from ..eval.scoring import Question, batches
 from ..hosts.llava.model import llava_core
 from ..losses import attention_similarity
-from ..pair.layers import match_layers, visual_understanding_layers
+from ..pair.layers import layer_at_equal_depth, match_layers, visual_understanding_layers
 from ..record.attention import GroupMeans, capture_visual_attention
 from ..record.merge import MergedBatch, record_merge
 
@@ -28,11 +28,6 @@ class Similarity:
 
     band: float
     by_layer: list[float]
-
-
-def layer_at_equal_depth(layer: int, num_layers: int, other_num_layers: int) -> int:
-    """The layer of another model whose middle is nearest to this layer's in relative depth."""
-    return min(other_num_layers - 1, int((layer + 0.5) * other_num_layers / num_layers))
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -12,7 +12,14 @@ from ..hosts.base import MergedBatch
 from ..hosts.llava.model import count_visual_tokens
 from ..losses.attention import attention_distillation_loss, attention_similarity, counting_samples
 from ..pair import Pair
-from ..pair.layers import match_layers, parse_band, visual_understanding_layers
+from ..pair.layers import (
+    SIGHT,
+    match_layers,
+    parse_band,
+    refuse_more_student_layers,
+    visual_understanding_layers,
+)
+from ..pair.sight import choose_layers
 from ..record.attention import refuse_windows
 from ..record.forward import Needs, Pass
 from ..record.resample import on_other_grid, repeated
@@ -21,6 +28,7 @@ from .places import check_same_visual_places
 
 if TYPE_CHECKING:
     from ..train.arguments import TrainingArguments
+    from ..train.calibration import Calibration
     from .advantage import AdvantageTerm
 
 logger = logging.getLogger(__name__)
@@ -38,6 +46,9 @@ class VisualAttentionTerm(Term):
     name = "attention"
     count = "image_samples"
     unlike_tokenizers = True
+    _NO_IMAGE = "{}: the first batches of the data hold no image. Raise --calibration_batches."
+    #: The flag for which maps are compared before training.
+    _compares: ClassVar[str] = "layer_matching"
 
     def __init__(self, args: TrainingArguments, trained: bool = True, advantage: AdvantageTerm | None = None):
         self.args, self.trained, self.weight = args, trained, args.attention_weight
@@ -46,9 +57,30 @@ class VisualAttentionTerm(Term):
         self.groups: list[list[int]] = []
         self._candidates: list[int] = []
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is measured before training
+    # -----------------------------------------------------------------------------------------------------------------
+    @property
+    def _by_sight(self) -> list[str]:
+        """The models whose layers are chosen by their sight."""
+        return [of for of in ("student", "teacher") if getattr(self.args, f"{of}_layers") == SIGHT]
+
     @property
     def calibration_batches(self) -> int:
         return self.args.calibration_batches if self.args.layer_matching == "adaptive" else 0
+
+    @property
+    def calibration_samples(self) -> int:
+        return self.args.calibration_samples if self._by_sight else 0
+
+    @property
+    def calibrated_by(self) -> str:
+        if not (self._by_sight or self.calibration_batches):
+            return ""
+        names = ["student_layers", "teacher_layers", "layer_matching"]
+        names += ["sight_share", "calibration_samples"] if self._by_sight else []
+        names += [self._compares, "attention_rows", "calibration_batches"] if self.calibration_batches else []
+        return " ".join(f"--{name} {getattr(self.args, name)}" for name in dict.fromkeys(names))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Layers
@@ -63,27 +95,38 @@ class VisualAttentionTerm(Term):
                 "L_ADL: the tokenizers differ, so queries of prompts are left out. Those of visual tokens count, and "
                 "those of answers where both models have read the same text."
             )
-        args = self.args
-        self.student_layers = visual_understanding_layers(
-            pair.student.config.num_hidden_layers, parse_band(args.student_layers, "student_layers")
-        )
-        self._candidates = visual_understanding_layers(
-            pair.teacher.config.num_hidden_layers, parse_band(args.teacher_layers, "teacher_layers")
-        )
-        if args.layer_matching == "adaptive":
-            # Until the distances are measured any order-keeping match stands in.
-            self.groups = match_layers(self.student_layers, self._candidates, "simple")
-        else:
-            self._match()
-        refuse_windows(pair.student, self.student_layers, pair.longest)
-        longest = getattr(pair.teacher.config, "tokenizer_model_max_length", None)
-        refuse_windows(pair.teacher, self._candidates, longest)
+        student, teacher = (self._band(of) for of in ("student", "teacher"))
+        if "student" not in self._by_sight:
+            refuse_more_student_layers(student, teacher, self.args.layer_matching)
+        self._align(student, teacher)
+        refuse_windows(pair.student, student, pair.longest)
+        refuse_windows(pair.teacher, teacher, getattr(pair.teacher.config, "tokenizer_model_max_length", None))
+        if not self.calibrated_by:
+            self._report()
 
-    def _match(self, distances: Any = None) -> None:
-        matching = self.args.layer_matching
-        self.groups = match_layers(self.student_layers, self._candidates, matching, distances=distances)
+    def _band(self, of: str) -> list[int]:
+        """The layers of a model that the flags name; all that can be chosen where it goes by sight."""
+        band = parse_band(getattr(self.args, f"{of}_layers"), f"{of}_layers", measured=True)
+        depth = getattr(self.pair, of).config.num_hidden_layers
+        return visual_understanding_layers(depth, "all" if band == SIGHT else band)
+
+    def _align(self, student: list[int], teacher: list[int], distances: Any = None, chosen: bool = False) -> None:
+        """Match layers of both models.
+
+        Args:
+            distances: of adaptive matching.
+            chosen: whether they are the layers that are trained on, and not all that can be chosen.
+        """
+        self.student_layers, self._candidates = student, teacher
+        strategy = self.args.layer_matching
+        if (strategy == "adaptive" and distances is None) or (self._by_sight and not chosen):
+            strategy = "simple"  # stands in until it is measured which layers correspond
+        self.groups = match_layers(student, teacher, strategy, distances=distances)
+
+    def _report(self) -> None:
         pairs = zip(self.student_layers, self.groups, strict=True)
-        logger.info("L_ADL (%s): %s", matching, ", ".join(f"{layer} <- {group}" for layer, group in pairs))
+        listed = ", ".join(f"{layer} <- {group}" for layer, group in pairs)
+        logger.info("L_ADL (%s): %s", self.args.layer_matching, listed)
 
     def needs(self) -> tuple[Needs, Needs]:
         student = frozenset((layer,) for layer in self.student_layers)
@@ -91,13 +134,40 @@ class VisualAttentionTerm(Term):
         return Needs(groups=student, graph=self.trained), Needs(groups=teacher)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Adaptive matching (Appendix F)
+    # Before training: layers by sight, then adaptive matching (Appendix F)
     # -----------------------------------------------------------------------------------------------------------------
-    def calibration_needs(self) -> tuple[Needs, Needs]:
+    def calibrate(self, data: Calibration) -> dict[str, Any]:
+        """By name: "sight" of the models, "student_layers" and "teacher_layers", where they are chosen by it; and
+        "distances" of their layers, for adaptive matching."""
+        found: dict[str, Any] = {}
+        if self._by_sight:
+            found = self._choose(data)
+            self._align(found["student_layers"], found["teacher_layers"], chosen=True)
+        if self.calibration_batches:
+            found |= self._compare(data.passes(self.calibration_batches, self._compared_needs()))
+        return found
+
+    def _choose(self, data: Calibration) -> dict[str, Any]:
+        sight = {of: data.sight(of) for of in reversed(self._by_sight)}  # a teacher without any ends the run
+        pair, args = self.pair, self.args
+        chosen = choose_layers(
+            *(sight.get(of) or self._band(of) for of in ("student", "teacher")),
+            depths=(pair.student.config.num_hidden_layers, pair.teacher.config.num_hidden_layers),
+            share=args.sight_share,
+            strategy=args.layer_matching,
+        )
+        return {
+            "student_layers": chosen.student_layers,
+            "teacher_layers": chosen.teacher_layers,
+            "reasons": chosen.reasons,
+            "sight": {of: measured.as_dict() for of, measured in sight.items()},
+        }
+
+    def _compared_needs(self) -> tuple[Needs, Needs]:
         student, teacher = (frozenset((layer,) for layer in band) for band in (self.student_layers, self._candidates))
         return Needs(groups=student), Needs(groups=teacher)
 
-    def calibrate(self, passes: Iterable[tuple[Pass, Pass | None]]) -> list[list[float]]:
+    def _compare(self, passes: Iterable[tuple[Pass, Pass | None]]) -> dict[str, Any]:
         """The KL distance of each student layer's map to each teacher layer's, summed over batches."""
         total: torch.Tensor | None = None
         for student, teacher in passes:
@@ -114,11 +184,17 @@ class VisualAttentionTerm(Term):
             stacked = torch.stack([torch.stack(row) for row in distances])
             total = stacked if total is None else total + stacked
         if total is None:
-            raise ValueError("--layer_matching adaptive: the calibration batches hold no image.")
-        return total.tolist()
+            raise ValueError(self._NO_IMAGE.format(self.calibrated_by))
+        return {"distances": total.tolist()}
 
-    def use(self, calibrated: list[list[float]]) -> None:
-        self._match(calibrated)
+    def use(self, calibrated: dict[str, Any]) -> None:
+        student, teacher = self.student_layers, self._candidates
+        if self._by_sight:
+            student, teacher = calibrated["student_layers"], calibrated["teacher_layers"]
+            reasons = "; ".join(calibrated["reasons"])
+            logger.info("Layers by sight (--sight_share %g): %s.", self.args.sight_share, reasons)
+        self._align(student, teacher, calibrated.get("distances"), chosen=True)
+        self._report()
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loss

@@ -8,7 +8,7 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +20,7 @@ from ..record.forward import Needs, Pass
 
 if TYPE_CHECKING:
     from ..train.arguments import TrainingArguments
+    from ..train.calibration import Calibration
 
 #: What a sum can be divided by: fields of `train.facts.BatchFacts`.
 COUNTS = ("answer_tokens", "image_samples", "samples", "aligned_spans")
@@ -52,7 +53,9 @@ class Term:
         count: what its sum is divided by, one of COUNTS.
         weight: its factor in the loss.
         module: weights of its own, trained and saved beside the student's, and in no LLaVA checkpoint.
-        calibration_batches: how many batches `calibrate` wants to see before training.
+        calibrated_by: the flags that make it look at data before training, with their values; "" where it does not.
+        calibration_batches: on how many batches `calibrate` wants both models' passes.
+        calibration_samples: on how many samples with an image it wants the sight of a model's layers.
         unlike_tokenizers: whether it runs on a pair with two tokenizers, where text tokens do not correspond; visual
             tokens do, at other positions (`pair.tokens`).
         left_out_by: the flag that takes the term out of its method, where there is one.
@@ -62,7 +65,9 @@ class Term:
     count: ClassVar[str] = "samples"
     weight: float = 1.0
     module: nn.Module | None = None
+    calibrated_by: str = ""
     calibration_batches: int = 0
+    calibration_samples: int = 0
     unlike_tokenizers: ClassVar[bool] = False
     left_out_by: ClassVar[str] = ""
 
@@ -105,15 +110,14 @@ class Term:
         """
         raise NotImplementedError
 
-    def calibration_needs(self) -> tuple[Needs, Needs]:
-        """As `needs`, for `calibrate`."""
-        return self.needs()
+    def calibrate(self, data: Calibration) -> Any:
+        """Look at data before training, in as many rounds as it takes; returns what `use` takes, as JSON can hold it.
 
-    def calibrate(self, passes: Iterable[tuple[Pass, Pass | None]]) -> Any:
-        """Look at a few batches before training; returns what `use` takes, as JSON can hold it."""
+        Every checkpoint keeps it, so that a run that goes on has no need to look again: its student has changed.
+        """
 
     def use(self, calibrated: Any) -> None:
-        """Take what `calibrate` found, the first rank's on all ranks."""
+        """Take what `calibrate` found: the first rank's on all ranks, or that of the run that is gone on with."""
 
 
 def prepared(terms: Sequence[Term], pair: Pair) -> list[Term]:

@@ -15,7 +15,6 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from ..pair import Pair
 from ..record.forward import Needs, Pass
 from .attention import VisualAttentionTerm
 
@@ -28,14 +27,16 @@ Head = tuple[int, int]
 class MatchedHeadsTerm(VisualAttentionTerm):
     """Over the student's layers and heads, the mean distance between a head's map and that of its teacher head."""
 
+    _compares = "attention_heads"
+
     @property
     def calibration_batches(self) -> int:
         return self.args.calibration_batches
 
-    def prepare(self, pair: Pair) -> None:
-        super().prepare(pair)
-        count = pair.teacher.config.num_attention_heads
-        heads = range(pair.student.config.num_attention_heads)
+    def _align(self, *args: Any, **kwargs: Any) -> None:
+        super()._align(*args, **kwargs)
+        count = self.pair.teacher.config.num_attention_heads
+        heads = range(self.pair.student.config.num_attention_heads)
         # Until the heads are compared, any stand in.
         self.assigned: list[list[Head]] = [[(group[0], head % count) for head in heads] for group in self.groups]
 
@@ -57,12 +58,12 @@ class MatchedHeadsTerm(VisualAttentionTerm):
     # -----------------------------------------------------------------------------------------------------------------
     # Which head learns from which
     # -----------------------------------------------------------------------------------------------------------------
-    def calibration_needs(self) -> tuple[Needs, Needs]:
+    def _compared_needs(self) -> tuple[Needs, Needs]:
         student = frozenset(_all_heads(self.pair.student, layer) for layer in self.student_layers)
         layers = sorted({layer for group in self.groups for layer in group})
         return Needs(heads=student), Needs(heads=frozenset(_all_heads(self.pair.teacher, layer) for layer in layers))
 
-    def calibrate(self, passes: Iterable[tuple[Pass, Pass | None]]) -> list[list[Head]]:
+    def _compare(self, passes: Iterable[tuple[Pass, Pass | None]]) -> dict[str, Any]:
         """For each student layer, the teacher head of each of its heads."""
         totals: list[torch.Tensor] | None = None
         for student, teacher in passes:
@@ -76,15 +77,17 @@ class MatchedHeadsTerm(VisualAttentionTerm):
                 found.append(_similarities(mine, torch.cat(theirs, dim=1), rows))
             totals = found if totals is None else [a + b for a, b in zip(totals, found, strict=True)]
         if totals is None:
-            raise ValueError("--attention_heads matched: the calibration batches hold no image.")
-        return [
+            raise ValueError(self._NO_IMAGE.format(self.calibrated_by))
+        count = self.pair.teacher.config.num_attention_heads
+        heads = [
             [(group[index // count], index % count) for index in _assign(total)]
             for total, group in zip(totals, self.groups, strict=True)
-            for count in [self.pair.teacher.config.num_attention_heads]
         ]
+        return {"heads": heads}
 
-    def use(self, calibrated: Any) -> None:
-        self.assigned = [[(layer, head) for layer, head in heads] for heads in calibrated]
+    def use(self, calibrated: dict[str, Any]) -> None:
+        super().use(calibrated)
+        self.assigned = [[(layer, head) for layer, head in heads] for heads in calibrated["heads"]]
         for layer, heads in zip(self.student_layers, self.assigned, strict=True):
             pairs = ", ".join(f"{head} <- {at}.{other}" for head, (at, other) in enumerate(heads))
             logger.info("L_ADL by heads, layer %d: %s", layer, pairs)

@@ -19,7 +19,7 @@ import torch
 from ..losses.release import sink_filtered_loss
 from ..ops.answer_loss import answer_loss
 from ..pair import Pair
-from ..pair.layers import match_layers, parse_band, visual_understanding_layers
+from ..pair.layers import SIGHT, match_layers, parse_band, visual_understanding_layers
 from ..record.attention import refuse_windows
 from ..record.forward import Needs, Pass
 from .answers import AnswerTerm
@@ -83,6 +83,12 @@ class ReleaseAttentionTerm(Term):
     def prepare(self, pair: Pair) -> None:
         self.pair = pair
         refuse_other_counts(pair, "the attention loss", "maps", "another method")
+        for name in ("student_layers", "teacher_layers"):
+            if getattr(self.args, name) == SIGHT:
+                raise ValueError(
+                    f"--{name} {SIGHT}: --method release aligns the layers of the authors' code, or those that are "
+                    "named. Name them, or use --method compodistill."
+                )
         depths = [model.config.num_hidden_layers for model in (pair.student, pair.teacher)]
         default = self.args.student_layers == self.args.teacher_layers == "intermediate"
         if default and all(depth in LAYERS for depth in depths):

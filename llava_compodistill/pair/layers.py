@@ -11,6 +11,8 @@ from fractions import Fraction
 
 BANDS = ("early", "intermediate", "later", "all")
 STRATEGIES = ("group", "simple", "adaptive")
+#: In place of a band: the layers where the model is measured to read the image (`pair.sight`).
+SIGHT = "sight"
 
 # The middle 30-70 % of the depth. Fractions, because 0.7 * 10 == 7.000000000000001 in floating point, which would
 # add layer 7 to the band of a 10-layer model.
@@ -50,12 +52,22 @@ def visual_understanding_layers(num_layers: int, band: str | Sequence[int] = "in
     return layers
 
 
-def parse_band(value: str, name: str = "band") -> str | list[int]:
+def layer_at_equal_depth(layer: int, num_layers: int, other_num_layers: int) -> int:
+    """The layer of another model whose middle is nearest to this layer's in relative depth."""
+    return min(other_num_layers - 1, int((layer + 0.5) * other_num_layers / num_layers))
+
+
+def parse_band(value: str, name: str = "band", measured: bool = False) -> str | list[int]:
     """Read a band from the command line: a name, or layer numbers separated by commas.
+
+    Args:
+        measured: whether SIGHT is allowed, too.
 
     Raises:
         ValueError: with the flag's name, the value, and what is allowed.
     """
+    if measured and value == SIGHT:
+        return SIGHT
     if any(character.isdigit() for character in value):
         try:
             return [int(number) for number in value.split(",")]
@@ -64,7 +76,8 @@ def parse_band(value: str, name: str = "band") -> str | list[int]:
     try:
         visual_understanding_layers(10, value)
     except ValueError as error:
-        raise ValueError(f"--{name} {value!r}: {error}") from None
+        more = f" (or {SIGHT}: where the model reads the image)" if measured else ""
+        raise ValueError(f"--{name} {value!r}: {error}{more}") from None
     return value
 
 
@@ -94,16 +107,25 @@ def match_layers(
     if strategy == "simple":
         return [[teacher[i]] for i in _spread(len(student), len(teacher))]
 
-    if len(student) > len(teacher):
+    refuse_more_student_layers(student, teacher, strategy)
+    if strategy == "group":
+        window = len(teacher) - len(student) + 1
+        return [teacher[k : k + window] for k in range(len(student))]
+    return [[teacher[i]] for i in _greedy(_checked_distances(distances, student, teacher))]
+
+
+def refuse_more_student_layers(student: Sequence[int], teacher: Sequence[int], strategy: str) -> None:
+    """Refuse bands that only `simple` can match.
+
+    Raises:
+        ValueError: naming both and the way out.
+    """
+    if strategy != "simple" and len(student) > len(teacher):
         raise ValueError(
             f"{strategy} layer matching needs at least as many teacher layers as student layers, but the student band "
             f"{student} has {len(student)} and the teacher band {teacher} has {len(teacher)}; "
             "choose another band for either model, or the strategy 'simple'"
         )
-    if strategy == "group":
-        window = len(teacher) - len(student) + 1
-        return [teacher[k : k + window] for k in range(len(student))]
-    return [[teacher[i]] for i in _greedy(_checked_distances(distances, student, teacher))]
 
 
 def _spread(count: int, size: int) -> list[int]:

@@ -9,6 +9,7 @@ the first row of a span can be compared: the rows inside it follow text that end
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,24 @@ from ..hosts.token_bytes import TokenBytes
 #: Beside the student's tensors in a sample and in a batch: what a teacher with another tokenizer reads, and under
 #: "aligned" the answer rows that correspond.
 TEACHER = "teacher"
+
+
+def students_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a batch what the student reads."""
+    return {name: value for name, value in batch.items() if name != TEACHER}
+
+
+def teachers_inputs(batch: Mapping[str, Any], shares_tokenizer: bool) -> dict[str, Any]:
+    """Of a batch what the teacher reads; with a tokenizer of its own, "aligned" is among it.
+
+    Raises:
+        ValueError: for a batch that lacks the tokens of such a teacher.
+    """
+    if shares_tokenizer:
+        return dict(batch)
+    if TEACHER not in batch:
+        raise ValueError("The batch lacks the teacher's tokens: give make_data_module teacher=teacher_text.")
+    return {**students_inputs(batch), **batch[TEACHER]}
 
 
 def shared_tokens(ours: Any, theirs: Any) -> int | None:

@@ -72,6 +72,32 @@ def keep_features(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @contextlib.contextmanager
+def encode_alone(model: nn.Module) -> Iterator[None]:
+    """Inside the context a forward encodes its images by the model's own tower and adapter, which may differ in
+    precision, whoever shares them."""
+    host = host_of(model)
+    with replaced(model, host.ENCODE, lambda images: host.project(model, model.get_vision_tower()(images))):
+        yield
+
+
+@contextlib.contextmanager
+def keep_tokens(model: nn.Module) -> Iterator[None]:
+    """Inside the context the first forward makes visual tokens of its images, and those that follow, of the same
+    images, reuse them."""
+    host = host_of(model)
+    encode = getattr(model, host.ENCODE)
+    kept: list[torch.Tensor] = []
+
+    def encode_first(images: torch.Tensor) -> torch.Tensor:
+        if not kept:
+            kept.append(encode(images))
+        return kept[0]
+
+    with replaced(model, host.ENCODE, encode_first):
+        yield
+
+
+@contextlib.contextmanager
 def encoded_as(model: nn.Module, features: torch.Tensor) -> Iterator[None]:
     """Inside the context a forward's images have these features [B, N_v, D_v], whatever its own encoder says."""
     host = host_of(model)

@@ -113,6 +113,11 @@ class PassRecorder:
             raise RuntimeError("No forward has run inside record() yet.")
         return self._pass
 
+    @property
+    def batch(self) -> MergedBatch:
+        """Where the tokens of the newest forward are, also while it runs."""
+        return self.latest.batch
+
 
 @contextlib.contextmanager
 def record(

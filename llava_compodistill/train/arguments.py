@@ -15,6 +15,7 @@ from .. import compat
 from ..hosts.llava import training as llava_training
 from ..methods import METHODS, Method, find_method
 from ..pair.layers import parse_band
+from ..pair.sight import LEAST_SAMPLES
 
 STAGES = ("pt", "dpt", "dft", "sft")
 #: Stages that train the adapter alone (method.md, "Three stages").
@@ -121,9 +122,25 @@ class TrainingArguments(llava_training.TrainingArguments):
     )
     student_layers: str = field(
         default="intermediate",
-        metadata={"help": "Student's band: intermediate, early, later, all (Table 3b), or a list such as 8,9,10."},
+        metadata={
+            "help": "Student's band: intermediate, early, later, all (Table 3b), a list such as 8,9,10, or sight: the "
+            "layers where it is measured to read the image."
+        },
     )
     teacher_layers: str = field(default="intermediate", metadata={"help": "Teacher's band, written the same way."})
+    sight_share: float = field(
+        default=0.9,
+        metadata={
+            "help": "Of layers chosen by sight: the share of a model's sight that the shortest run of layers has to "
+            "hold."
+        },
+    )
+    calibration_samples: int = field(
+        default=64,
+        metadata={
+            "help": "Samples with an image, drawn from all of the data, that the sight of layers is measured on."
+        },
+    )
     layer_matching: Literal["group", "simple", "adaptive"] = field(
         default="group", metadata={"help": "How student layers meet teacher layers (Table 3c)."}
     )
@@ -218,11 +235,15 @@ class TrainingArguments(llava_training.TrainingArguments):
         _check_advantage(self)
         if self.calibration_batches < 1:
             raise ValueError(f"--calibration_batches {self.calibration_batches}: must be at least 1.")
+        if not 0 < self.sight_share <= 1:
+            raise ValueError(f"--sight_share {self.sight_share}: must be above 0 and at most 1.")
+        if self.calibration_samples < LEAST_SAMPLES:
+            raise ValueError(f"--calibration_samples {self.calibration_samples}: must be at least {LEAST_SAMPLES}.")
         for name, least in (("sight_steps", 1), ("sight_samples", 2)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}.")
         for name in ("student_layers", "teacher_layers"):
-            parse_band(getattr(self, name), name)
+            parse_band(getattr(self, name), name, measured=True)
         # LLaVA's trainer, saver and loader read this switch; the stage decides it.
         self.tune_mm_mlp_adapter = self.stage in ADAPTER_STAGES
         if self.gradient_checkpointing:

@@ -4,7 +4,8 @@ pt, dpt        config.json + mm_projector.bin
 dft, sft full  a Hugging Face folder (safetensors)
 dft, sft LoRA  adapter_config.json + adapter_model.safetensors + non_lora_trainables.bin + config.json
 
-Beside them lie the tokenizer and compodistill_run.json, the settings that they were made with (see `resume`).
+Beside them lie the tokenizer, compodistill_run.json, the settings that they were made with (see `resume`), and
+calibration.json, where terms have measured something before training (see `calibration`).
 config.json has an entry `compodistill`: the stage, the version of this package and, for dft and sft, the conversation
 template to evaluate with.
 

@@ -18,10 +18,11 @@ from ..hosts import host_of
 from ..methods import Sums, Term
 from ..methods.base import prepared
 from ..pair import Pair
-from ..pair.tokens import TEACHER
+from ..pair.tokens import students_inputs, teachers_inputs
 from ..record.encoding import encode_for, encoded_as, keep_features
 from ..record.forward import Needs, Pass, PassRecorder, record
 from ..record.recompute import recomputed
+from .calibration import Calibration
 
 
 class Objective:
@@ -114,33 +115,25 @@ class Objective:
         if self._recorder is None:
             raise RuntimeError("Objective: call it inside `with objective.running():`.")
         with encode_for(self.pair), self._switching(inputs):
-            self._teacher_pass = self._run_teacher(inputs, self._needs()[1])
+            self._teacher_pass = self.run_teacher(inputs, self._needs()[1])
             self._run_blind(inputs, self._teacher_pass)
-            returned = model(**_students(inputs))
+            returned = model(**students_inputs(inputs))
         sums, self._sums, self._teacher_pass = self._sums, {}, None
         # What came out of the wrappers carries their hooks on the way back; what went in does not.
         for name, loss in returned.items():
             sums[name].loss = loss
         return sums
 
-    def _run_teacher(self, inputs: Mapping[str, Any], needs: Needs) -> Pass | None:
+    def run_teacher(self, inputs: Mapping[str, Any], needs: Needs) -> Pass | None:
+        """The teacher's pass over a batch, inside `encode_for`; None where there is none."""
         if self.pair.teacher is None:
             return None
-        given = self._teachers(inputs)
+        given = {**teachers_inputs(inputs, self.pair.shares_tokenizer), "use_cache": False}
         aligned = given.pop("aligned", None)
         with torch.no_grad(), record(self.pair.teacher, needs, impl=self.impl) as recorder:
             self.pair.teacher(**given)
             recorder.latest.aligned = aligned
             return recorder.latest
-
-    def _teachers(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What the teacher reads, and under `aligned` the rows that correspond where its tokenizer is another."""
-        given = {**inputs, "use_cache": False}
-        if not self.pair.shares_tokenizer:
-            if TEACHER not in inputs:
-                raise ValueError("The batch lacks the teacher's tokens: give make_data_module teacher=teacher_text.")
-            given |= given.pop(TEACHER)
-        return given
 
     def _run_blind(self, inputs: Mapping[str, Any], sighted: Pass | None) -> None:
         """Let the teacher read once more, without their images, the samples that have one, where a term asks."""
@@ -149,7 +142,7 @@ class Objective:
             return
         teacher = self.pair.teacher
         with_image = sighted.batch.has_image.nonzero()[:, 0]
-        text = host_of(teacher).text_alone(self._teachers(inputs), with_image)
+        text = host_of(teacher).text_alone(teachers_inputs(inputs, self.pair.shares_tokenizer), with_image)
         with torch.no_grad(), record(teacher, reduce(or_, asked), impl=self.impl) as recorder:
             teacher(**text, use_cache=False)
             sighted.blind = recorder.latest
@@ -205,38 +198,37 @@ class Objective:
     # Before training
     # -----------------------------------------------------------------------------------------------------------------
     @property
+    def calibrated_by(self) -> dict[str, str]:
+        """By name, the terms that look at data before training, and the flags that make them."""
+        return {term.name: term.calibrated_by for term in self.terms if term.calibrated_by}
+
+    @property
     def calibration_batches(self) -> int:
         """How many batches `calibrate` has to see."""
         return max((term.calibration_batches for term in self.terms), default=0)
 
-    @torch.no_grad()
-    def calibrate(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Let the terms that ask for it look at batches; returns what they found, for `use`."""
-        return {
-            term.name: term.calibrate(self._passes(batches[: term.calibration_batches], term.calibration_needs()))
-            for term in self.terms
-            if term.calibration_batches
-        }
+    @property
+    def calibration_samples(self) -> int:
+        """How many samples with an image `calibrate` has to see."""
+        return max((term.calibration_samples for term in self.terms), default=0)
 
-    def _passes(
-        self, batches: Sequence[Mapping[str, Any]], needs: tuple[Needs, Needs]
-    ) -> Iterator[tuple[Pass, Pass | None]]:
-        """Both models' passes, one batch at a time: maps of many layers are large."""
-        for inputs in batches:
-            with encode_for(self.pair), record(self.pair.student, needs[0], impl=self.impl) as recorder:
-                teacher = self._run_teacher(inputs, needs[1])
-                self.pair.student(**_students(inputs))
-                yield recorder.latest, teacher
+    @torch.no_grad()
+    def calibrate(
+        self, batches: Sequence[Mapping[str, Any]], with_image: Sequence[Mapping[str, Any]] = ()
+    ) -> dict[str, Any]:
+        """Let the terms that ask for it look at data; returns what they found, for `use`.
+
+        Args:
+            batches: as in training.
+            with_image: batches of samples with an image.
+        """
+        data = Calibration(self, batches, with_image)
+        return {term.name: term.calibrate(data) for term in self.terms if term.calibrated_by}
 
     def use(self, calibrated: Mapping[str, Any]) -> None:
         """Give the terms what `calibrate` found, here or on another rank."""
         for name, found in calibrated.items():
             self.term(name).use(found)
-
-
-def _students(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what the teacher alone reads."""
-    return {name: value for name, value in inputs.items() if name != TEACHER}
 
 
 def _no_pass() -> None:

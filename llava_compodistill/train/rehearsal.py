@@ -16,6 +16,7 @@ from ..methods.base import prepared
 from ..pair import Pair
 from ..pair.vision import check_taf
 from .arguments import ModelArguments, TrainingArguments
+from .calibration import refuse_zero3
 from .teacher_text import TeacherText
 
 
@@ -57,9 +58,11 @@ def rehearse(model_args: ModelArguments, args: TrainingArguments, teacher_text: 
     methods.setLevel(logging.ERROR)  # what they report, they will report in earnest
     try:
         with torch.random.fork_rng(devices=[]):  # their own weights must not move the seed
-            prepared(args.chosen_method.terms(args.stage, args), pair)
+            terms = prepared(args.chosen_method.terms(args.stage, args), pair)
     finally:
         methods.setLevel(level)
+    if getattr(args, "hf_deepspeed_config", None) is not None and args.hf_deepspeed_config.is_zero3():
+        refuse_zero3({term.name: term.calibrated_by for term in terms if term.calibrated_by})
 
 
 def _student(model_args: ModelArguments) -> ConfigOnly:

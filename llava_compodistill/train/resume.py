@@ -24,6 +24,7 @@ from .mix import Source, read_sources
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "compodistill_run.json"
+CALIBRATION_FILE = "calibration.json"  # see `calibration`
 
 #: Flags of LLaVA and of this package that do not change what is learned: where things lie, how they are computed,
 #: what is logged, and what happens to samples that cannot be read. All others count.
@@ -191,6 +192,8 @@ def damage(folder: Path) -> str | None:
             if not isinstance(run.get("settings"), dict):
                 return f"{RUN_FILE} has no settings"
             with_optimizer = not run.get("save_only_model") and state["global_step"] < state.get("max_steps", 0)
+        if (folder / CALIBRATION_FILE).is_file():
+            _read_json(folder / CALIBRATION_FILE)
         for path in _weight_files(folder):
             _check_file(path)
         if with_optimizer and not any(folder.glob("global_step*")):  # DeepSpeed's, which hold all of it

@@ -15,10 +15,8 @@ import torch
 import transformers
 
 from ..errors import BlindError
-from ..hosts.llava.model import llava_core
-from ..ops.answer_loss import answer_loss
 from ..pair.tokens import TEACHER
-from ..record.forward import Needs, Pass, record
+from ..record.costs import answer_costs
 from . import facts
 
 logger = logging.getLogger(__name__)
@@ -107,22 +105,7 @@ class SightGuard(transformers.TrainerCallback):
 
     def _costs(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """[B, 2]: L_LM summed over the answer tokens of each sample, and their number."""
-        core = llava_core(model)
-
-        def on_head(student: Pass) -> torch.Tensor:
-            rows = student.head["answer"]
-            weight, bias = rows.weights
-            owner = student.batch.rows("answer").nonzero()[:, 0]
-            sums = []
-            for sample in range(len(student.batch.labels)):
-                mine = owner == sample
-                loss, *_ = answer_loss(rows.hidden[mine], weight, rows.targets[mine], student_bias=bias)
-                sums.append(torch.stack([loss.float(), mine.sum()]))
-            return torch.stack(sums)
-
-        with record(core, Needs(head=frozenset({"answer"})), on_head=on_head) as recorder:
-            model(**self.trainer._prepare_inputs(batch), use_cache=False)
-            return recorder.latest.returned
+        return answer_costs(model, self.trainer._prepare_inputs(batch))[0]
 
     def _make_batches(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """This rank's share of the samples, as batches with their own images and with each other's."""
@@ -133,7 +116,7 @@ class SightGuard(transformers.TrainerCallback):
             logger.info("--blind: sight is not measured under ZeRO-3.")
             return []
         share = max(2, math.ceil(args.sight_samples / args.world_size))
-        chosen = _with_different_images(dataset.list_data_dict, share * args.world_size, args.seed)
+        chosen = with_different_images(dataset.list_data_dict, share * args.world_size, args.seed)
         if len(chosen) < 2 * args.world_size:
             logger.info("--blind: the data has too few samples with an image of their own; sight is not measured.")
             return []
@@ -166,7 +149,7 @@ def can_measure(dataset: Any) -> bool:
     return hasattr(getattr(dataset, "list_data_dict", None), "with_image")
 
 
-def _with_different_images(records: Any, wanted: int, seed: int) -> list[int]:
+def with_different_images(records: Any, wanted: int, seed: int) -> list[int]:
     """Up to `wanted` samples, drawn by the seed, no two with the same image."""
     chosen: dict[str, int] = {}
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -25,6 +25,7 @@ from ..methods.base import COUNTS
 from ..pair.student import compute_dtype
 from . import checkpoint, facts
 from .arguments import TrainingArguments
+from .calibration import Batches, read_calibration, refuse_zero3, samples_with_image, write_calibration
 from .facts import BatchFacts, CountingCollator
 from .finite import refuse_broken_gradient, refuse_broken_weights
 from .mix import Mix, write_manifest
@@ -92,6 +93,7 @@ class CompoDistillTrainer(LLaVATrainer):
         self.tokenizer_to_save = tokenizer
         self.train_sampler: Any = None
         self._gathered: tuple[dict | None, dict | None] = None, None
+        self._calibrated: dict[str, Any] | None = None
         self.add_callback(TellEpoch(self))
         self._sight = SightGuard(self) if args.blind != "off" and can_measure(self.train_dataset) else None
         if self._sight is not None:
@@ -288,6 +290,8 @@ class CompoDistillTrainer(LLaVATrainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self._move_teacher()
+        if self.objective.calibrated_by:
+            self._calibrate(resume_from_checkpoint)
         if resume_from_checkpoint and not self.is_deepspeed_enabled:
             path = os.path.join(resume_from_checkpoint, "trainer_state.json")
             state = transformers.TrainerState.load_from_json(path)
@@ -297,34 +301,53 @@ class CompoDistillTrainer(LLaVATrainer):
                 self.state = state
                 self._load_from_checkpoint(resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
-        if self.objective.calibration_batches:
-            self._calibrate()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._report_cut_samples()
         return result
 
-    def _calibrate(self) -> None:
-        """Measure layer distances for adaptive matching on the first batches of the data, the same on every rank."""
+    def _inner_training_loop(self, *args, **kwargs):
+        """With this command's micro-batch: 4.37 takes a checkpoint's, whose accumulation may have been another."""
+        if "batch_size" in kwargs and not self.args.auto_find_batch_size:
+            kwargs["batch_size"] = self.args.train_batch_size
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _calibrate(self, checkpoint: str | None) -> None:
+        """Let the terms look at data, the same on every rank; or take what a checkpoint has of it."""
+        flags, found = self.objective.calibrated_by, None
+        if checkpoint:
+            found = read_calibration(checkpoint, flags)
+        if found is None:
+            found = self._look_at_data()
+        # Equal by construction, not by the hope that every rank rounds alike.
+        self._calibrated = broadcast_object_list([found])[0]
+        self.objective.use(self._calibrated)
+
+    def _look_at_data(self) -> dict[str, Any]:
         if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
-            raise ValueError(
-                "--layer_matching adaptive runs the student before ZeRO-3 can gather it: use ZeRO-2, or another "
-                "matching."
-            )
-        size = self.args.per_device_train_batch_size
-        batches = []
-        for start in range(0, min(len(self.train_dataset), size * self.objective.calibration_batches), size):
-            stop = min(start + size, len(self.train_dataset))
-            samples = self.data_collator([self.train_dataset[index] for index in range(start, stop)])
-            samples.pop(facts.KEY)
-            batches.append({**self._prepare_inputs(samples), "use_cache": False})
-        self.objective.pair.student.to(self.args.device)
+            refuse_zero3(self.objective.calibrated_by)
+        data, size = self.train_dataset, self.args.per_device_train_batch_size
+        first = range(min(len(data), size * self.objective.calibration_batches))
+        wanted = self.objective.calibration_samples
+        with_image = samples_with_image(data, wanted, self.args.seed_of_data) if wanted else []
+        student = self.objective.pair.student.to(self.args.device)
+        training = student.training
+        student.eval()
         dtype = compute_dtype(self.args)
         # Nothing has wrapped the models for mixed precision yet.
         whole = dtype == torch.float32  # which older releases of torch refuse on a CPU, even when it is not enabled
-        with contextlib.nullcontext() if whole else torch.autocast(self.args.device.type, dtype=dtype):
-            found = [self.objective.calibrate(batches)]
-        # Equal by construction, not by the hope that every rank rounds alike.
-        self.objective.use(broadcast_object_list(found)[0])
+        try:
+            with contextlib.nullcontext() if whole else torch.autocast(self.args.device.type, dtype=dtype):
+                return self.objective.calibrate(
+                    *(Batches(data, part, size, self._batch) for part in (first, with_image))
+                )
+        finally:
+            student.train(training)
+
+    def _batch(self, samples: list[Any]) -> dict[str, Any]:
+        """Samples as the models take them, before training has wrapped anything."""
+        batch = self.data_collator(samples)
+        batch.pop(facts.KEY)
+        return {**self._prepare_inputs(batch), "use_cache": False}
 
     def _move_teacher(self) -> None:
         if self.objective.teacher is not None:
@@ -353,6 +376,8 @@ class CompoDistillTrainer(LLaVATrainer):
             samples = getattr(self.train_dataset, "list_data_dict", None)
             if isinstance(samples, Mix):
                 write_manifest(output_dir, samples.manifest())
+            if self._calibrated is not None:
+                write_calibration(output_dir, self.objective.calibrated_by, self._calibrated)
 
     def _load_rng_state(self, checkpoint):
         with compat.reads_own_rng_state():

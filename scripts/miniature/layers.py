@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from llava_compodistill.about import environment
-from llava_compodistill.record.sight import without_sight
+from llava_compodistill.record.sight import blind_in
 
 from .evaluate import Scores, evaluate, load_for_evaluation
 
@@ -39,13 +39,7 @@ def main(run: Path, checkpoint: Path | None, split: str) -> int:
     for name in ("", "recogn.", "relation", "compos.", "rel. types"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, layers in track(blind.items(), "evaluating", console=console, transient=True):
-        scores: Scores = evaluate(
-            model,
-            tokenizer,
-            run / "data",
-            split,
-            inside=lambda recorder, layers=layers: without_sight(model, layers, lambda: recorder.batch),
-        )
+        scores: Scores = evaluate(model, tokenizer, run / "data", split, inside=blind_in(model, layers))
         found[name] = scores.as_dict()
         row = scores.recognition, scores.relation, mean(scores.compositional.values()), scores.relation_types
         table.add_row(name, *(f"{100 * value:.1f}" for value in row), end_section=layers in ([], [every[-1]]))

@@ -98,7 +98,7 @@ def run(objective, batch):
 def teacher_passes(objective, batch):
     """The teacher's pass, which holds the blind one."""
     with encode_for(objective.pair):
-        found = objective._run_teacher(batch.inputs, objective._needs()[1])
+        found = objective.run_teacher(batch.inputs, objective._needs()[1])
         objective._run_blind(batch.inputs, found)
     return found
 

@@ -18,6 +18,7 @@ from ..record.forward import Needs, Pass
 from ..record.resample import on_other_grid, repeated
 from .base import Sums, Term
 from .places import check_same_visual_places
+from .schedule import Schedule
 
 if TYPE_CHECKING:
     from ..train.arguments import TrainingArguments
@@ -29,7 +30,7 @@ class VisualAttentionTerm(Term):
     """Over the student's layers, the mean distance between its map and the mean map of a group of teacher layers.
 
     Args:
-        args: bands, matching, distance, rows and weight.
+        args: bands, matching, distance, rows, weight and schedule.
         trained: False to log the similarity alone.
     """
 
@@ -39,6 +40,7 @@ class VisualAttentionTerm(Term):
 
     def __init__(self, args: TrainingArguments, trained: bool = True):
         self.args, self.trained, self.weight = args, trained, args.attention_weight
+        self.schedule = attention_schedule(args) if trained else None
         self.student_layers: list[int] = []
         self.groups: list[list[int]] = []
         self._candidates: list[int] = []
@@ -60,6 +62,8 @@ class VisualAttentionTerm(Term):
                 "L_ADL: the tokenizers differ, so queries of prompts are left out. Those of visual tokens count, and "
                 "those of answers where both models have read the same text."
             )
+        if self.schedule is not None:
+            logger.info("L_ADL: its weight is %g times %s.", self.weight, self.schedule)
         args = self.args
         self.student_layers = visual_understanding_layers(
             pair.student.config.num_hidden_layers, parse_band(args.student_layers, "student_layers")
@@ -147,7 +151,7 @@ class VisualAttentionTerm(Term):
         if not self.trained:
             return Sums(None, measured=measured)
         loss = torch.stack(losses).mean(dim=0).sum()
-        return Sums(loss, {self.name: loss.detach()}, {self.name: self.weight}, measured)
+        return Sums(loss, {self.name: loss.detach()}, measured=measured)
 
     def _rows(self, student: Pass, teacher: Pass) -> torch.Tensor:
         """[B, N] bool: the student's queries that count; the teacher's maps are brought to the student's tokens."""
@@ -181,6 +185,13 @@ class VisualAttentionTerm(Term):
                 f"The attention map of student layer {layer} carries no gradient: L_ADL would train nothing. Are the "
                 "student's query and key projections frozen (--freeze_backbone, or LoRA without them)?"
             )
+
+
+def attention_schedule(args: TrainingArguments) -> Schedule | None:
+    """That of L_ADL's weight; None where it is constant."""
+    if args.attention_schedule == "constant":
+        return None
+    return Schedule(args.attention_schedule, args.attention_schedule_end)
 
 
 def _another_image(has_image: torch.Tensor) -> torch.Tensor:

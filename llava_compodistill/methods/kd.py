@@ -18,4 +18,5 @@ class KD(Method):
     teacher_stages = ("dpt", "dft")
 
     def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
-        return [AnswerTerm(lm_weight=args.lm_weight, kl_weight=args.kl_weight, temperature=args.kd_temperature)]
+        distilled = stage in self.teacher_stages  # where another stage has a teacher, it is for another term
+        return [AnswerTerm(args.lm_weight, args.kl_weight, args.kd_temperature, distilled)]

@@ -18,6 +18,7 @@ LORA_ALPHA=${LORA_ALPHA:-256}
 OUTPUT=${OUTPUT:-./checkpoints/llava-compodistill-$(pair_name "$STUDENT" "$TEACHER")-dft$(lora_suffix)}
 PROJECTOR=${PROJECTOR:-taf} # mlp2x_gelu: an ordinary adapter in place of the teacher's (Table 2)
 VAT=${VAT:-True} # False: no attention alignment (Table 2)
+ATTENTION_STAGES=${ATTENTION_STAGES:-dft} # the stages that train L_ADL, as given to dpt.sh and sft.sh
 VERSION=${VERSION:-qwen_1_5} # conversation template; v1 for Vicuna and MobileLLaMA
 GLOBAL_BATCH=${GLOBAL_BATCH:-128} # Table 8
 BATCH=${BATCH:-4}
@@ -31,6 +32,7 @@ need_path "The adapter of the DPT stage" "$DPT/mm_projector.bin" \
     "Run dpt.sh with the same STUDENT and TEACHER, or set DPT to its output."
 need_data "The instruction data" "$DATA" DATA
 lora_flags
+attention_flags
 
 train_on_instructions \
     --stage dft \
@@ -39,5 +41,6 @@ train_on_instructions \
     --pretrain_mm_mlp_adapter "$DPT/mm_projector.bin" \
     --mm_projector_type "$PROJECTOR" \
     --vat "$VAT" \
+    "${ATTENTION[@]}" \
     "${LORA_FLAGS[@]}" \
     "$@"

@@ -227,6 +227,14 @@ lora_flags() {
     [[ $LORA != 1 ]] || LORA_FLAGS=(--lora_enable True --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA")
 }
 
+# attention_flags: the stages that train L_ADL, into ATTENTION; empty for the default.
+attention_flags() {
+    # shellcheck disable=SC2034 # used by the scripts that source this file
+    ATTENTION=()
+    # shellcheck disable=SC2034
+    [[ $ATTENTION_STAGES == dft ]] || ATTENTION=(--attention_stages "$ATTENTION_STAGES")
+}
+
 # launch FLAGS...: run the training with these flags beside the common ones; flags later in the list win.
 launch() {
     probe

@@ -150,6 +150,19 @@ def test_rows_share_their_first_stages(make):
     assert all("llava" in stage.output.name for stage in lora), "as LLaVA's tools know a checkpoint"
 
 
+def test_sft_with_a_teacher_is_another_stage_for_another_teacher(make):
+    """Without one, teachers share it."""
+
+    def sft(environment, teacher):
+        flags = ["--teacher_model_path", teacher] if environment else []
+        settings = {"DFT": "./dft", "TEACHER": teacher, **environment}
+        return stages.plan("sft.sh", settings, flags, make().root, 1).key
+
+    aligned = {"ATTENTION_STAGES": "dft,sft"}
+    assert sft({}, "./one") == sft({}, "./two")
+    assert len({sft({}, "./one"), sft(aligned, "./one"), sft(aligned, "./two")}) == 3
+
+
 def test_the_scripts_get_the_papers_settings(make):
     dpt, dft, sft = make().plan(COMPODISTILL, 3)
     assert [stage.script for stage in (dpt, dft, sft)] == ["dpt.sh", "dft.sh", "sft.sh"]

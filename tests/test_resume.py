@@ -206,6 +206,7 @@ COUNTS = {
     "stage": ("dft", "'sft' there, 'dft'"),
     "lora_enable": (True, "False there, True"),
     "kl_weight": (2.0, "1.0 there, 2.0"),
+    "attention_schedule": ("linear", "'constant' there, 'linear'"),
     "student_layers": ("early", "'intermediate' there, 'early'"),
     "bf16": (True, "False there, True"),
 }

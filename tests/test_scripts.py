@@ -126,6 +126,26 @@ def test_each_stage_starts_from_the_output_of_the_one_before():
     assert {model.vision_tower for model, _, _ in (*teacher, dpt, dft, sft)} == {"google/siglip-so400m-patch14-384"}
 
 
+def test_attention_can_be_aligned_in_other_stages():
+    every = {"ATTENTION_STAGES": "dpt,dft,sft", "TEACHER": "./checkpoints/a-teacher"}
+    for script in ("dpt", "dft", "sft"):
+        assert "--attention_stages" not in commands(script, **CPU)[0]
+        model, _, training = parse(commands(script, **CPU, **every)[0])
+        assert training.attention_stages == "dpt,dft,sft" and training.distilled
+        assert model.teacher_model_path == every["TEACHER"]
+    model, _, training = parse(commands("sft", **CPU, **{**every, "ATTENTION_STAGES": "dpt, dft"})[0])
+    assert model.teacher_model_path is None and not training.distilled
+
+
+def test_a_missing_teacher_of_sft_stops_the_script(tmp_path):
+    for path in ("dft", "data.json"):
+        (tmp_path / path).mkdir()
+    settings = {"DFT": "dft", "DATA": "data.json", "TEACHER": "./no-teacher", **CPU}
+    result = bash("sft", cwd=tmp_path, ATTENTION_STAGES="dft,sft", **settings)
+    assert result.returncode == 2
+    assert "The teacher not found: ./no-teacher. Set TEACHER, or leave sft out of ATTENTION_STAGES" in result.stderr
+
+
 DEFAULT_PAIR = "llava-compodistill-qwen1.5-1.8b"
 
 

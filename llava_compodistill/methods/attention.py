@@ -25,6 +25,7 @@ from ..record.forward import Needs, Pass
 from ..record.resample import on_other_grid, repeated
 from .base import Sums, Term
 from .places import check_same_visual_places
+from .schedule import Schedule
 
 if TYPE_CHECKING:
     from ..train.arguments import TrainingArguments
@@ -38,7 +39,7 @@ class VisualAttentionTerm(Term):
     """Over the student's layers, the mean distance between its map and the mean map of a group of teacher layers.
 
     Args:
-        args: bands, matching, distance, rows and weight.
+        args: bands, matching, distance, rows, weight and schedule.
         trained: False to log the similarity alone.
         advantage: another term of the method, which weighs the queries that predict an answer token.
     """
@@ -53,6 +54,7 @@ class VisualAttentionTerm(Term):
     def __init__(self, args: TrainingArguments, trained: bool = True, advantage: AdvantageTerm | None = None):
         self.args, self.trained, self.weight = args, trained, args.attention_weight
         self.advantage = advantage
+        self.schedule = attention_schedule(args) if trained else None
         self.student_layers: list[int] = []
         self.groups: list[list[int]] = []
         self._candidates: list[int] = []
@@ -95,6 +97,8 @@ class VisualAttentionTerm(Term):
                 "L_ADL: the tokenizers differ, so queries of prompts are left out. Those of visual tokens count, and "
                 "those of answers where both models have read the same text."
             )
+        if self.schedule is not None:
+            logger.info("L_ADL: its weight is %g times %s.", self.weight, self.schedule)
         student, teacher = (self._band(of) for of in ("student", "teacher"))
         if "student" not in self._by_sight:
             refuse_more_student_layers(student, teacher, self.args.layer_matching)
@@ -228,7 +232,7 @@ class VisualAttentionTerm(Term):
         if not self.trained:
             return Sums(None, measured=measured)
         loss = torch.stack(losses).mean(dim=0).sum()
-        return Sums(loss, {self.name: loss.detach()}, {self.name: self.weight}, measured)
+        return Sums(loss, {self.name: loss.detach()}, measured=measured)
 
     def _rows(self, student: Pass, teacher: Pass) -> torch.Tensor:
         """[B, N] bool: the student's queries that count; the teacher's maps are brought to the student's tokens."""
@@ -262,6 +266,13 @@ class VisualAttentionTerm(Term):
                 f"The attention map of student layer {layer} carries no gradient: L_ADL would train nothing. Are the "
                 "student's query and key projections frozen (--freeze_backbone, or LoRA without them)?"
             )
+
+
+def attention_schedule(args: TrainingArguments) -> Schedule | None:
+    """That of L_ADL's weight; None where it is constant."""
+    if args.attention_schedule == "constant":
+        return None
+    return Schedule(args.attention_schedule, args.attention_schedule_end)
 
 
 def _another_image(has_image: torch.Tensor) -> torch.Tensor:

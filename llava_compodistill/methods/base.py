@@ -17,6 +17,7 @@ from torch import nn
 
 from ..pair import Pair
 from ..record.forward import Needs, Pass
+from .schedule import Schedule
 
 if TYPE_CHECKING:
     from ..train.arguments import TrainingArguments
@@ -52,6 +53,7 @@ class Term:
         name: unique in its method.
         count: what its sum is divided by, one of COUNTS.
         weight: its factor in the loss.
+        schedule: how that changes over the stage; None where it is constant. What is in force is logged.
         module: weights of its own, trained and saved beside the student's, and in no LLaVA checkpoint.
         calibrated_by: the flags that make it look at data before training, with their values; "" where it does not.
         calibration_batches: on how many batches `calibrate` wants both models' passes.
@@ -64,12 +66,21 @@ class Term:
     name: ClassVar[str]
     count: ClassVar[str] = "samples"
     weight: float = 1.0
+    schedule: Schedule | None = None
     module: nn.Module | None = None
     calibrated_by: str = ""
     calibration_batches: int = 0
     calibration_samples: int = 0
     unlike_tokenizers: ClassVar[bool] = False
     left_out_by: ClassVar[str] = ""
+
+    def weight_at(self, progress: float) -> float:
+        """Its factor in the loss of an optimizer step.
+
+        Args:
+            progress: the share of the stage's steps that are made before this one.
+        """
+        return self.weight if self.schedule is None else self.weight * self.schedule(progress)
 
     def on(self, pair: Pair) -> Sequence[Term]:
         """The terms that stand for this one on a pair: itself, as a rule."""
@@ -149,7 +160,8 @@ class Method:
     Attributes:
         name: what `--method` calls it.
         recipe: its stages, in their order.
-        teacher_stages: the stages that load a teacher.
+        teacher_stages: the stages that load a teacher, whatever the arguments.
+        aligns_attention: whether it has L_ADL, which `--attention_stages` and `--attention_schedule` are for.
         whole_stages: the stages that do not go with LoRA or quantised weights.
         paired_stages: the stages whose data are pairs of answers, see `train.data.PreferenceDataset`.
         defaults: the options and their defaults.
@@ -162,6 +174,7 @@ class Method:
     name: ClassVar[str]
     recipe: ClassVar[Sequence[str]] = ("dpt", "dft", "sft")
     teacher_stages: ClassVar[Sequence[str]] = ()
+    aligns_attention: ClassVar[bool] = False
     paired_stages: ClassVar[Sequence[str]] = ()
     whole_stages: ClassVar[Sequence[str]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -181,6 +194,15 @@ class Method:
     def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
         """The terms of one of the stages: pt, dpt, dft, sft, or another of `recipe`."""
         raise NotImplementedError
+
+    def aligns(self, stage: str, args: TrainingArguments) -> bool:
+        """Whether L_ADL is trained in a stage."""
+        wanted = args.vat and args.attention_weight > 0 and stage in args.attention_stages.split(",")
+        return self.aligns_attention and wanted
+
+    def has_teacher(self, stage: str, args: TrainingArguments) -> bool:
+        """Whether a stage loads a teacher."""
+        return stage in self.teacher_stages or self.aligns(stage, args)
 
     def check_student(self, config: Any, stage: str) -> None:
         """Look at the config of the student that a distilled stage starts from, before weights are read.

@@ -1,4 +1,8 @@
-"""CompoDistill (arXiv 2510.12184, Section 4.3): L_LM + L_KL in DPT, L_LM + L_KL + L_ADL in DFT, L_LM in SFT."""
+"""CompoDistill (arXiv 2510.12184, Section 4.3): L_LM + L_KL in DPT, L_LM + L_KL + L_ADL in DFT, L_LM in SFT.
+
+`--attention_stages` gives L_ADL to other stages, too: an SFT stage that has it loads the teacher, and computes
+L_LM + L_ADL.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,15 @@ if TYPE_CHECKING:
 
 
 class CompoDistill(KD):
-    """Logit distillation and, in the dft stage, visual attention alignment."""
+    """Logit distillation and, in the dft stage by default, visual attention alignment."""
 
     name = "compodistill"
+    aligns_attention = True
     weighed = ("tokens", "rows", "both")
 
     def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
         terms = super().terms(stage, args)
-        aligned = stage == "dft" and args.vat and args.attention_weight > 0
+        aligned = self.aligns(stage, args)
         if aligned or (args.measure_attention and stage in self.teacher_stages):
             term = MatchedHeadsTerm if args.attention_heads == "matched" else VisualAttentionTerm
             advantage = None

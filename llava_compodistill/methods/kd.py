@@ -20,12 +20,14 @@ class KD(Method):
     weighed = ("tokens",)
 
     def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
-        weighs = args.visual_advantage != "none" and stage in self.teacher_stages
+        distilled = stage in self.teacher_stages  # where another stage has a teacher, it is for another term
+        weighs = args.visual_advantage != "none" and self.has_teacher(stage, args)
         advantage = AdvantageTerm(args) if weighs else None
         answers = AnswerTerm(
             lm_weight=args.lm_weight,
             kl_weight=args.kl_weight,
             temperature=args.kd_temperature,
+            distilled=distilled,
             advantage=advantage if args.visual_advantage in ("tokens", "both") else None,
         )
         return [answers] if advantage is None else [answers, advantage]

@@ -23,6 +23,7 @@ from ..pair.layers import SIGHT, match_layers, parse_band, visual_understanding_
 from ..record.attention import refuse_windows
 from ..record.forward import Needs, Pass
 from .answers import AnswerTerm
+from .attention import attention_schedule
 from .base import Method, Sums, Term
 from .places import check_same_visual_places, refuse_other_counts
 
@@ -78,7 +79,7 @@ class ReleaseAttentionTerm(Term):
     unlike_tokenizers = True  # of visual tokens to visual tokens
 
     def __init__(self, args: TrainingArguments):
-        self.args, self.weight = args, args.attention_weight
+        self.args, self.weight, self.schedule = args, args.attention_weight, attention_schedule(args)
 
     def prepare(self, pair: Pair) -> None:
         self.pair = pair
@@ -145,11 +146,12 @@ class Release(Method):
 
     name = "release"
     teacher_stages = ("dpt", "dft")
+    aligns_attention = True
 
     def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
         terms: list[Term] = [AnswerTerm(args.lm_weight, distilled=False)]
         if stage in self.teacher_stages and args.kl_weight > 0:
             terms.append(UnshiftedTerm(args.kl_weight))
-        if stage == "dft" and args.vat and args.attention_weight > 0:
+        if self.aligns(stage, args):
             terms.append(ReleaseAttentionTerm(args))
         return terms

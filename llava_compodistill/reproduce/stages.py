@@ -93,7 +93,8 @@ def plan(script: str, environment: Mapping[str, str], flags: Sequence[str], root
     """
     command = _dry_run(script, tuple(sorted(environment.items())), tuple(flags), processes)
     counted = {flag: value for flag, value in command.items() if flag not in _NOT_LEARNED}
-    if command["stage"] in ("pt", "sft"):
+    aligned = command.get("attention_stages", "").replace(" ", "").split(",")
+    if command["stage"] in ("pt", "sft") and command["stage"] not in aligned:
         # PT with TAF begins with the teacher's adapter.
         begins = {"teacher_model_path"} if (command["stage"], command["mm_projector_type"]) == ("pt", "taf") else set()
         counted = {flag: value for flag, value in counted.items() if flag not in _OF_THE_TEACHER - begins}

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from .. import compat
 from ..hosts.llava import training as llava_training
 from ..methods import METHODS, Method, find_method
+from ..methods.schedule import ENDS
 from ..pair.layers import parse_band
 from ..pair.sight import LEAST_SAMPLES
 
@@ -102,10 +103,33 @@ class TrainingArguments(llava_training.TrainingArguments):
     method_options: str = field(
         default="{}", metadata={"help": "Options of the method as JSON, such as '{\"gamma\": 1.0}' for llava_kd."}
     )
-    vat: bool = field(default=True, metadata={"help": "Visual attention alignment (L_ADL) in the dft stage."})
+    vat: bool = field(
+        default=True, metadata={"help": "Visual attention alignment (L_ADL) in the stages of --attention_stages."}
+    )
+    attention_stages: str = field(
+        default="dft",
+        metadata={
+            "help": "The stages that train L_ADL, with commas: dpt, dft, sft. sft then loads the teacher and trains "
+            "L_LM + L_ADL."
+        },
+    )
     lm_weight: float = field(default=1.0, metadata={"help": "Weight of L_LM."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of L_KL."})
     attention_weight: float = field(default=1.0, metadata={"help": "Weight of L_ADL."})
+    attention_schedule: Literal["constant", "linear", "cosine", "warmup"] = field(
+        default="constant",
+        metadata={
+            "help": "What --attention_weight is multiplied by over the steps of a stage: linear and cosine fall from "
+            "1 to 0, warmup rises from 0 to 1."
+        },
+    )
+    attention_schedule_end: float | None = field(
+        default=None,
+        metadata={
+            "help": "The share of the stage's steps after which the factor of --attention_schedule stays at 0 "
+            "(linear, cosine) or 1 (warmup). Default: 1 for linear and cosine, 0.1 for warmup."
+        },
+    )
     kd_temperature: float = field(default=1.0, metadata={"help": "Temperature T of L_KL (times T squared) or L_ULD."})
     attention_loss: Literal["cosine", "mse", "kl"] = field(
         default="cosine", metadata={"help": "Distance between attention maps (Table 3a)."}
@@ -225,6 +249,7 @@ class TrainingArguments(llava_training.TrainingArguments):
                 f"--stage {self.stage}: method {self.method} distils in the stages "
                 f"{', '.join(self.chosen_method.teacher_stages)} (its recipe: {', '.join(self.chosen_method.recipe)})."
             )
+        self._check_alignment()
         if self.kd_temperature <= 0:
             raise ValueError(f"--kd_temperature {self.kd_temperature}: must be greater than 0.")
         for name in ("lm_weight", "kl_weight", "attention_weight"):
@@ -250,6 +275,40 @@ class TrainingArguments(llava_training.TrainingArguments):
             # Reentrant checkpointing gives the captured maps no gradient and says nothing about it.
             self.gradient_checkpointing_kwargs = {**(self.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
 
+    def _check_alignment(self) -> None:
+        """Check and complete what --attention_stages and --attention_schedule say."""
+        given = self.attention_stages.replace(" ", "").split(",")
+        changed = given != ["dft"] or self.attention_schedule != "constant"
+        if changed and not self.chosen_method.aligns_attention:
+            flag = f"--attention_stages {self.attention_stages}"
+            if given == ["dft"]:
+                flag = f"--attention_schedule {self.attention_schedule}"
+            raise ValueError(f"{flag}: method {self.method} has no L_ADL. Leave the flag out.")
+        recipe = self.chosen_method.recipe
+        if changed and not set(given) <= set(recipe):
+            raise ValueError(
+                f"--attention_stages {self.attention_stages}: name stages of method {self.method}, with commas: "
+                f"{', '.join(recipe)}. (--vat False trains L_ADL in none.)"
+            )
+        self.attention_stages = ",".join(stage for stage in recipe if stage in given) or self.attention_stages
+        end, schedule = self.attention_schedule_end, self.attention_schedule
+        if schedule == "constant":
+            if end is not None:
+                raise ValueError(
+                    f"--attention_schedule_end {end}: a constant weight has no end. Add --attention_schedule "
+                    f"{', '.join(ENDS)}."
+                )
+            return
+        if not (self.vat and self.attention_weight > 0):
+            off = "--vat False" if not self.vat else f"--attention_weight {self.attention_weight:g}"
+            raise ValueError(f"--attention_schedule {schedule}: with {off} there is no L_ADL. Leave one of them out.")
+        if end is None:
+            self.attention_schedule_end = ENDS[schedule]
+        elif not 0 < end <= 1:
+            raise ValueError(
+                f"--attention_schedule_end {end}: must be greater than 0 and at most 1, a share of the stage."
+            )
+
     @property
     def seed_of_data(self) -> int:
         """What the order of the data, and the samples of a mix, are drawn with."""
@@ -258,7 +317,7 @@ class TrainingArguments(llava_training.TrainingArguments):
     @property
     def distilled(self) -> bool:
         """Whether this stage has a teacher in its loss."""
-        return self.stage in self.chosen_method.teacher_stages
+        return self.chosen_method.has_teacher(self.stage, self)
 
     @property
     def paired(self) -> bool:
@@ -288,19 +347,20 @@ def _check_advantage(training: TrainingArguments) -> None:
             raise ValueError("--shuffle_advantage True: nothing is weighed without --visual_advantage.")
         return
     of_tokens, of_rows = value in ("tokens", "both"), value in ("rows", "both")
-    aligned = training.stage == "dft" and training.vat and training.attention_weight > 0
     why = None
     if value not in method.weighed:
         takes = " and ".join(method.weighed) or "none"
         why = f"--method {training.method} takes {takes}; kd takes tokens, compodistill tokens, rows and both"
     elif not training.distilled:
         why = f"--stage {training.stage} of {training.method} has no teacher: leave the flag out"
+    elif of_tokens and training.stage not in method.teacher_stages:
+        why = f"it weighs the tokens of L_KL, which is not part of --stage {training.stage}: use rows here"
     elif of_tokens and not training.kl_weight:
         why = "it weighs the tokens of L_KL, which --kl_weight 0 leaves out"
-    elif of_rows and not aligned:
+    elif of_rows and not method.aligns(training.stage, training):
         why = (
-            "it weighs the rows of L_ADL, which is trained in --stage dft, with --vat True and an --attention_weight "
-            "above 0: use tokens"
+            "it weighs the rows of L_ADL, which is trained in the stages of --attention_stages (default: dft), with "
+            "--vat True and an --attention_weight above 0: use tokens"
         )
     elif of_rows and training.attention_rows == "visual":
         why = "--attention_rows visual leaves out the queries that predict an answer token: use all, text or answer"
@@ -316,6 +376,13 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
     Raises:
         ValueError: naming the flags that contradict each other, and the way out.
     """
+    aligned = f"--attention_stages {training.attention_stages}"
+    if training.distilled and training.stage not in training.chosen_method.teacher_stages:
+        if not model.teacher_model_path:
+            raise ValueError(
+                f"{aligned} aligns attention with a teacher's in --stage {training.stage}: give --teacher_model_path "
+                "(sft.sh: set ATTENTION_STAGES instead of the flag), or name other stages."
+            )
     if training.distilled and not model.teacher_model_path:
         raise ValueError(
             f"--stage {training.stage} distils from a teacher: give --teacher_model_path, or use --stage "

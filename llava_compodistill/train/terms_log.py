@@ -44,12 +44,13 @@ class TermsLog:
     def __bool__(self) -> bool:
         return bool(self._means or self._ratios)
 
-    def add(self, step: int, term: Term, sums: Sums, count: torch.Tensor) -> None:
+    def add(self, step: int, term: Term, sums: Sums, count: torch.Tensor, weight: float) -> None:
         """One term of one micro-batch.
 
         Args:
             step: optimizer steps made so far.
             count: what the sums of this optimizer step are divided by.
+            weight: the term's in this step.
         """
         if not self:
             self._first_step = step
@@ -57,7 +58,7 @@ class TermsLog:
             # The loss itself is looked at, too: it may be made of more than what is logged.
             loss = sums.loss if sums.loss is not None else torch.zeros_like(count)
             found = [*sums.logged.values(), loss]
-            weights = [*(sums.weights.get(name, term.weight) for name in sums.logged), term.weight]
+            weights = [*(sums.weights.get(name, weight) for name in sums.logged), weight]
             values = [(value.detach() / count).float() for value in found]
             weighted = [value * weight for value, weight in zip(values, weights, strict=True)]
             self._add((*sums.logged, term.name), torch.stack(values), torch.stack(weighted), step)

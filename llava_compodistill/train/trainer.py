@@ -133,17 +133,25 @@ class CompoDistillTrainer(LLaVATrainer):
         inputs = {**self._prepare_inputs(inputs), "use_cache": False}
         with contextlib.nullcontext() if in_step else self.objective.running():
             sums = self.objective(model, inputs)
-        self._remember(sums, counts, in_step)
-        loss = self._total(sums, counts)
+        weights = self._weights(self.state.global_step)
+        self._remember(sums, counts, weights, in_step)
+        loss = self._total(sums, counts, weights)
         # DDP, FSDP and DeepSpeed average gradients over ranks; our counts are over ranks already.
         loss = loss * self.accelerator.num_processes
         if in_step and compat.divides_by_accumulation(self):
             loss = loss * self.args.gradient_accumulation_steps
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _total(self, sums: dict[str, Sums], counts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _weights(self, step: int) -> dict[str, float]:
+        """The terms' weights in the optimizer step that comes after `step` others of this stage."""
+        progress = step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+        return {term.name: term.weight_at(progress) for term in self.objective.terms}
+
+    def _total(
+        self, sums: dict[str, Sums], counts: dict[str, torch.Tensor], weights: dict[str, float]
+    ) -> torch.Tensor:
         parts = [
-            term.weight * sums[term.name].loss / counts[term.count]
+            weights[term.name] * sums[term.name].loss / counts[term.count]
             for term in self.objective.terms
             if sums[term.name].loss is not None
         ]
@@ -237,11 +245,13 @@ class CompoDistillTrainer(LLaVATrainer):
     # -----------------------------------------------------------------------------------------------------------------
     # Logging
     # -----------------------------------------------------------------------------------------------------------------
-    def _remember(self, sums: dict[str, Sums], counts: dict[str, torch.Tensor], in_step: bool) -> None:
+    def _remember(
+        self, sums: dict[str, Sums], counts: dict[str, torch.Tensor], weights: dict[str, float], in_step: bool
+    ) -> None:
         """Keep the terms for the next log; those of an evaluation are looked at at once, and forgotten."""
         log = self._terms_log if in_step else TermsLog(self.accelerator, self.args)
         for term in self.objective.terms:
-            log.add(self.state.global_step, term, sums[term.name], counts[term.count])
+            log.add(self.state.global_step, term, sums[term.name], counts[term.count], weights[term.name])
         if not in_step:
             log.read(self.state.global_step)
 
@@ -250,13 +260,16 @@ class CompoDistillTrainer(LLaVATrainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the terms, unweighted: each the mean over the optimizer steps since the last log, over ranks; the
-        similarity over the samples with an image, left out where there was none."""
+        similarity over the samples with an image, left out where there was none; and of a weight that changes, what it
+        was in the last of these steps."""
         if "loss" in logs and self._terms_log:
             terms = self._terms_log.take(self.state.global_step)
             refuse_broken_gradient(logs.get("grad_norm"), self.state.global_step, self.args)
             sight = None if self._sight is None else self._sight.take()
             if sight is not None:
                 terms["sight"] = sight
+            weights = self._weights(self.state.global_step - 1)
+            terms |= {f"{term.name}_weight": weights[term.name] for term in self.objective.terms if term.schedule}
             logs.update({name: round(value, 6) for name, value in terms.items()})
         super().log(logs, *args, **kwargs)
 

@@ -6,6 +6,7 @@ import math
 import random
 from fractions import Fraction
 from itertools import combinations_with_replacement
+from types import SimpleNamespace
 
 import pytest
 
@@ -173,6 +174,28 @@ def test_a_teacher_that_does_not_read_is_refused():
     )
     with pytest.raises(ValueError, match=message):
         choose(seen(1, 1), blind(6), (2, 6))
+
+
+def test_layers_with_a_window_cannot_be_chosen(tmp_path):
+    """The map of a layer that does not see the whole sequence is not recorded, so that layer is no candidate."""
+    from llava_compodistill.pair import Pair
+    from llava_compodistill.train.arguments import TrainingArguments
+    from llava_compodistill.train.rehearsal import ConfigOnly
+
+    values = {"num_hidden_layers": 3, "sliding_window": 16, "tokenizer_model_max_length": 64}
+    config = SimpleNamespace(**values, layer_types=["full_attention", "full_attention", "sliding_attention"])
+    pair = Pair(*(ConfigOnly(config, SimpleNamespace(num_patches=4)) for _ in range(2)))
+
+    def prepare(student, teacher):
+        options = {"student_layers": student, "teacher_layers": teacher, "stage": "dft"}
+        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
+        (term,) = (term for term in args.chosen_method.terms("dft", args) if term.name == "attention")
+        term.prepare(pair)
+
+    prepare("0,1", "0,1")
+    for bands in (("0", "sight"), ("sight", "0")):
+        with pytest.raises(ValueError, match="Layer 2 attends within a window of 16 tokens"):
+            prepare(*bands)
 
 
 def test_sight_is_a_band_of_training_alone():

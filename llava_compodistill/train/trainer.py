@@ -324,11 +324,9 @@ class CompoDistillTrainer(LLaVATrainer):
             kwargs["batch_size"] = self.args.train_batch_size
         return super()._inner_training_loop(*args, **kwargs)
 
-    def _calibrate(self, checkpoint: str | None) -> None:
-        """Let the terms look at data, the same on every rank; or take what a checkpoint has of it."""
-        flags, found = self.objective.calibrated_by, None
-        if checkpoint:
-            found = read_calibration(checkpoint, flags)
+    def _calibrate(self, resumed: str | None) -> None:
+        """Let the terms look at data, the same on every rank; or take what the checkpoint has that is resumed."""
+        found = read_calibration(resumed, self.objective.calibrated_by) if resumed else None
         if found is None:
             found = self._look_at_data()
         # Equal by construction, not by the hope that every rank rounds alike.

@@ -79,6 +79,8 @@ class Pass:
         aligned: of a teacher with another tokenizer, [B, S, 2]: the answer rows that correspond, by their numbers
             within a sample, of the student and of the teacher, padded with -1 (`pair.tokens.align_answers`).
         switched: of a student, the teacher's pass on the student's visual features, where a term asks for it.
+        own: of a student that has answered samples of the batch itself, [B]: the number of the first answer row of the
+            sample that predicts a token of its own answer; -1 for a sample with the data's answers alone.
     """
 
     batch: MergedBatch
@@ -90,6 +92,16 @@ class Pass:
     returned: torch.Tensor | None = None
     aligned: torch.Tensor | None = None
     switched: Pass | None = None
+    own: torch.Tensor | None = None
+
+    def given_rows(self) -> torch.Tensor | None:
+        """[R] bool, of the answer rows those whose label is the data's and not the student's own; None for all."""
+        if self.own is None:
+            return None
+        answers = self.batch.answer_mask()
+        number = answers.long().cumsum(dim=1) - 1
+        own = (self.own >= 0)[:, None] & (number >= self.own[:, None])
+        return ~own[answers]
 
 
 class PassRecorder:

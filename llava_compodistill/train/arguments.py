@@ -15,6 +15,7 @@ from ..hosts.llava import training as llava_training
 from ..methods import METHODS, Method, find_method
 from ..methods.schedule import ENDS
 from ..pair.layers import parse_band
+from .on_policy import check_on_policy
 
 STAGES = ("pt", "dpt", "dft", "sft")
 #: Stages that train the adapter alone (method.md, "Three stages").
@@ -165,6 +166,17 @@ class TrainingArguments(llava_training.TrainingArguments):
         default=False,
         metadata={"help": "Control experiment: give each sample the teacher attention of another image in the batch."},
     )
+    on_policy: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the samples whose last answer is replaced by one that the student generates: L_KL and "
+            "L_ADL on it, no L_LM (GKD). kd and compodistill, in stages with a teacher that train the language model."
+        },
+    )
+    on_policy_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature at which the student's answers are drawn; 0 is greedy."}
+    )
+    on_policy_max_tokens: int = field(default=128, metadata={"help": "Most tokens of an answer of the student."})
     mm_vision_tower_lr: float | None = field(
         default=None,
         metadata={
@@ -230,6 +242,7 @@ class TrainingArguments(llava_training.TrainingArguments):
             parse_band(getattr(self, name), name)
         # LLaVA's trainer, saver and loader read this switch; the stage decides it.
         self.tune_mm_mlp_adapter = self.stage in ADAPTER_STAGES
+        check_on_policy(self)
         if self.gradient_checkpointing:
             # Reentrant checkpointing gives the captured maps no gradient and says nothing about it.
             self.gradient_checkpointing_kwargs = {**(self.gradient_checkpointing_kwargs or {}), "use_reentrant": False}

@@ -21,6 +21,7 @@ from ..pair.tokens import TEACHER
 from ..record.encoding import encode_for, encoded_as, keep_features
 from ..record.forward import Needs, Pass, PassRecorder, record
 from ..record.recompute import recomputed
+from .facts import OWN
 
 
 class Objective:
@@ -59,6 +60,7 @@ class Objective:
             self.pair.share_vision()
         self._recorder: PassRecorder | None = None
         self._teacher_pass: Pass | None = None
+        self._own: torch.Tensor | None = None
         self._switch: Callable[[], Pass | None] = _no_pass
         self._widths: dict[str, int] = {}
         self._sums: dict[str, Sums] = {}
@@ -104,8 +106,8 @@ class Objective:
 
         Args:
             model: the student as the trainer wraps it (DDP, DeepSpeed); its forward is what is called.
-            inputs: what LLaVA's collator gives: input_ids, labels, attention_mask, images; and for a teacher with
-                another tokenizer what `TeacherTextCollator` adds.
+            inputs: what LLaVA's collator gives: input_ids, labels, attention_mask, images; for a teacher with another
+                tokenizer what `TeacherTextCollator` adds, and OWN where the student has answered samples itself.
 
         Returns:
             Each term's sums, by name.
@@ -114,6 +116,7 @@ class Objective:
             raise RuntimeError("Objective: call it inside `with objective.running():`.")
         with encode_for(self.pair), self._switching(inputs):
             self._teacher_pass = self._run_teacher(inputs, self._needs()[1])
+            self._own = inputs.get(OWN)
             returned = model(**_students(inputs))
         sums, self._sums, self._teacher_pass = self._sums, {}, None
         # What came out of the wrappers carries their hooks on the way back; what went in does not.
@@ -125,6 +128,7 @@ class Objective:
         if self.pair.teacher is None:
             return None
         given, aligned = {**inputs, "use_cache": False}, None
+        given.pop(OWN, None)
         if not self.pair.shares_tokenizer:
             if TEACHER not in inputs:
                 raise ValueError("The batch lacks the teacher's tokens: give make_data_module teacher=teacher_text.")
@@ -163,6 +167,7 @@ class Objective:
             return recorder.latest
 
     def _on_head(self, student: Pass) -> torch.Tensor:
+        student.own = self._own
         values = {term.name: term.on_head(student, self._teacher_pass) for term in self.terms}
         values = {name: value for name, value in values.items() if value is not None}
         self._widths = {name: len(value) for name, value in values.items()}
@@ -216,8 +221,8 @@ class Objective:
 
 
 def _students(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what the teacher alone reads."""
-    return {name: value for name, value in inputs.items() if name != TEACHER}
+    """Without what the teacher alone reads, and what the terms do."""
+    return {name: value for name, value in inputs.items() if name not in (TEACHER, OWN)}
 
 
 def _no_pass() -> None:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(SCRIPTS))
 LONGEST = (
     "test_eval_scripts",
     "test_distributed",
+    "test_own_answers",
     "test_pinned_runs",
     "test_visual_attention_triton",
     "test_training_steps",

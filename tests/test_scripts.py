@@ -67,7 +67,7 @@ def test_shellcheck_finds_nothing(path):
 @pytest.mark.parametrize("lora", ["0", "1"])
 @pytest.mark.parametrize("script", TRAINING)
 def test_every_flag_is_known_and_the_flags_agree(script, lora):
-    from llava_compodistill.train.arguments import check_arguments
+    from llava_compodistill.train.checks import check_arguments
 
     for command in commands(script, LORA=lora, **CPU):
         flags = [word for word in arguments(command) if word.startswith("--")]

@@ -18,6 +18,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import DataError
+from ..hosts.llava.decoding import continue_sequences
 from ..hosts.llava.host import import_llava, import_llava_train
 from ..hosts.llava.model import llava_core
 from ..hosts.llava.templates import prepare_tokenizer, use_template
@@ -279,37 +280,21 @@ class Engine:
     def _generate(self, rows: list[Row], caches: _Caches) -> list[str]:
         model, device = self.model, self.model.device
         hidden, cache, lengths = self._forward(rows, caches)
-        width, count = hidden.shape[1], len(rows)
-        every = torch.arange(count, device=device)
-        token = self._likeliest(hidden[every, lengths - 1])
-        # The rows' padding lies between their prompts and their answers now, and must not be seen.
-        prompt = torch.arange(width, device=device)[None] < lengths[:, None]
+        count = len(rows)
+        # The rows' padding lies between their prompts and their answers, and must not be seen.
+        prompt = torch.arange(hidden.shape[1], device=device)[None] < lengths[:, None]
         mask = torch.cat([torch.ones(count, caches.length, device=device, dtype=torch.bool), prompt], dim=1).long()
-        limit = torch.tensor([row.request.max_new_tokens for row in rows], device=device)
-        stop, answers = self.tokenizer.eos_token_id, []
-        ended = torch.zeros(count, dtype=torch.bool, device=device)
-        for step in range(int(limit.max())):
-            ended |= (token == stop) | (step >= limit)
-            if bool(ended.all()):
-                break
-            answers.append(torch.where(ended, stop, token))
-            mask = torch.cat([mask, mask.new_ones(count, 1)], dim=1)
-            outputs = model.get_model()(
-                inputs_embeds=self._embed(token[:, None]),
-                attention_mask=mask,
-                position_ids=(caches.length + lengths + step)[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = outputs.past_key_values
-            token = self._likeliest(outputs.last_hidden_state[:, -1])
-        if not answers:
-            return [""] * count
-        texts = []
-        for tokens in torch.stack(answers, dim=1).tolist():
-            kept = tokens[: tokens.index(stop)] if stop in tokens else tokens
-            texts.append(self.tokenizer.decode(kept, skip_special_tokens=True).strip())
-        return texts
+        answers, _ = continue_sequences(
+            model,
+            hidden[torch.arange(count, device=device), lengths - 1],
+            cache,
+            mask,
+            caches.length + lengths,
+            lambda states, step: self._likeliest(states),
+            self.tokenizer.eos_token_id,
+            torch.tensor([row.request.max_new_tokens for row in rows], device=device),
+        )
+        return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
 
 
 class _Caches:

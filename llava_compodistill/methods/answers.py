@@ -43,6 +43,8 @@ def common_rows(mine: MergedBatch, theirs: MergedBatch) -> tuple[torch.Tensor, t
 class AnswerTerm(Term):
     """lm_weight L_LM + kl_weight L_KL (paper, Section 4.3); L_KL where there is a teacher.
 
+    Of an answer that the student has given itself there is no label to learn: it has L_KL alone.
+
     L_KL needs one vocabulary. On a pair with unlike tokenizers L_ULD stands for it (`unlike`).
 
     Args:
@@ -88,20 +90,45 @@ class AnswerTerm(Term):
 
     def on_head(self, student: Pass, teacher: Pass | None) -> torch.Tensor:
         """[3]: the weighted sum that gradients come from, the sum of cross-entropies, the sum of divergences T^2."""
-        mine = student.head["answer"]
+        mine, given = student.head["answer"], student.given_rows()
         if teacher is None or not self.distilled:
-            return self._sums(mine, slice(None))
+            return self._sums(mine, slice(None) if given is None else given)
         theirs = teacher.head["answer"]
         weights = None if self.advantage is None else self.advantage.token_weights(teacher)
         if self.pair.shares_encoder:  # and one limit: one sequence
             self._check_same_rows(mine.targets, theirs.targets)
-            return self._sums(mine, slice(None), theirs, slice(None), weights)
+            return self._compared(mine, slice(None), theirs, slice(None), given, weights)
         both, others = common_rows(student.batch, teacher.batch)
         self._check_same_rows(mine.targets[both], theirs.targets[others], compare=True)
-        total = self._sums(mine, both, theirs, others, weights)
+        total = self._compared(mine, both, theirs, others, given, weights)
         alone = torch.ones(len(mine.targets), dtype=torch.bool, device=both.device)
         alone[both] = False
+        alone = alone if given is None else alone & given
         return total + self._sums(mine, alone) if alone.any() else total
+
+    def _compared(
+        self,
+        mine: HeadRows,
+        rows: Rows,
+        theirs: HeadRows,
+        their_rows: Rows,
+        given: torch.Tensor | None,
+        weights: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Of rows that both models have: both losses where the label is given, else L_KL alone.
+
+        Args:
+            weights: of the teacher's rows, what the divergence counts.
+        """
+        if given is None:
+            return self._sums(mine, rows, theirs, their_rows, weights)
+        own, other = (torch.arange(len(part.targets), device=given.device) for part in (mine, theirs))
+        own, other = own[rows], other[their_rows]
+        labelled = given[own]
+        total = self._sums(mine, own[labelled], theirs, other[labelled], weights)
+        alone = self._sums(mine, own[~labelled], theirs, other[~labelled], weights, lm_weight=0.0)
+        loss, _, kl = alone.unbind()
+        return total + torch.stack([loss, torch.zeros_like(kl), kl])
 
     def _sums(
         self,
@@ -110,6 +137,7 @@ class AnswerTerm(Term):
         theirs: HeadRows | None = None,
         their_rows: Rows | None = None,
         their_weights: torch.Tensor | None = None,
+        lm_weight: float | None = None,
     ) -> torch.Tensor:
         weight, bias = mine.weights
         teacher_weight = teacher_bias = None
@@ -125,7 +153,7 @@ class AnswerTerm(Term):
                 teacher_weight,
                 student_bias=bias,
                 teacher_bias=teacher_bias,
-                lm_weight=self.lm_weight,
+                lm_weight=self.lm_weight if lm_weight is None else lm_weight,
                 kl_weight=self.kl_weight,
                 temperature=self.temperature,
                 vocab_size=self.pair.vocab_size,

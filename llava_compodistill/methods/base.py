@@ -162,6 +162,8 @@ class Method:
         recipe: its stages, in their order.
         teacher_stages: the stages that load a teacher, whatever the arguments.
         aligns_attention: whether it has L_ADL, which `--attention_stages` and `--attention_schedule` are for.
+        on_policy: whether its terms can do with answers that the student has given itself (`--on_policy`), whose
+            labels are not to be learned (`Pass.given_rows` tells which are).
         whole_stages: the stages that do not go with LoRA or quantised weights.
         paired_stages: the stages whose data are pairs of answers, see `train.data.PreferenceDataset`.
         defaults: the options and their defaults.
@@ -175,6 +177,7 @@ class Method:
     recipe: ClassVar[Sequence[str]] = ("dpt", "dft", "sft")
     teacher_stages: ClassVar[Sequence[str]] = ()
     aligns_attention: ClassVar[bool] = False
+    on_policy: ClassVar[bool] = False
     paired_stages: ClassVar[Sequence[str]] = ()
     whole_stages: ClassVar[Sequence[str]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}

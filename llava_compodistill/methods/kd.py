@@ -18,6 +18,7 @@ class KD(Method):
     name = "kd"
     teacher_stages = ("dpt", "dft")
     weighed = ("tokens",)
+    on_policy = True
 
     def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
         distilled = stage in self.teacher_stages  # where another stage has a teacher, it is for another term

@@ -169,6 +169,14 @@ def compute_dtype(training_args: Any) -> torch.dtype:
     return torch.float16 if training_args.fp16 else torch.float32
 
 
+def computing(training_args: Any) -> contextlib.AbstractContextManager:
+    """The context of the step's precision, for forwards that no wrapper of the trainer has put into it."""
+    dtype = compute_dtype(training_args)
+    if dtype == torch.float32:  # which older releases of torch refuse on a CPU, even when it is not enabled
+        return contextlib.nullcontext()
+    return torch.autocast(training_args.device.type, dtype=dtype)
+
+
 def student_dtype(training_args: Any) -> torch.dtype:
     """The precision in which the student's weights are held.
 

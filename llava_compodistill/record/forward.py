@@ -86,6 +86,8 @@ class Pass:
         switched: of a student, the teacher's pass on the student's visual features, where a term asks for it.
         blind: of a teacher, its pass on the text alone of the samples with an image, where a term asks for it and
             there is such a sample.
+        own: of a student that has answered samples of the batch itself, [B]: the number of the first answer row of the
+            sample that predicts a token of its own answer; -1 for a sample with the data's answers alone.
     """
 
     batch: MergedBatch
@@ -99,6 +101,16 @@ class Pass:
     aligned: torch.Tensor | None = None
     switched: Pass | None = None
     blind: Pass | None = None
+    own: torch.Tensor | None = None
+
+    def given_rows(self) -> torch.Tensor | None:
+        """[R] bool, of the answer rows those whose label is the data's and not the student's own; None for all."""
+        if self.own is None:
+            return None
+        answers = self.batch.answer_mask()
+        number = answers.long().cumsum(dim=1) - 1
+        own = (self.own >= 0)[:, None] & (number >= self.own[:, None])
+        return ~own[answers]
 
 
 class PassRecorder:

@@ -7,21 +7,16 @@ Every flag of `llava.train.train` keeps its name and meaning; the fields below a
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from .. import compat
 from ..hosts.llava import training as llava_training
 from ..methods import METHODS, Method, find_method
-from ..methods.schedule import ENDS
 from ..pair.layers import parse_band
 from ..pair.sight import LEAST_SAMPLES
-
-STAGES = ("pt", "dpt", "dft", "sft")
-#: Stages that train the adapter alone (method.md, "Three stages").
-ADAPTER_STAGES = ("pt", "dpt")
-
+from .checks import ADAPTER_STAGES, STAGES, check_advantage, check_alignment
+from .on_policy import check_on_policy
 
 #: Stages of the paper that have a teacher.
 DISTILLED_STAGES = ("dpt", "dft")
@@ -201,6 +196,17 @@ class TrainingArguments(llava_training.TrainingArguments):
         default=False,
         metadata={"help": "Control experiment: reorder the weights among the answer tokens of each sample."},
     )
+    on_policy: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the samples whose last answer is replaced by one that the student generates: L_KL and "
+            "L_ADL on it, no L_LM (GKD). kd and compodistill, in stages with a teacher that train the language model."
+        },
+    )
+    on_policy_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature at which the student's answers are drawn; 0 is greedy."}
+    )
+    on_policy_max_tokens: int = field(default=128, metadata={"help": "Most tokens of an answer of the student."})
     mm_vision_tower_lr: float | None = field(
         default=None,
         metadata={
@@ -249,7 +255,7 @@ class TrainingArguments(llava_training.TrainingArguments):
                 f"--stage {self.stage}: method {self.method} distils in the stages "
                 f"{', '.join(self.chosen_method.teacher_stages)} (its recipe: {', '.join(self.chosen_method.recipe)})."
             )
-        self._check_alignment()
+        check_alignment(self)
         if self.kd_temperature <= 0:
             raise ValueError(f"--kd_temperature {self.kd_temperature}: must be greater than 0.")
         for name in ("lm_weight", "kl_weight", "attention_weight"):
@@ -257,7 +263,7 @@ class TrainingArguments(llava_training.TrainingArguments):
                 raise ValueError(f"--{name} {getattr(self, name)}: a loss weight cannot be negative.")
         if self.attention_heads == "matched" and self.layer_matching == "adaptive":
             raise ValueError("--attention_heads matched needs --layer_matching group or simple, not adaptive.")
-        _check_advantage(self)
+        check_advantage(self)
         if self.calibration_batches < 1:
             raise ValueError(f"--calibration_batches {self.calibration_batches}: must be at least 1.")
         if not 0 < self.sight_share <= 1:
@@ -271,43 +277,10 @@ class TrainingArguments(llava_training.TrainingArguments):
             parse_band(getattr(self, name), name, measured=True)
         # LLaVA's trainer, saver and loader read this switch; the stage decides it.
         self.tune_mm_mlp_adapter = self.stage in ADAPTER_STAGES
+        check_on_policy(self)
         if self.gradient_checkpointing:
             # Reentrant checkpointing gives the captured maps no gradient and says nothing about it.
             self.gradient_checkpointing_kwargs = {**(self.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
-
-    def _check_alignment(self) -> None:
-        """Check and complete what --attention_stages and --attention_schedule say."""
-        given = self.attention_stages.replace(" ", "").split(",")
-        changed = given != ["dft"] or self.attention_schedule != "constant"
-        if changed and not self.chosen_method.aligns_attention:
-            flag = f"--attention_stages {self.attention_stages}"
-            if given == ["dft"]:
-                flag = f"--attention_schedule {self.attention_schedule}"
-            raise ValueError(f"{flag}: method {self.method} has no L_ADL. Leave the flag out.")
-        recipe = self.chosen_method.recipe
-        if changed and not set(given) <= set(recipe):
-            raise ValueError(
-                f"--attention_stages {self.attention_stages}: name stages of method {self.method}, with commas: "
-                f"{', '.join(recipe)}. (--vat False trains L_ADL in none.)"
-            )
-        self.attention_stages = ",".join(stage for stage in recipe if stage in given) or self.attention_stages
-        end, schedule = self.attention_schedule_end, self.attention_schedule
-        if schedule == "constant":
-            if end is not None:
-                raise ValueError(
-                    f"--attention_schedule_end {end}: a constant weight has no end. Add --attention_schedule "
-                    f"{', '.join(ENDS)}."
-                )
-            return
-        if not (self.vat and self.attention_weight > 0):
-            off = "--vat False" if not self.vat else f"--attention_weight {self.attention_weight:g}"
-            raise ValueError(f"--attention_schedule {schedule}: with {off} there is no L_ADL. Leave one of them out.")
-        if end is None:
-            self.attention_schedule_end = ENDS[schedule]
-        elif not 0 < end <= 1:
-            raise ValueError(
-                f"--attention_schedule_end {end}: must be greater than 0 and at most 1, a share of the stage."
-            )
 
     @property
     def seed_of_data(self) -> int:
@@ -333,106 +306,3 @@ def _read_method(name: str, options: str) -> Method:
     if not isinstance(given, dict):
         raise ValueError(f"--method_options {options}: must be a JSON object of names and values.")
     return find_method(name, given)
-
-
-def _check_advantage(training: TrainingArguments) -> None:
-    value, method = training.visual_advantage, training.chosen_method
-    if not 0 < training.advantage_floor < math.inf:
-        raise ValueError(
-            f"--advantage_floor {training.advantage_floor}: must be greater than 0, or all weights of a sample could "
-            "be 0, and finite."
-        )
-    if value == "none":
-        if training.shuffle_advantage:
-            raise ValueError("--shuffle_advantage True: nothing is weighed without --visual_advantage.")
-        return
-    of_tokens, of_rows = value in ("tokens", "both"), value in ("rows", "both")
-    why = None
-    if value not in method.weighed:
-        takes = " and ".join(method.weighed) or "none"
-        why = f"--method {training.method} takes {takes}; kd takes tokens, compodistill tokens, rows and both"
-    elif not training.distilled:
-        why = f"--stage {training.stage} of {training.method} has no teacher: leave the flag out"
-    elif of_tokens and training.stage not in method.teacher_stages:
-        why = f"it weighs the tokens of L_KL, which is not part of --stage {training.stage}: use rows here"
-    elif of_tokens and not training.kl_weight:
-        why = "it weighs the tokens of L_KL, which --kl_weight 0 leaves out"
-    elif of_rows and not method.aligns(training.stage, training):
-        why = (
-            "it weighs the rows of L_ADL, which is trained in the stages of --attention_stages (default: dft), with "
-            "--vat True and an --attention_weight above 0: use tokens"
-        )
-    elif of_rows and training.attention_rows == "visual":
-        why = "--attention_rows visual leaves out the queries that predict an answer token: use all, text or answer"
-    elif of_rows and training.attention_loss == "cosine" and training.attention_similarity == "matrix":
-        why = "--attention_similarity matrix compares whole maps, which have no rows to weigh: use row, or tokens here"
-    if why is not None:
-        raise ValueError(f"--visual_advantage {value}: {why}.")
-
-
-def check_arguments(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
-    """Check what no single dataclass can see, before anything is loaded.
-
-    Raises:
-        ValueError: naming the flags that contradict each other, and the way out.
-    """
-    aligned = f"--attention_stages {training.attention_stages}"
-    if training.distilled and training.stage not in training.chosen_method.teacher_stages:
-        if not model.teacher_model_path:
-            raise ValueError(
-                f"{aligned} aligns attention with a teacher's in --stage {training.stage}: give --teacher_model_path "
-                "(sft.sh: set ATTENTION_STAGES instead of the flag), or name other stages."
-            )
-    if training.distilled and not model.teacher_model_path:
-        raise ValueError(
-            f"--stage {training.stage} distils from a teacher: give --teacher_model_path, or use --stage "
-            f"{'pt' if training.stage == 'dpt' else 'sft'} to train without one."
-        )
-    if model.teacher_version and not training.distilled:
-        raise ValueError(
-            f"--teacher_version {model.teacher_version}: no teacher reads samples in --stage {training.stage} of "
-            f"--method {training.method}. Leave the flag out."
-        )
-    if not model.vision_tower:
-        raise ValueError("--vision_tower is missing: name a CLIP or SigLIP encoder or the folder of one.")
-    if model.taf_depth not in (1, 2):
-        raise ValueError(f"--taf_depth {model.taf_depth}: MLP_S has 1 or 2 linear layers.")
-    if training.stage in ADAPTER_STAGES and training.lora_enable:
-        raise ValueError(f"--stage {training.stage} trains the adapter alone: --lora_enable does not go with it.")
-    if training.stage in training.chosen_method.whole_stages and (training.lora_enable or training.bits in (4, 8)):
-        flag = "--lora_enable" if training.lora_enable else f"--bits {training.bits}"
-        raise ValueError(f"--stage {training.stage} of {training.method} takes whole weights: leave {flag} out.")
-    _check_trained_tower(model, training)
-    if model.mm_use_im_start_end and (training.stage in ADAPTER_STAGES or training.lora_enable):
-        what = "the adapter alone" if training.stage in ADAPTER_STAGES else "the adapter and LoRA weights"
-        raise ValueError(
-            f"--mm_use_im_start_end True adds two tokens to the language model, and this run trains and saves {what}: "
-            "their embeddings would stay random. Leave the flag out (a checkpoint that has the tokens keeps them), or "
-            "train the whole language model with --stage dft or sft and without --lora_enable."
-        )
-    if training.shuffle_attention_targets and training.per_device_train_batch_size < 2:
-        raise ValueError("--shuffle_attention_targets needs --per_device_train_batch_size of at least 2.")
-    if not data.data_path:
-        raise ValueError(
-            "--data_path is missing: give a JSON file of conversations, several with commas, or a YAML mix."
-        )
-
-
-def _check_trained_tower(model: ModelArguments, training: TrainingArguments) -> None:
-    if not model.unfreeze_mm_vision_tower:
-        if training.mm_vision_tower_lr is not None:
-            raise ValueError(
-                "--mm_vision_tower_lr is for an encoder that is trained: add --unfreeze_mm_vision_tower True."
-            )
-        return
-    why = None
-    if training.stage in ADAPTER_STAGES:
-        why = f"--stage {training.stage} trains and saves the adapter alone: unfreeze the encoder in dft or sft"
-    elif training.lora_enable:
-        why = "a LoRA checkpoint has no place for the encoder's weights: train without --lora_enable"
-    elif training.fsdp:
-        why = "LLaVA keeps the encoder out of FSDP's units: use DDP or DeepSpeed"
-    if why is not None:
-        raise ValueError(f"--unfreeze_mm_vision_tower True: {why}.")
-    if training.mm_vision_tower_lr is not None and training.mm_vision_tower_lr < 0:
-        raise ValueError(f"--mm_vision_tower_lr {training.mm_vision_tower_lr}: cannot be negative.")

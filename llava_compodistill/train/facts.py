@@ -13,6 +13,9 @@ from ..pair.tokens import TEACHER, in_both
 
 #: The key of a batch's facts beside its tensors.
 KEY = "facts"
+#: Where the student has answered samples itself (`own_answers`), [B]: the number of the first answer row of the sample
+#: that predicts a token of its own answer; -1 for a sample with the data's answers alone.
+OWN = "own_answers"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class BatchFacts:
         samples: all samples.
         cut: samples whose answers all lie beyond the length limit.
         aligned_spans: spans of answers that begin at the same place in the student's and the teacher's tokens.
+        own_samples: samples that the student has answered itself.
+        own_tokens: answer tokens of those answers.
     """
 
     answer_tokens: int
@@ -32,6 +37,8 @@ class BatchFacts:
     samples: int
     cut: int = 0
     aligned_spans: int = 0
+    own_samples: int = 0
+    own_tokens: int = 0
 
     @classmethod
     def of(
@@ -58,7 +65,10 @@ class BatchFacts:
             theirs = batch[TEACHER]
             other = _answer_tokens(theirs, teacher[0] if single else 1, teacher[1])
             spans = int(in_both(theirs["aligned"], seen, other).sum())
-        return cls(sum(tokens), int(with_image.sum()), len(tokens), tokens.count(0), spans)
+        first = batch[OWN].tolist() if OWN in batch else []
+        own = [count - start for count, start in zip(tokens, first, strict=False) if start >= 0]
+        own_tokens = sum(max(0, count) for count in own)
+        return cls(sum(tokens), int(with_image.sum()), len(tokens), tokens.count(0), spans, len(own), own_tokens)
 
 
 def _answer_tokens(batch: dict[str, Any], width: int, limit: int | None) -> torch.Tensor:

@@ -23,6 +23,7 @@ from ..record.encoding import encode_for, encoded_as, keep_features
 from ..record.forward import Needs, Pass, PassRecorder, record
 from ..record.recompute import recomputed
 from .calibration import Calibration
+from .facts import OWN
 
 
 class Objective:
@@ -61,6 +62,7 @@ class Objective:
             self.pair.share_vision()
         self._recorder: PassRecorder | None = None
         self._teacher_pass: Pass | None = None
+        self._own: torch.Tensor | None = None
         self._switch: Callable[[], Pass | None] = _no_pass
         self._widths: dict[str, int] = {}
         self._sums: dict[str, Sums] = {}
@@ -106,14 +108,16 @@ class Objective:
 
         Args:
             model: the student as the trainer wraps it (DDP, DeepSpeed); its forward is what is called.
-            inputs: what LLaVA's collator gives: input_ids, labels, attention_mask, images; and for a teacher with
-                another tokenizer what `TeacherTextCollator` adds.
+            inputs: what LLaVA's collator gives: input_ids, labels, attention_mask, images; for a teacher with another
+                tokenizer what `TeacherTextCollator` adds, and OWN where the student has answered samples itself.
 
         Returns:
             Each term's sums, by name.
         """
         if self._recorder is None:
             raise RuntimeError("Objective: call it inside `with objective.running():`.")
+        self._own = inputs.get(OWN)
+        inputs = {name: value for name, value in inputs.items() if name != OWN}
         with encode_for(self.pair), self._switching(inputs):
             self._teacher_pass = self.run_teacher(inputs, self._needs()[1])
             self._run_blind(inputs, self._teacher_pass)
@@ -175,6 +179,7 @@ class Objective:
             return recorder.latest
 
     def _on_head(self, student: Pass) -> torch.Tensor:
+        student.own = self._own
         values = {term.name: term.on_head(student, self._teacher_pass) for term in self.terms}
         values = {name: value for name, value in values.items() if value is not None}
         self._widths = {name: len(value) for name, value in values.items()}

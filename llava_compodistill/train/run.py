@@ -25,8 +25,10 @@ from ..hosts.llava.templates import prepare_tokenizer, use_template
 from ..pair.student import build_student, compute_dtype
 from ..pair.teacher import load_teacher
 from . import checkpoint, resume
-from .arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
+from .arguments import DataArguments, ModelArguments, TrainingArguments
+from .checks import check_arguments
 from .data import make_data_module
+from .on_policy import find_end_token, refuse_other_tokenizer
 from .rehearsal import rehearse
 from .teacher_text import find_teacher_text
 from .trainer import CompoDistillTrainer
@@ -51,10 +53,13 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
 
     template = use_template(model_args.version)
     tokenizer = load_tokenizer(model_args, args, template)
+    if args.on_policy:
+        find_end_token(tokenizer)
 
     teacher_text = shared = None
     if args.distilled:
         teacher_text, shared = find_teacher_text(tokenizer, model_args, args)
+        refuse_other_tokenizer(args, teacher_text)
         rehearse(model_args, args, teacher_text)
 
     teacher = None

@@ -62,9 +62,20 @@ class TermsLog:
             values = [(value.detach() / count).float() for value in found]
             weighted = [value * weight for value, weight in zip(values, weights, strict=True)]
             self._add((*sums.logged, term.name), torch.stack(values), torch.stack(weighted), step)
-        for name, pair in sums.measured.items():
-            value = torch.stack([part.detach().float() for part in pair])
-            self._ratios[name] = self._ratios[name] + value if name in self._ratios else value
+        for name, (value, counted) in sums.measured.items():
+            self.measure(step, name, value, counted)
+
+    def measure(self, step: int, name: str, value: torch.Tensor, count: torch.Tensor) -> None:
+        """A sum and what it is divided by in the log, each added up since the last one. Every rank measures the same
+        names.
+
+        Args:
+            step: optimizer steps made so far.
+        """
+        if not self:
+            self._first_step = step
+        pair = torch.stack([part.detach().float() for part in (value, count)])
+        self._ratios[name] = self._ratios[name] + pair if name in self._ratios else pair
 
     def _add(self, names: tuple[str, ...], values: torch.Tensor, weighted: torch.Tensor, step: int) -> None:
         total = self._means.get(names)

@@ -22,7 +22,7 @@ from ..hosts.llava.model import count_visual_tokens, llava_core
 from ..hosts.llava.training import LLaVATrainer
 from ..methods import Sums
 from ..methods.base import COUNTS
-from ..pair.student import compute_dtype
+from ..pair.student import computing
 from . import checkpoint, facts
 from .arguments import TrainingArguments
 from .calibration import Batches, read_calibration, refuse_zero3, samples_with_image, write_calibration
@@ -30,6 +30,8 @@ from .facts import BatchFacts, CountingCollator
 from .finite import refuse_broken_gradient, refuse_broken_weights
 from .mix import Mix, write_manifest
 from .objective import Objective
+from .on_policy import PARTITIONED, refuse_other_tokenizer
+from .own_answers import OwnAnswers
 from .samplers import SeededLengthGroupedSampler, SeededRandomSampler, TellEpoch
 from .sight import SightGuard, can_measure
 from .teacher_text import TeacherText
@@ -65,6 +67,7 @@ class CompoDistillTrainer(LLaVATrainer):
     ):
         if args.distilled and teacher is None:
             raise ValueError(f"Stage {args.stage} distils from a teacher: pass teacher=load_teacher(path).")
+        refuse_other_tokenizer(args, teacher_text)
         if args.paired != getattr(kwargs.get("train_dataset"), "paired", args.paired):
             raise ValueError(
                 f"Stage {args.stage} of {args.method} takes {'pairs of answers' if args.paired else 'single samples'}"
@@ -90,6 +93,11 @@ class CompoDistillTrainer(LLaVATrainer):
         if teacher_text is not None:
             theirs = count_visual_tokens(teacher), teacher.config.tokenizer_model_max_length
         self.data_collator = CountingCollator(self.data_collator, count_visual_tokens(core), self._limit, theirs)
+        self._own: OwnAnswers | None = None
+        if args.on_policy:
+            if self.is_fsdp_enabled:
+                raise ValueError(f"--on_policy {args.on_policy:g}: not with FSDP, {PARTITIONED}")
+            self._own = OwnAnswers(model, tokenizer, self.data_collator, args, self._limit)
         self.tokenizer_to_save = tokenizer
         self.train_sampler: Any = None
         self._gathered: tuple[dict | None, dict | None] = None, None
@@ -163,6 +171,7 @@ class CompoDistillTrainer(LLaVATrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, *args, **kwargs):
         """Since transformers 4.46: collect the window; here, also count what its losses are divided by."""
         window, _ = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
+        window = self._with_own_answers(window)
         self._counts = self._count(window) if window else None
         return window, None if self._counts is None else self._counts["answer_tokens"]
 
@@ -175,7 +184,7 @@ class CompoDistillTrainer(LLaVATrainer):
         self._waiting.append(inputs)
         if not compat.ends_window(self):
             return torch.zeros((), device=self.args.device)
-        window, self._waiting = self._waiting, []
+        window, self._waiting = self._with_own_answers(self._waiting), []
         self._counts = self._count(window)
         total = torch.zeros((), device=self.args.device)
         for position, waiting in enumerate(window):
@@ -186,11 +195,19 @@ class CompoDistillTrainer(LLaVATrainer):
                 total += super().training_step(model, waiting)
         return total
 
+    def _with_own_answers(self, window: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The window, with answers of the student where they are drawn (`--on_policy`)."""
+        if self._own is None:
+            return window
+        return self._own.replace(window, self.state.global_step, self._prepare_inputs)
+
     def _count(self, window: list[dict[str, Any]], training: bool = True) -> dict[str, torch.Tensor]:
         """Each of COUNTS, of a window over all ranks; never zero, so nothing divides by it."""
         found = [self._facts(batch) for batch in window]
         if training:
             self._watch_answers(found)
+            if self._own is not None:
+                self._own.measure(found, self.state.global_step, self._terms_log)
         sums = [sum(getattr(batch, name) for batch in found) for name in COUNTS]
         counts = torch.tensor(sums, dtype=torch.float32)
         if self.args.device.type == "cuda":
@@ -268,6 +285,8 @@ class CompoDistillTrainer(LLaVATrainer):
             sight = None if self._sight is None else self._sight.take()
             if sight is not None:
                 terms["sight"] = sight
+            if self._own is not None:
+                terms["generating"] = self._own.take_time(self.accelerator)
             weights = self._weights(self.state.global_step - 1)
             terms |= {f"{term.name}_weight": weights[term.name] for term in self.objective.terms if term.schedule}
             logs.update({name: round(value, 6) for name, value in terms.items()})
@@ -316,6 +335,8 @@ class CompoDistillTrainer(LLaVATrainer):
                 return TrainOutput(state.global_step, 0.0, {})
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._report_cut_samples()
+        if self._own is not None:
+            self._own.report(self.accelerator)
         return result
 
     def _inner_training_loop(self, *args, **kwargs):
@@ -343,11 +364,8 @@ class CompoDistillTrainer(LLaVATrainer):
         student = self.objective.pair.student.to(self.args.device)
         training = student.training
         student.eval()
-        dtype = compute_dtype(self.args)
-        # Nothing has wrapped the models for mixed precision yet.
-        whole = dtype == torch.float32  # which older releases of torch refuse on a CPU, even when it is not enabled
         try:
-            with contextlib.nullcontext() if whole else torch.autocast(self.args.device.type, dtype=dtype):
+            with computing(self.args):  # nothing has wrapped the models for mixed precision yet
                 return self.objective.calibrate(
                     *(Batches(data, part, size, self._batch) for part in (first, with_image))
                 )

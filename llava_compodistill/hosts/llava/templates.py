@@ -195,6 +195,17 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Any) -> None
     )
 
 
+def end_token(tokenizer: PreTrainedTokenizerBase, template: Any = None) -> int | None:
+    """The token that ends an answer under a template, by default LLaVA's current one; None where it has none.
+
+    Args:
+        tokenizer: prepared for it.
+    """
+    template = conversation_lib.default_conversation if template is None else template
+    stop = (template.sep2 or template.sep).strip()
+    return tokenizer.eos_token_id if stop and stop == tokenizer.eos_token else None
+
+
 def _is_special(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
     index = tokenizer.convert_tokens_to_ids(token)
     if index is None or (index == tokenizer.unk_token_id and token != tokenizer.unk_token):

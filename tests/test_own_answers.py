@@ -295,21 +295,30 @@ def test_fewer_at_a_time_where_the_gpus_memory_does_not_suffice(on_policy, monke
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 # ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("encoders", ["one", "two"])
-def test_own_answers_have_the_divergence_and_no_cross_entropy(siglip, tmp_path, encoders):
-    """Against whole logits, one sample at a time, gradients included; also where limits cut the models apart."""
+def test_own_answers_have_the_divergence_and_no_cross_entropy(siglip, tmp_path, monkeypatch, encoders, weighted):
+    """Against whole logits, one sample at a time, gradients included; also where limits cut the models apart, and
+    where the teacher's rows have weights (--visual_advantage)."""
     from factory import save_tower
+
+    from llava_compodistill.methods.advantage import AdvantageTerm
 
     tower = siglip if encoders == "one" else save_tower(tmp_path / "siglip-4", patches=4)
     limit = {"tokenizer_model_max_length": 20} if encoders == "two" else {}
     teacher = make_model(siglip, hidden=48, layers=6, heads=6, vocab=128, seed=1, **limit).requires_grad_(False)
     student = make_model(tower, seed=2, **limit)
     options = {"vat": False, "lm_weight": 0.7, "kl_weight": 1.3, "kd_temperature": 2.0}
+    if weighted:
+        options["visual_advantage"] = "tokens"
+        ramp = torch.linspace(0.5, 2.0, 90)
+        monkeypatch.setattr(AdvantageTerm, "token_weights", lambda self, teacher: ramp[: len(teacher.log_probs)])
     objective = make_objective(student, teacher, arguments(tmp_path, **options), 91)
     layouts = ["qIqaaqaaa", "qqqaaqa", "Iqaaa", "qIaaaaaaaaaaaaaaaaaaa", "qq" + "a" * 28]
     own = torch.tensor([2, 2, 0, 4, -1])
     batch = make_batch(layouts)
     lm = kl = torch.zeros((), dtype=torch.float64)
+    seen = 0
     for start, (ids, labels, first) in zip(own.tolist(), batch.samples, strict=True):
         inputs = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
         inputs["images"] = batch.inputs["images"][first : first + 1]
@@ -325,7 +334,9 @@ def test_own_answers_have_the_divergence_and_no_cross_entropy(siglip, tmp_path, 
         lm = lm + torch.nn.functional.cross_entropy(logits[0][:given], targets[:given], reduction="sum")
         both = min(map(len, logits))
         p, q = ((part[:both, :91] / 2).log_softmax(-1) for part in (logits[1], logits[0]))
-        kl = kl + 4 * (p.exp() * (p - q)).sum()
+        weights = ramp[seen : seen + both].double() if weighted else torch.ones(both, dtype=torch.float64)
+        kl = kl + 4 * ((p.exp() * (p - q)).sum(-1) * weights).sum()
+        seen += len(logits[1])
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     expected = torch.autograd.grad(0.7 * lm + 1.3 * kl, trained)
     with objective.running():

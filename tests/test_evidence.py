@@ -63,8 +63,9 @@ class World:
 
 
 def tuned(root, world=None):
-    studies = list(evidence.STUDIES.values())
-    return tuning.tune(world or World(), studies, RATES, (100, 101), root, 1, Console(quiet=True), about.environment())
+    return tuning.tune(
+        world or World(), [evidence.EVIDENCE], RATES, (100, 101), root, 1, Console(quiet=True), about.environment()
+    )
 
 
 def test_every_method_is_tuned_with_the_same_budget(tmp_path):
@@ -93,6 +94,15 @@ def test_rows_take_the_rates_that_were_chosen_for_them(tmp_path):
     del record["recipes"][KD.key]
     with pytest.raises(DataError, match="no learning rate for “KD” of evidence: run `reproduce evidence --tune"):
         tuning.at_tuned_rates(evidence.EVIDENCE, record, world)
+
+
+def test_every_claim_names_rows_of_its_study():
+    for study in evidence.STUDIES.values():
+        for claim in study.claims:
+            assert {claim.better, claim.worse} <= study.rows.keys() and claim.metric in study.metrics, claim
+        assert study.family and study.seeds >= 8 and {study.gap.bottom, study.gap.top} <= study.rows.keys()
+        recipes = [row.recipe for row in study.rows.values() if row.recipe is not None]
+        assert len({recipe.key for recipe in recipes}) == len(recipes)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"recipes": {"a": {}}}', '{"recipes": {}}'])

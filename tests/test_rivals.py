@@ -187,8 +187,11 @@ def release_reference(student, teacher):
     return 1 - pooled[0] @ pooled[1] / (pooled[0].norm() * pooled[1].norm())
 
 
-def test_release(pair, tmp_path):
-    sums, objective, mine, theirs = run(pair, tmp_path, "release")
+@pytest.mark.parametrize("shifted", [False, True])
+def test_release(pair, tmp_path, shifted):
+    """With the unshifted L_KL of the authors' code, or with the paper's."""
+    options = {"method_options": '{"shifted_kl": true}'} if shifted else {}
+    sums, objective, mine, theirs = run(pair, tmp_path, "release", **options)
     (outputs, batch), (teacher, _) = mine, theirs
     losses = []
     for sample, visual in enumerate(batch.visual):
@@ -198,8 +201,9 @@ def test_release(pair, tmp_path):
             target = torch.stack([teacher.attentions[t][sample].mean(0)[keys][:, keys] for t in group]).mean(0)
             losses.append(release_reference(student, target.detach()))
     assert float(sums["attention"].loss) == pytest.approx(float(sum(losses)), rel=1e-5)
-    lm, kl = answer_terms(mine, theirs, shifted=False)
-    assert float(sums["kl"].loss) == pytest.approx(float(kl), rel=1e-5)
+    lm, kl = answer_terms(mine, theirs, shifted=shifted)
+    found = sums["answers"].logged["kl"] if shifted else sums["kl"].loss
+    assert float(found) == pytest.approx(float(kl), rel=1e-5) and ("kl" in sums) != shifted
     assert_same_gradients(pair, objective, lm + kl + sum(losses))
 
 

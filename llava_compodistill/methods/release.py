@@ -12,7 +12,8 @@ the merging of DFT's LoRA before SFT are settings of the scripts: scripts/README
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -147,10 +148,14 @@ class Release(Method):
     name = "release"
     teacher_stages = ("dpt", "dft")
     aligns_attention = True
+    #: With `shifted_kl` L_KL is the paper's, so that the attention loss alone differs from CompoDistill's.
+    defaults: ClassVar[Mapping[str, Any]] = {"shifted_kl": False}
 
     def terms(self, stage: str, args: TrainingArguments) -> list[Term]:
-        terms: list[Term] = [AnswerTerm(args.lm_weight, distilled=False)]
-        if stage in self.teacher_stages and args.kl_weight > 0:
+        shifted = bool(self.options["shifted_kl"]) and stage in self.teacher_stages
+        weights = {"lm_weight": args.lm_weight, "kl_weight": args.kl_weight, "temperature": args.kd_temperature}
+        terms: list[Term] = [AnswerTerm(**weights, distilled=shifted)]
+        if stage in self.teacher_stages and args.kl_weight > 0 and not shifted:
             terms.append(UnshiftedTerm(args.kl_weight))
         if self.aligns(stage, args):
             terms.append(ReleaseAttentionTerm(args))

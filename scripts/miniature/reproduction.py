@@ -187,7 +187,7 @@ class MiniatureWorld:
         outputs: list[Path] = []
         curve: list[list[float]] = []
         seconds, total = 0.0, 0
-        main = max(range(len(recipe.stages)), key=lambda position: self.steps_and_rate(recipe, position)[0])
+        main = max(range(1, len(recipe.stages)), key=lambda position: self.steps_and_rate(recipe, position)[0])
         for position, stage in enumerate(recipe.stages):
             steps, rate = self.steps_and_rate(recipe, position)
             last = position == len(recipe.stages) - 1

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import reference
 import torch
-from checks import PLAIN, assert_same_log, assert_same_weights, trained_weights
+from checks import PLAIN, assert_same_log, assert_same_weights, killed_and_resumed, trained_weights
 from factory import encoder_features, make_batch, make_model, save_tower
 from test_capture import merged_samples, weights_of
 from test_rivals import gradients
@@ -20,7 +20,6 @@ from llava_compodistill.methods.advantage import AdvantageTerm
 from llava_compodistill.record.encoding import encode_for
 from llava_compodistill.train.arguments import TrainingArguments
 from llava_compodistill.train.objective import Objective
-from llava_compodistill.train.trainer import CompoDistillTrainer
 
 #: Two images, a caption without a prompt (whose first token no text precedes), text alone, an answer before the image.
 LAYOUTS = ["qIqqIqaaqa", "Iaaqa", "qqqaa", "qaaIqaqaa"]
@@ -453,25 +452,12 @@ def test_text_alone_logs_no_advantage(dft, tmp_path):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(dft, monkeypatch):
     options = {"visual_advantage": "both", "shuffle_advantage": True, "max_steps": 4}
     unbroken, expected = dft("unbroken", **options)
-    original = CompoDistillTrainer._save_checkpoint
-
-    class Killed(BaseException):
-        pass
-
-    def save_and_die(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        raise Killed
-
-    saving = {"save_strategy": "steps", "save_steps": 2, **options}
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(CompoDistillTrainer, "_save_checkpoint", save_and_die)
-        dft("broken", **saving)
-    with pytest.raises(Exception, match="advantage_floor: 0.1 there, 0.5 in this command"):
-        dft("broken", advantage_floor=0.5, **saving)
-    resumed, found = dft("broken", **saving)
+    resumed, found = killed_and_resumed(dft, monkeypatch, **options)
     assert_same_log(found, expected, 1e-5)
     assert [entry["advantage"] for entry in found] == pytest.approx([entry["advantage"] for entry in expected])
     assert_same_weights(trained_weights(resumed.model), trained_weights(unbroken.model), 1e-5)
+    with pytest.raises(Exception, match="advantage_floor: 0.1 there, 0.5 in this command"):
+        dft("broken", advantage_floor=0.5, save_strategy="steps", save_steps=2, **options)
 
 
 def test_the_term_is_one_of_its_own(tmp_path):

@@ -6,12 +6,11 @@ import math
 
 import pytest
 import torch
-from checks import PLAIN, assert_same_log, assert_same_weights, trained_weights
+from checks import PLAIN, assert_same_log, assert_same_weights, killed_and_resumed, trained_weights
 
 from llava_compodistill.methods import Sums, Term
 from llava_compodistill.methods.schedule import Schedule
 from llava_compodistill.train.arguments import TrainingArguments
-from llava_compodistill.train.trainer import CompoDistillTrainer
 
 pytestmark = pytest.mark.invariant
 
@@ -86,20 +85,7 @@ def test_a_resumed_run_goes_on_with_the_weight(dft, monkeypatch):
     unbroken, expected = dft("unbroken", **options)
     weights = [0.25 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
     assert [entry["attention_weight"] for entry in expected] == pytest.approx(weights, abs=1e-6)
-    original = CompoDistillTrainer._save_checkpoint
-
-    class Killed(BaseException):
-        pass
-
-    def save_and_die(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        raise Killed
-
-    saving = {"save_strategy": "steps", "save_steps": 4, **options}
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(CompoDistillTrainer, "_save_checkpoint", save_and_die)
-        dft("broken", **saving)
-    resumed, found = dft("broken", **saving)
+    resumed, found = killed_and_resumed(dft, monkeypatch, save_steps=4, **options)
     assert_same_log(found, expected, 1e-5)
     assert [entry["attention_weight"] for entry in found] == [entry["attention_weight"] for entry in expected]
     assert_same_weights(trained_weights(resumed.model), trained_weights(unbroken.model), 1e-5)

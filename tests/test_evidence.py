@@ -105,6 +105,21 @@ def test_every_claim_names_rows_of_its_study():
         assert len({recipe.key for recipe in recipes}) == len(recipes)
 
 
+def test_studies_that_are_tuned_one_after_the_other_share_the_file(tmp_path):
+    first = tuned(tmp_path)
+    quiet = Console(quiet=True)
+    more = tuning.tune(World(), [evidence.OBJECTIVE], RATES, (100, 101), tmp_path, 1, quiet, about.environment())
+    assert more["recipes"].items() >= first["recipes"].items() and len(more["recipes"]) == 7
+    tuning.at_tuned_rates(evidence.EVIDENCE, more, World("test"))
+    # With another budget nothing of before can stand beside it.
+    again = tuning.tune(World(), [evidence.OBJECTIVE], (1e-3,), (100, 101), tmp_path, 1, quiet, about.environment())
+    assert len(again["recipes"]) == 5
+    other = World()
+    other.settings = lambda: {"world": "another", "split": "test"}
+    with pytest.raises(DataError, match="made with other settings of the world"):
+        tuning.at_tuned_rates(evidence.OBJECTIVE, again, other)
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"recipes": {"a": {}}}', '{"recipes": {}}'])
 def test_a_damaged_tuning_file_is_named(tmp_path, text):
     (tmp_path / "tuning.json").write_text(text)

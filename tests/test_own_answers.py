@@ -7,7 +7,7 @@ import json
 import pytest
 import tiny
 import torch
-from checks import PLAIN, assert_same_log, assert_same_weights, trained_weights
+from checks import PLAIN, assert_same_log, assert_same_weights, killed_and_resumed, trained_weights
 from factory import make_batch, make_model
 from test_capture import arguments, make_objective
 from transformers import AutoTokenizer
@@ -18,7 +18,6 @@ from llava_compodistill.record.merge import record_merge
 from llava_compodistill.train import facts
 from llava_compodistill.train.facts import BatchFacts, CountingCollator
 from llava_compodistill.train.own_answers import OwnAnswers, choose_tokens, draw
-from llava_compodistill.train.trainer import CompoDistillTrainer
 
 pytestmark = pytest.mark.invariant
 
@@ -440,20 +439,7 @@ def test_a_resumed_on_policy_run_equals_an_unbroken_one(on_policy, monkeypatch, 
     else:
         options |= {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.1, "gradient_checkpointing": True}
     unbroken, expected = on_policy("unbroken", **options)
-    original = CompoDistillTrainer._save_checkpoint
-
-    class Killed(BaseException):
-        pass
-
-    def save_and_die(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        raise Killed
-
-    saving = {"save_strategy": "steps", "save_steps": 2, **options}
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(CompoDistillTrainer, "_save_checkpoint", save_and_die)
-        on_policy("broken", **saving)
-    resumed, found = on_policy("broken", **saving)
+    resumed, found = killed_and_resumed(on_policy, monkeypatch, **options)
     assert_same_log(found, expected, 1e-5)
     for ours, theirs in zip(found, expected, strict=True):
         assert [ours[name] for name in OWN_NAMES] == [theirs[name] for name in OWN_NAMES]

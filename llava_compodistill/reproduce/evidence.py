@@ -48,10 +48,11 @@ EVIDENCE = Study(
 RELEASE = Recipe(method="release")
 SHIFTED = replace(RELEASE, options='{"shifted_kl": true}')
 
-OBJECTIVE = Study(
-    "objective",
-    "Evidence: the paper's objective and that of the authors' code",
-    {
+OBJECTIVE = replace(
+    EVIDENCE,
+    name="objective",
+    title="Evidence: the paper's objective and that of the authors' code",
+    rows={
         "teacher": Row("Teacher", None),
         "sft": Row("SFT", SFT),
         "taf": Row("KD with TAF", replace(COMPODISTILL, vat=False)),
@@ -59,17 +60,12 @@ OBJECTIVE = Study(
         "release": Row("the released objective", RELEASE),
         "shifted": Row("the released attention loss with the paper's L_KL", SHIFTED),
     },
-    (
+    claims=(
         Claim("the paper's objective is ahead of KD", "paper", "taf", "relations"),
         Claim("the released objective is ahead of KD", "release", "taf", "relations"),
         Claim("the released attention loss is ahead of KD", "shifted", "taf", "relations"),
         Claim("the paper's objective is ahead of the released one", "paper", "release", "relations"),
     ),
-    metrics=EVIDENCE.metrics,
-    family=True,
-    gap=EVIDENCE.gap,
-    seeds=8,
-    curve=5,
     note="All rows but SFT have TAF, the same layers, stages and budget of tuning; only the loss differs. The "
     "released one sums over layers where the paper has a mean, compares one vector an image, from the visual queries "
     "alone, and takes L_KL without the causal shift.",
@@ -82,10 +78,11 @@ def _half(*flags: str) -> Recipe:
 
 _SIGHT = ("--student_layers", "sight", "--teacher_layers", "sight")
 
-BEYOND = Study(
-    "beyond",
-    "Evidence: beyond the paper, at half the steps",
-    {
+BEYOND = replace(
+    EVIDENCE,
+    name="beyond",
+    title="Evidence: beyond the paper, at half the steps",
+    rows={
         "teacher": Row("Teacher", None),
         "sft": Row("SFT, all steps", SFT),
         "full": Row("CompoDistill, all steps", COMPODISTILL),
@@ -100,7 +97,7 @@ BEYOND = Study(
         "linear": Row("attention weight falls linearly", _half("--attention_schedule", "linear")),
         "on_policy": Row("half of the answers the student's own", _half("--on_policy", "0.5")),
     },
-    (
+    claims=(
         Claim("KL divergence of maps is ahead of cosine", "kl", "half", "relations"),
         Claim("layers by measured sight are ahead of the band", "sight", "half", "relations"),
         Claim("head by head is ahead of the mean", "heads", "half", "relations"),
@@ -109,11 +106,6 @@ BEYOND = Study(
         Claim("a falling attention weight is ahead of a constant one", "linear", "half", "relations"),
         Claim("the student's own answers help", "on_policy", "half", "relations"),
     ),
-    metrics=EVIDENCE.metrics,
-    family=True,
-    gap=EVIDENCE.gap,
-    seeds=8,
-    curve=5,
     note="The goal: a variant that closes 90 % of the gap between SFT and the teacher with half of CompoDistill's "
     "steps.",
 )

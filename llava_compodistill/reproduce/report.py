@@ -88,7 +88,7 @@ def markdown(found: Found, world: World) -> str:
     if found.verdicts and study.family:
         names = ("claim", "difference", "interval", "d", "seeds ahead", "p", "p (signs)", "p (Holm)", "verdict")
         lines += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-        lines += [f"| {_family_claim(verdict, metrics)} |" for verdict in found.verdicts]
+        lines += [f"| {_claim(verdict, metrics, family=True)} |" for verdict in found.verdicts]
         lines += ["", _FAMILY, ""]
     elif found.verdicts:
         lines += ["| the paper's claim | difference here | 95 % interval | p | verdict |", "|---|---|---|---|---|"]
@@ -121,26 +121,9 @@ def _gap_closed(scores: Mapping[str, Mapping[int, float]], row: str, gap: Gap) -
     return f"{mean(shares):.0f} % ({low:.0f} to {high:.0f})"
 
 
-def _family_claim(verdict: Verdict, names: Mapping[str, str]) -> str:
-    claim, text = verdict.claim, verdict.verdict
-    if verdict.needed is not None:
-        text += f" (about {verdict.needed} seeds)"
-    return " | ".join(
-        [
-            f"{claim.text} ({names.get(claim.metric, claim.metric)})",
-            f"{verdict.difference:+.1f}",
-            f"{verdict.low:+.1f} to {verdict.high:+.1f}",
-            "–" if verdict.effect is None else f"{verdict.effect:.2f}",
-            f"{verdict.ahead} of {verdict.seeds}",
-            _p(verdict.p),
-            "–" if verdict.signs is None else _p(verdict.signs),
-            "–" if verdict.adjusted is None else _p(verdict.adjusted),
-            f"**{text}**" if verdict.verdict != "undecided" else text,
-        ]
-    )
-
-
-def _p(value: float) -> str:
+def _p(value: float | None) -> str:
+    if value is None:
+        return "–"
     return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
@@ -154,20 +137,28 @@ def _cell(values: Sequence[float], metric: str) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
-def _claim(verdict: Verdict, names: Mapping[str, str]) -> str:
+def _claim(verdict: Verdict, names: Mapping[str, str], family: bool = False) -> str:
     claim = verdict.claim
     text = verdict.verdict
     if verdict.needed is not None:
         text += f" (about {verdict.needed} seeds)"
-    return " | ".join(
-        [
-            f"{claim.text} ({names.get(claim.metric, claim.metric)})",
-            f"{verdict.difference:+.1f}",
-            f"{verdict.low:+.1f} to {verdict.high:+.1f}",
+    cells = [
+        f"{claim.text} ({names.get(claim.metric, claim.metric)})",
+        f"{verdict.difference:+.1f}",
+        f"{verdict.low:+.1f} to {verdict.high:+.1f}",
+    ]
+    if family:
+        effect = "–" if verdict.effect is None else f"{verdict.effect:.2f}"
+        cells += [
+            effect,
+            f"{verdict.ahead} of {verdict.seeds}",
             _p(verdict.p),
-            f"**{text}**" if verdict.verdict != "undecided" else text,
+            _p(verdict.signs),
+            _p(verdict.adjusted),
         ]
-    )
+    else:
+        cells.append(_p(verdict.p))
+    return " | ".join([*cells, f"**{text}**" if verdict.verdict != "undecided" else text])
 
 
 def figure_markdown(drawn: Any) -> str:

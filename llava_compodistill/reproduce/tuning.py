@@ -45,7 +45,11 @@ def tune(
     unique = {recipe.key: recipe for recipe in map(world.normal, recipes)}
     grid = [replace(recipe, rate=rate) for recipe in unique.values() for rate in rates]
     runs = train_grid(world, grid, seeds, root / "runs", jobs, console, world.ahead)
-    found: dict[str, Any] = {}
+    measured = {"metric": metric, "rates": list(rates), "seeds": list(seeds), "world": _plain(world.settings())}
+    earlier = read_tuning(root)
+    # Studies that are tuned one after the other share the file, and the budget.
+    kept = earlier is not None and all(earlier.get(name) == value for name, value in measured.items())
+    found: dict[str, Any] = dict(earlier["recipes"]) if kept else {}
     for recipe in unique.values():
         scores = {
             rate: [runs[replace(recipe, rate=rate).key, seed]["scores"][metric] for seed in seeds] for rate in rates
@@ -57,14 +61,7 @@ def tune(
             "scores": {f"{rate:g}": values for rate, values in scores.items()},
             "rate": best,
         }
-    record = {
-        "metric": metric,
-        "rates": list(rates),
-        "seeds": list(seeds),
-        "world": world.settings(),
-        "environment": dict(environment),
-        "recipes": found,
-    }
+    record = {**measured, "environment": dict(environment), "recipes": found}
     path = root / TUNING_FILE
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
@@ -86,12 +83,22 @@ def read_tuning(root: Path) -> dict[str, Any] | None:
         raise DataError(f"{path} is not what `reproduce --tune` writes ({error!r}): tune again.") from None
 
 
+def _plain(settings: Mapping[str, Any]) -> Any:
+    """As JSON holds it."""
+    return json.loads(json.dumps(settings))
+
+
 def at_tuned_rates(study: Study, tuning: Mapping[str, Any], world: World) -> Study:
     """The study with each row at the rate that was chosen for it.
 
     Raises:
-        DataError: for a row that was not tuned.
+        DataError: for a row that was not tuned, or tuned in another world.
     """
+    if {**tuning["world"], "split": None} != {**_plain(world.settings()), "split": None}:
+        raise DataError(
+            f"{TUNING_FILE} was made with other settings of the world: run `reproduce {study.name} --tune RATES` once "
+            "more, or take another --output."
+        )
     rows = {}
     for name, row in study.rows.items():
         if row.recipe is None:

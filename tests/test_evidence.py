@@ -12,7 +12,7 @@ from llava_compodistill.errors import DataError
 from llava_compodistill.reproduce import cli, evidence, tuning
 from llava_compodistill.reproduce.recipes import COMPODISTILL, KD, SFT
 
-RATES = (1e-3, 2e-3)
+RATES, WEIGHTS = (1e-3, 2e-3), (1.0, 3.0)
 
 
 class World:
@@ -59,12 +59,13 @@ class World:
         aligned = recipe.method == "compodistill" and not recipe.flags
         slope = 4000.0 if aligned else -4000.0
         value = 70.0 + (10.0 if aligned else 0.0) + slope * (recipe.rate or 1e-3) + seed % 100
+        value += 1.0 if recipe.weight == 3 else 0.0
         return {"cr": value, "relations": value}
 
 
 def tuned(root, world=None):
     return tuning.tune(
-        world or World(), [evidence.EVIDENCE], RATES, (100, 101), root, 1, Console(quiet=True), about.environment()
+        world or World(), [evidence.EVIDENCE], RATES, WEIGHTS, (100, 101), root, 1, Console(quiet=True), about.environment()
     )
 
 
@@ -73,17 +74,25 @@ def test_every_method_is_tuned_with_the_same_budget(tmp_path):
     record = tuned(tmp_path, world)
     recipes = {row.recipe for row in evidence.EVIDENCE.rows.values() if row.recipe is not None}
     assert record["recipes"].keys() == {recipe.key for recipe in recipes} and len(recipes) == 4
-    runs = [(recipe.method, recipe.flags, recipe.rate, seed) for recipe, seed in world.rates.values()]
-    assert len(runs) == len(set(runs)) == 4 * len(RATES) * 2
-    chosen = {key: entry["rate"] for key, entry in record["recipes"].items()}
+    runs = [(recipe.method, recipe.flags, recipe.rate, recipe.weight, seed) for recipe, seed in world.rates.values()]
+    assert len(runs) == len(set(runs)) == 4 * 4 * 2
+    rates = [trial["rate"] for trial in record["recipes"][SFT.key]["trials"]]
+    assert rates == [1e-3, 1.26e-3, 1.59e-3, 2e-3], "SFT has no weight, and as many trials"
+    chosen = {key: (entry["rate"], entry["weight"]) for key, entry in record["recipes"].items()}
     assert chosen == {
-        **{SFT.key: 1e-3, KD.key: 1e-3, COMPODISTILL.key: 2e-3},
-        evidence.CONTROL.key: 1e-3,
+        **{SFT.key: (1e-3, None), KD.key: (1e-3, 3.0), COMPODISTILL.key: (2e-3, 3.0)},
+        evidence.CONTROL.key: (1e-3, 3.0),
     }
-    assert record["recipes"][COMPODISTILL.key]["scores"] == {"0.001": [84.0, 85.0], "0.002": [88.0, 89.0]}
+    assert record["recipes"][COMPODISTILL.key]["trials"] == [
+        {"rate": 1e-3, "weight": None, "scores": [84.0, 85.0]},
+        {"rate": 1e-3, "weight": 3.0, "scores": [85.0, 86.0]},
+        {"rate": 2e-3, "weight": None, "scores": [88.0, 89.0]},
+        {"rate": 2e-3, "weight": 3.0, "scores": [89.0, 90.0]},
+    ]
     assert tuning.read_tuning(tmp_path) == record and record["environment"]["commit"]
     section = tuning.tuning_section([evidence.EVIDENCE], record, world)
-    assert "| CompoDistill | 84.5 (84.0, 85.0) | **88.5 (88.0, 89.0)** |" in section and "100, 101" in section
+    row = "| CompoDistill | 0.001: 84.5 (84.0, 85.0) | 0.001 × 3: 85.5 (85.0, 86.0) | 0.002: 88.5 (88.0, 89.0) | **0.002 × 3: "
+    assert row in section and "the same 4 trials with the seeds 100, 101" in section
 
 
 def test_rows_take_the_rates_that_were_chosen_for_them(tmp_path):
@@ -91,6 +100,9 @@ def test_rows_take_the_rates_that_were_chosen_for_them(tmp_path):
     study = tuning.at_tuned_rates(evidence.EVIDENCE, record, world)
     rates = {name: row.recipe.rate for name, row in study.rows.items() if row.recipe is not None}
     assert rates == {"sft": 1e-3, "kd": 1e-3, "compodistill": 2e-3, "control": 1e-3}
+    assert study.rows["kd"].recipe.weight == 3
+    second = tuning.at_tuned_rates(evidence.SECOND, record, world).rows["compodistill"].recipe
+    assert (second.teacher, second.rate, second.weight) == ("second", 2e-3, 3), "with what was chosen with the first"
     del record["recipes"][KD.key]
     with pytest.raises(DataError, match="no learning rate for “KD” of evidence: run `reproduce evidence --tune"):
         tuning.at_tuned_rates(evidence.EVIDENCE, record, world)
@@ -108,11 +120,11 @@ def test_every_claim_names_rows_of_its_study():
 def test_studies_that_are_tuned_one_after_the_other_share_the_file(tmp_path):
     first = tuned(tmp_path)
     quiet = Console(quiet=True)
-    more = tuning.tune(World(), [evidence.OBJECTIVE], RATES, (100, 101), tmp_path, 1, quiet, about.environment())
+    more = tuning.tune(World(), [evidence.OBJECTIVE], RATES, WEIGHTS, (100, 101), tmp_path, 1, quiet, about.environment())
     assert more["recipes"].items() >= first["recipes"].items() and len(more["recipes"]) == 7
     tuning.at_tuned_rates(evidence.EVIDENCE, more, World("test"))
     # With another budget nothing of before can stand beside it.
-    again = tuning.tune(World(), [evidence.OBJECTIVE], (1e-3,), (100, 101), tmp_path, 1, quiet, about.environment())
+    again = tuning.tune(World(), [evidence.OBJECTIVE], (1e-3,), WEIGHTS, (100, 101), tmp_path, 1, quiet, about.environment())
     assert len(again["recipes"]) == 5
     other = World()
     other.settings = lambda: {"world": "another", "split": "test"}
@@ -136,12 +148,12 @@ def test_the_command_tunes_and_then_decides(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "make_world", make)
     command = ["evidence", "--output", str(tmp_path), "--jobs", "1"]
-    assert cli.main([*command, "--tune", "1e-3,2e-3"]) == 0
+    assert cli.main([*command, "--tune", "1e-3,2e-3", "--tune-weights", "1,3"]) == 0
     assert worlds[-1].split == "val" and not (tmp_path / "report.md").exists(), "nothing is said of the test split"
     assert cli.main(command) == 0
     assert worlds[-1].split == "test" and {seed for _, seed in worlds[-1].rates.values()} == set(range(8))
     report = (tmp_path / "report.md").read_text()
-    assert "## How the learning rates were chosen" in report and "evidence-curves.png" in report
+    assert "## How each method was tuned" in report and "evidence-curves.png" in report
     assert (tmp_path / "evidence-curves.png").stat().st_size > 10_000
     assert "| CompoDistill is ahead of KD (relation types) | +22.0 |" in report and "p (Holm)" in report
     content = json.loads((tmp_path / "results.json").read_text())
@@ -156,6 +168,8 @@ def test_the_command_tunes_and_then_decides(tmp_path, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["evidence", "--tune", "fast"], "--tune fast: must be numbers separated by commas, such as 1e-3,2e-3"),
+        (["evidence", "--tune", "1e-3", "--tune-weights", "-1"], "--tune-weights -1: factors are greater than 0"),
+        (["evidence", "--tune-weights", "2"], "--tune-weights: goes with --tune RATES"),
         (["evidence", "--tune", "0"], "--tune 0: learning rates are greater than 0"),
         (["evidence", "--tune", "1e-3", "--preset", "gpu"], "needs a table, and a world with a validation split"),
         (["figure2", "--tune", "1e-3"], "needs a table"),

@@ -267,6 +267,9 @@ def test_the_seeds_needed_have_the_power(monkeypatch):
         power = ((found.pvalue < 0.05) & (found.statistic > 0)).mean()
         assert (power > 0.78) == enough, (seeds, power)
     assert seeds_needed(0.001, 10.0) is None
+    seeds = seeds_needed(1.0, 0.5, level=0.999, power=0.95)
+    found = stats.ttest_1samp(generator.normal(1.0, 0.5, (4000, seeds)), 0, axis=1)
+    assert 0.94 < (found.pvalue < 0.001).mean() < 0.99 and seeds > seeds_needed(1.0, 0.5)
 
 
 def test_the_interval_covers_what_it_should():
@@ -326,7 +329,7 @@ def test_claims_of_a_family_share_their_chance_of_error():
 def test_the_report_has_means_errors_and_the_papers_figures(tmp_path):
     world = FakeWorld()
     runs = run_grid(world, tmp_path / "runs", seeds=(0, 1, 2))
-    found = report.collect(STUDY, runs, world, [0, 1, 2], world.evaluate(None))
+    found = report.collect(STUDY, runs, world, [0, 1, 2], {"default": world.evaluate(None)})
     teacher = {"cr": 99.0, "vqa": 98.25}
     paths = report.write([found], runs, world, tmp_path, "the command", about.environment(), teacher=teacher)
     assert "The teacher: " in paths[0].read_text() and " 99.0, " in paths[0].read_text()
@@ -349,7 +352,7 @@ def test_a_family_shows_effects_and_the_gap_that_is_closed(tmp_path):
     world = FakeWorld()
     runs = run_grid(world, tmp_path / "runs", seeds=(0, 1, 2))
     study = replace(STUDY, family=True, gap=Gap("cr", "sft", "teacher"))
-    found = report.collect(study, runs, world, [0, 1, 2], world.evaluate(None))
+    found = report.collect(study, runs, world, [0, 1, 2], {"default": world.evaluate(None)})
     lines = report.markdown(found, world).split("\n")
     # From 61 to 90: 10 of 29 points, the same with every seed.
     assert any("gap closed (compositional)" in line for line in lines)

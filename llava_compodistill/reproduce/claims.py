@@ -134,14 +134,22 @@ def sign_changes(differences: Sequence[float]) -> float:
     return float(found.pvalue)
 
 
-def seeds_needed(difference: float, spread: float, most: int = 1000) -> int | None:
-    """Pairs after which a paired t-test at 5 % finds a difference of this size and spread in 4 of 5 experiments.
+def seeds_needed(
+    difference: float, spread: float, most: int = 1000, level: float = _LEVEL, power: float = _POWER
+) -> int | None:
+    """Pairs after which a two-sided paired t-test finds a difference of this size and spread.
 
-    Returns None where even `most` are too few.
+    Args:
+        difference, spread: mean and standard deviation of the paired differences.
+        level: 1 minus the p-value that counts as found.
+        power: the share of experiments that are to find it.
+
+    Returns:
+        None where even `most` are too few.
     """
     effect = abs(difference) / spread
     for count in range(2, most + 1):
-        critical = float(stats.t.ppf(0.5 + _LEVEL / 2, count - 1))
-        if stats.nct.sf(critical, count - 1, effect * math.sqrt(count)) >= _POWER:
+        critical = float(stats.t.ppf(0.5 + level / 2, count - 1))
+        if stats.nct.sf(critical, count - 1, effect * math.sqrt(count)) >= power:
             return count
     return None

@@ -67,7 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tune", default=None, metavar="RATES",
         help="train the rows at each of these learning rates, choose on the validation split, and write "
-        f"{TUNING_FILE} to --output: evidence then takes these rates",
+        f"{TUNING_FILE} to --output: evidence then takes what was chosen",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tune-weights", default=None, metavar="FACTORS",
+        help="with --tune: at each rate, multiply the weight of the loss that distils by each of these (default: 1); "
+        "SFT, which has none, gets as many rates instead",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, default=None, help="folder (default: runs/reproduce-PRESET)")
     parser.add_argument(
@@ -94,6 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds, rates = _numbers(parser, "--seeds", args.seeds, int), _numbers(parser, "--tune", args.tune, float)
     if rates and min(rates) <= 0:
         parser.error(f"--tune {args.tune}: learning rates are greater than 0.")
+    weights = _numbers(parser, "--tune-weights", args.tune_weights, float)
+    if weights and min(weights) <= 0:
+        parser.error(f"--tune-weights {args.tune_weights}: factors are greater than 0.")
+    if weights and not rates:
+        parser.error("--tune-weights: goes with --tune RATES.")
     if rates and (args.preset == "gpu" or not studies):
         parser.error("--tune: needs a table, and a world with a validation split (--preset cpu or smoke).")
     count = max((study.seeds for study in studies), default=3)
@@ -107,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = make_world(args.preset, root, args.world, "val" if rates else "test")
     jobs = args.jobs or world.jobs or _devices()
     if rates:
-        return _tune(studies, rates, seeds, world, root, jobs, console)
+        return _tune(studies, rates, weights or [1.0], seeds, world, root, jobs, console)
     tuning = read_tuning(root) if any(study.family for study in studies) else None
     if tuning is not None:
         try:
@@ -125,8 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(listing(studies, seeds, world, root / "runs"))
         return 0
     runs = train_grid(world, recipes, seeds, root / "runs", jobs, console, world.ahead)
-    teacher = _teacher(world, root) if studies else None
-    findings = [collect(study, runs, world, seeds, teacher or {}) for study in studies]
+    names = {row.teacher for study in studies for row in study.rows.values() if row.recipe is None}
+    teachers = {name: _teacher(world, root, name) for name in sorted({"default", *names})} if studies else {}
+    findings = [collect(study, runs, world, seeds, teachers) for study in studies]
     chosen = ",".join(map(str, seeds))
     command = f"llava-compodistill reproduce {' '.join(args.studies)} --preset {args.preset} --seeds {chosen}"
     command += f" --world {args.world}" if args.world else ""
@@ -134,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     families = [study for study in studies if study.family]
     more = [tuning_section(families, tuning, world)] if families else []
     more += evidence.curve_sections(studies, runs, world, seeds, root)
-    paths = write(findings, runs, world, root, command, environment(), drawn, teacher, more, tuning)
+    paths = write(findings, runs, world, root, command, environment(), drawn, teachers.get("default"), more, tuning)
     for found in findings:
         console.print(Markdown(markdown(found, world)))
     for figure in drawn:
@@ -155,13 +166,14 @@ def _numbers(parser: argparse.ArgumentParser, flag: str, value: str | None, kind
 def _tune(
     studies: Sequence[Study],
     rates: list[float],
+    weights: list[float],
     seeds: list[int],
     world: World,
     root: Path,
     jobs: int,
     console: Console,
 ) -> int:
-    record = tune(world, studies, rates, seeds, root, jobs, console, environment())
+    record = tune(world, studies, rates, weights, seeds, root, jobs, console, environment())
     console.print(Markdown(tuning_section(studies, record, world)))
     console.print(str(root / TUNING_FILE), soft_wrap=True)
     return 0
@@ -198,13 +210,14 @@ def _drawn(names: Sequence[str], runs: Any, world: World, seeds: Sequence[int], 
     return [draw(name, runs, world, seeds, root) for name in names]
 
 
-def _teacher(world: World, root: Path) -> dict[str, Any]:
-    """The teacher's figures, measured once."""
-    path, settings = root / "teacher.json", json.loads(json.dumps(world.settings()))
+def _teacher(world: World, root: Path, name: str) -> dict[str, Any]:
+    """A teacher's figures, measured once."""
+    path = root / ("teacher.json" if name == "default" else f"teacher-{name}.json")
+    settings = json.loads(json.dumps(world.settings()))
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if kept.get("world") != settings:
         world.prepare([])
-        kept = {"world": settings, "scores": world.evaluate(None)}
+        kept = {"world": settings, "scores": world.evaluate(None, name)}
         path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     return kept["scores"]
 

@@ -27,6 +27,7 @@ class Recipe:
         mix: which instruction data: "" for a world's own, `scaled` for these with those of Table 9, `doubled` for
             Table 5's, of which half is what the other tables train on, where a world has twice as much.
         rate: learning rate of the stage that does the work (DFT where there is one); None for the world's own.
+        weight: what the weight of the loss that distils is multiplied by: of L_ADL with `vat`, else of L_KL; None for 1.
         steps: optimizer steps of all stages together, as a share of the world's own.
     """
 
@@ -41,6 +42,7 @@ class Recipe:
     data: float = 1.0
     mix: str = ""
     rate: float | None = None
+    weight: float | None = None
     steps: float = 1.0
 
     def __post_init__(self) -> None:
@@ -51,10 +53,15 @@ class Recipe:
     def described(self) -> dict[str, Any]:
         """As JSON holds it; without what came later and is not used, so that earlier runs keep their names."""
         values = asdict(self)
-        for name in ("mix", "rate", "steps"):
+        for name in ("mix", "rate", "weight", "steps"):
             if values[name] == getattr(Recipe, name):
                 del values[name]
         return json.loads(json.dumps(values))
+
+    @property
+    def distils(self) -> bool:
+        """Whether a loss of it has a weight that can be tuned."""
+        return any(stage not in ("pt", "sft") for stage in self.stages)
 
     @property
     def key(self) -> str:

@@ -35,14 +35,16 @@ class Found:
     verdicts: list[Verdict]
 
 
-def collect(study: Study, runs: Runs, world: World, seeds: Sequence[int], teacher: Mapping[str, Any]) -> Found:
-    """Put a study's figures together; the teacher's stand in for rows without a recipe."""
+def collect(
+    study: Study, runs: Runs, world: World, seeds: Sequence[int], teachers: Mapping[str, Mapping[str, Any]]
+) -> Found:
+    """Put a study's figures together; those of a teacher, by its name, stand in for rows without a recipe."""
     scores: dict[str, dict[str, dict[int, float]]] = {}
     for metric in shown_metrics(study, world):
         rows: dict[str, dict[int, float]] = {}
         for name, row in study.rows.items():
             if row.recipe is None:
-                found = {seeds[0]: teacher}
+                found = {seeds[0]: teachers.get(row.teacher, {})}
             else:
                 records = {seed: runs.get((world.normal(row.recipe).key, seed)) for seed in seeds}
                 found = {seed: record["scores"] for seed, record in records.items() if record}

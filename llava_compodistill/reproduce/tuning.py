@@ -1,6 +1,8 @@
-"""One budget of tuning for every recipe: the same learning rates, the same seeds, on the validation split.
+"""One budget of tuning for every recipe: as many trials, on the same seeds, on the validation split.
 
-The choice is written down, with every run behind it, before the test split is read.
+A trial is a learning rate and a factor of the weight of the loss that distils (L_ADL, or L_KL in a recipe without
+VAT). A recipe that distils nothing has no such weight, and gets as many rates instead. The choice is written down,
+with every trial behind it, before the test split is read.
 """
 
 from __future__ import annotations
@@ -12,59 +14,86 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from ..errors import DataError
 from .grid import train_grid
+from .recipes import Recipe
 from .studies import Study
 from .world import World
 
 TUNING_FILE = "tuning.json"
 
 
+def trials(recipe: Recipe, rates: Sequence[float], weights: Sequence[float]) -> list[Recipe]:
+    """What is tried of a recipe: every rate with every factor of its weight, or as many rates between the lowest and
+    the highest (in equal ratios) where it has none."""
+    if recipe.distils:
+        return [
+            replace(recipe, rate=rate, weight=None if weight == 1 else weight) for rate in rates for weight in weights
+        ]
+    count = len(rates) * len(weights)
+    if len(weights) == 1:
+        return [replace(recipe, rate=rate) for rate in rates]
+    between = np.geomspace(min(rates), max(rates), count)
+    return [replace(recipe, rate=float(f"{rate:.3g}")) for rate in between]
+
+
 def tune(
     world: World,
     studies: Sequence[Study],
     rates: Sequence[float],
+    weights: Sequence[float],
     seeds: Sequence[int],
     root: Path,
     jobs: int,
     console: Console,
     environment: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Train every row at every rate, choose by the mean over seeds, and write ROOT/tuning.json.
+    """Train every row in every trial, choose by the mean over seeds, and write ROOT/tuning.json.
 
-    What is compared is the metric of the first study's gap, or else the world's first.
+    What is compared is the metric of the first study's gap, or else the world's first. Rows of another teacher than the
+    world's own are not tuned: they take what was chosen with that one.
 
     Args:
         world: one that evaluates on the validation split.
+        weights: factors, see `trials`.
         seeds: others than those of the test.
     """
     metric = studies[0].gap.metric if studies[0].gap is not None else next(iter(world.metrics))
     recipes = [row.recipe for study in studies for row in study.rows.values() if row.recipe is not None]
-    unique = {recipe.key: recipe for recipe in map(world.normal, recipes)}
-    grid = [replace(recipe, rate=rate) for recipe in unique.values() for rate in rates]
+    unique = {recipe.key: recipe for recipe in (_tuned_as(world.normal(recipe)) for recipe in recipes)}
+    tried = {key: trials(recipe, rates, weights) for key, recipe in unique.items()}
+    grid = [trial for found in tried.values() for trial in found]
     runs = train_grid(world, grid, seeds, root / "runs", jobs, console, world.ahead)
-    measured = {"metric": metric, "rates": list(rates), "seeds": list(seeds), "world": _plain(world.settings())}
+    measured = {"metric": metric, "rates": list(rates), "weights": list(weights), "seeds": list(seeds)}
+    measured["world"] = _plain(world.settings())
     earlier = read_tuning(root)
     # Studies that are tuned one after the other share the file, and the budget.
     kept = earlier is not None and all(earlier.get(name) == value for name, value in measured.items())
     found: dict[str, Any] = dict(earlier["recipes"]) if kept else {}
-    for recipe in unique.values():
-        scores = {
-            rate: [runs[replace(recipe, rate=rate).key, seed]["scores"][metric] for seed in seeds] for rate in rates
-        }
-        means = {rate: mean(values) for rate, values in scores.items()}
-        best = max(rates, key=means.__getitem__)  # the first of equals
-        found[recipe.key] = {
-            "recipe": recipe.described(),
-            "scores": {f"{rate:g}": values for rate, values in scores.items()},
-            "rate": best,
-        }
+    for key, recipe in unique.items():
+        scored = [
+            {
+                "rate": trial.rate,
+                "weight": trial.weight,
+                "scores": [runs[trial.key, seed]["scores"][metric] for seed in seeds],
+            }
+            for trial in tried[key]
+        ]
+        best = max(scored, key=lambda trial: mean(trial["scores"]))  # the first of equals
+        chosen = {name: best[name] for name in ("rate", "weight")}
+        found[key] = {"recipe": recipe.described(), "trials": scored, **chosen}
     record = {**measured, "environment": dict(environment), "recipes": found}
     path = root / TUNING_FILE
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
+
+
+def _tuned_as(recipe: Recipe) -> Recipe:
+    """The recipe whose tuning holds for one."""
+    return replace(recipe, teacher=Recipe.teacher)
 
 
 def read_tuning(root: Path) -> dict[str, Any] | None:
@@ -75,7 +104,7 @@ def read_tuning(root: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not (
-            record["seeds"] and all(entry["rate"] > 0 and entry["scores"] for entry in record["recipes"].values())
+            record["seeds"] and all(entry["rate"] > 0 and entry["trials"] for entry in record["recipes"].values())
         ):
             raise ValueError("an entry is empty")
         return record
@@ -89,7 +118,7 @@ def _plain(settings: Mapping[str, Any]) -> Any:
 
 
 def at_tuned_rates(study: Study, tuning: Mapping[str, Any], world: World) -> Study:
-    """The study with each row at the rate that was chosen for it.
+    """The study with each row at the rate and weight that were chosen for it.
 
     Raises:
         DataError: for a row that was not tuned, or tuned in another world.
@@ -105,42 +134,46 @@ def at_tuned_rates(study: Study, tuning: Mapping[str, Any], world: World) -> Stu
             rows[name] = row
             continue
         normal = world.normal(row.recipe)
-        entry = tuning["recipes"].get(normal.key)
+        entry = tuning["recipes"].get(_tuned_as(normal).key)
         if entry is None:
             raise DataError(
                 f"{TUNING_FILE} has no learning rate for “{row.label}” of {study.name}: run `reproduce {study.name} "
                 "--tune RATES` with the same --output."
             )
-        rows[name] = replace(row, recipe=replace(normal, rate=entry["rate"]))
+        rows[name] = replace(row, recipe=replace(normal, rate=entry["rate"], weight=entry["weight"]))
     return replace(study, rows=rows)
 
 
 def tuning_section(studies: Sequence[Study], tuning: Mapping[str, Any] | None, world: World) -> str:
     """The tuning log as a section of a report; None says that there was none."""
-    title = "## How the learning rates were chosen\n\n"
+    title = "## How each method was tuned\n\n"
     if tuning is None:
-        return f"{title}No method was tuned: all trained at the world's own learning rate (`--tune`).\n"
+        return f"{title}No method was tuned: all trained with the world's own settings (`--tune`).\n"
     labels = {
-        world.normal(replace(row.recipe, rate=None)).key: row.label
+        world.normal(replace(row.recipe, rate=None, weight=None)).key: row.label
         for study in studies
         for row in study.rows.values()
         if row.recipe is not None
     }
-    rates = [f"{rate:g}" for rate in tuning["rates"]]
     metric = world.metrics.get(tuning["metric"], tuning["metric"])
+    count = len(tuning["rates"]) * len(tuning["weights"])
     lines = [
-        f"Every method was trained at the same {len(rates)} rates with the seeds "
-        f"{', '.join(map(str, tuning['seeds']))}, and compared on the validation split ({metric}, mean over seeds, "
-        f"single seeds in brackets; commit {tuning['environment']['commit']}). The chosen rate is bold.",
+        f"Every method had the same {count} trials with the seeds {', '.join(map(str, tuning['seeds']))}, compared on "
+        f"the validation split ({metric}, mean over seeds; commit {tuning['environment']['commit']}). A trial is a "
+        "learning rate and, after ×, a factor of the weight of the loss that distils: of L_ADL, or of L_KL without "
+        "VAT. The chosen one is bold.",
         "",
-        "| method | " + " | ".join(rates) + " |",
-        "|---" * (len(rates) + 1) + "|",
+        "| method |" + " |" * count,
+        "|---" * (count + 1) + "|",
     ]
     for key, entry in tuning["recipes"].items():
         cells = []
-        for rate in rates:
-            values = entry["scores"][rate]
-            text = f"{mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
-            cells.append(f"**{text}**" if f"{entry['rate']:g}" == rate else text)
+        for trial in entry["trials"]:
+            factor = "" if trial["weight"] is None else f" × {trial['weight']:g}"
+            text = f"{trial['rate']:g}{factor}: {mean(trial['scores']):.1f}"
+            if len(trial["scores"]) > 1:
+                text += f" ({', '.join(f'{value:.1f}' for value in trial['scores'])})"
+            bold = (trial["rate"], trial["weight"]) == (entry["rate"], entry["weight"])
+            cells.append(f"**{text}**" if bold else text)
         lines.append(f"| {labels.get(key, key)} | {' | '.join(cells)} |")
     return title + "\n".join([*lines, ""])

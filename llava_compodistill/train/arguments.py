@@ -15,7 +15,7 @@ from ..hosts.llava import training as llava_training
 from ..methods import METHODS, Method, find_method
 from ..pair.layers import parse_band
 from ..pair.sight import LEAST_SAMPLES
-from .checks import ADAPTER_STAGES, STAGES, check_advantage, check_alignment
+from .checks import ADAPTER_STAGES, STAGES, check_advantage, check_alignment, check_image_layers
 from .on_policy import check_on_policy
 
 #: Stages of the paper that have a teacher.
@@ -207,6 +207,13 @@ class TrainingArguments(llava_training.TrainingArguments):
         default=1.0, metadata={"help": "Temperature at which the student's answers are drawn; 0 is greedy."}
     )
     on_policy_max_tokens: int = field(default=128, metadata={"help": "Most tokens of an answer of the student."})
+    image_layers: str = field(
+        default="all",
+        metadata={
+            "help": "Layers in which text sees the image while a stage without a teacher trains, written as a band "
+            "is; in the others text queries attend to text alone. Makes models that read the image at a given depth."
+        },
+    )
     mm_vision_tower_lr: float | None = field(
         default=None,
         metadata={
@@ -275,6 +282,7 @@ class TrainingArguments(llava_training.TrainingArguments):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}.")
         for name in ("student_layers", "teacher_layers"):
             parse_band(getattr(self, name), name, measured=True)
+        check_image_layers(self)
         # LLaVA's trainer, saver and loader read this switch; the stage decides it.
         self.tune_mm_mlp_adapter = self.stage in ADAPTER_STAGES
         check_on_policy(self)

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..methods.schedule import ENDS
+from ..pair.layers import parse_band
 
 if TYPE_CHECKING:
     from .arguments import DataArguments, ModelArguments, TrainingArguments
@@ -83,6 +84,14 @@ def check_advantage(training: TrainingArguments) -> None:
         why = "--attention_similarity matrix compares whole maps, which have no rows to weigh: use row, or tokens here"
     if why is not None:
         raise ValueError(f"--visual_advantage {value}: {why}.")
+
+
+def check_image_layers(training: TrainingArguments) -> None:
+    if parse_band(training.image_layers, "image_layers") != "all" and training.distilled:
+        raise ValueError(
+            f"--image_layers {training.image_layers}: not in --stage {training.stage} of {training.method}, whose "
+            "student learns from a teacher that sees the image in every layer. Leave the flag out."
+        )
 
 
 def check_arguments(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:

@@ -18,10 +18,12 @@ from ..hosts import host_of
 from ..methods import Sums, Term
 from ..methods.base import prepared
 from ..pair import Pair
+from ..pair.layers import visual_understanding_layers
 from ..pair.tokens import students_inputs, teachers_inputs
 from ..record.encoding import encode_for, encoded_as, keep_features
 from ..record.forward import Needs, Pass, PassRecorder, record
 from ..record.recompute import recomputed
+from ..record.sight import without_sight
 from .calibration import Calibration
 from .facts import OWN
 
@@ -37,9 +39,10 @@ class Objective:
         teacher_vocab_size: that of a teacher with another tokenizer; `vocab_size` is the student's then, and batches
             hold what the teacher reads under `pair.tokens.TEACHER`.
         impl: implementation of the attention map op, see `visual_attention_map`.
+        image_layers: a band: in the student's other layers, text attends to text alone (`without_sight`).
 
     Raises:
-        ValueError: for towers that do not go together, and for terms that cannot run on this pair.
+        ValueError: for layers that the student lacks, for towers that do not go together, and for terms that cannot run on this pair.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Objective:
         vocab_size: int | None = None,
         impl: str = "auto",
         teacher_vocab_size: int | None = None,
+        image_layers: str | Sequence[int] = "all",
     ):
         names = [term.name for term in terms]
         if not terms:
@@ -60,6 +64,12 @@ class Objective:
         self.terms, self.impl = prepared(terms, self.pair), impl
         if teacher is not None:
             self.pair.share_vision()
+        layers = self.pair.student.config.num_hidden_layers
+        try:
+            seen = visual_understanding_layers(layers, image_layers)
+        except ValueError as error:
+            raise ValueError(f"--image_layers: {error}") from None
+        self._blind_layers = sorted(set(range(layers)) - set(seen))
         self._recorder: PassRecorder | None = None
         self._teacher_pass: Pass | None = None
         self._own: torch.Tensor | None = None
@@ -91,8 +101,10 @@ class Objective:
     def running(self) -> Iterator[None]:
         """Open this around forward AND backward of a micro-batch: checkpointed layers run again in the backward."""
         options = {"impl": self.impl, "on_head": self._on_head, "on_end": self._on_end}
-        with record(self.pair.student, self._needs()[0], **options) as recorder:
-            self._recorder = recorder
+        with contextlib.ExitStack() as stack:
+            self._recorder = recorder = stack.enter_context(record(self.pair.student, self._needs()[0], **options))
+            if self._blind_layers:
+                stack.enter_context(without_sight(self.pair.student, self._blind_layers, lambda: recorder.batch))
             try:
                 yield
             finally:

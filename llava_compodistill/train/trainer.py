@@ -22,6 +22,7 @@ from ..hosts.llava.model import count_visual_tokens, llava_core
 from ..hosts.llava.training import LLaVATrainer
 from ..methods import Sums
 from ..methods.base import COUNTS
+from ..pair.layers import parse_band
 from ..pair.student import computing
 from . import checkpoint, facts
 from .arguments import TrainingArguments
@@ -80,6 +81,7 @@ class CompoDistillTrainer(LLaVATrainer):
             vocab_size=len(tokenizer) if shared_tokens is None and tokenizer is not None else shared_tokens,
             impl=args.attention_map_impl,
             teacher_vocab_size=None if teacher_text is None else len(teacher_text.tokenizer),
+            image_layers=parse_band(args.image_layers),
         )
         checkpoint.attach_modules(model, self.objective.modules)
         super().__init__(model=model, args=args, **compat.tokenizer_argument(tokenizer), **kwargs)

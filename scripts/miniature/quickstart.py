@@ -145,7 +145,7 @@ def _make_models(settings: Settings, root: Path, stored: bool, threads: int) -> 
         ("teacher", settings.teacher, settings.teacher_text),
     ):
         made[name] = build_language_model(models / f"qwen-{name}", models / "tokenizer", spec, text)
-    steps = settings.teacher_pretrain_steps + settings.teacher_steps
+    steps = settings.all_teacher_steps
     with _progress() as progress:
         bar = progress.add_task("teacher", total=steps)
         train_teacher(settings, root, threads, lambda: progress.advance(bar, settings.logging_steps))

@@ -36,7 +36,7 @@ class Method:
 #: Conversation template of the miniature models, which are base models without a chat format of their own.
 VERSION = "qwen_qa"
 
-#: Table 2 in small: neither VAT nor TAF, each, and both; the middle layers, where these models do not read the image;
+#: Table 2 in small: neither VAT nor TAF, each, and both; the first layers, where this teacher does not read the image;
 #: and a control that is to tell whether this image's attention helps.
 METHODS = {
     "sft": Method("SFT", "#999999", distilled=False),
@@ -44,10 +44,10 @@ METHODS = {
     "compodistill": Method("CompoDistill", "#0072B2"),
     "vat": Method("KD + VAT", "#56B4E9", environment={"PROJECTOR": "mlp2x_gelu"}),
     "taf": Method("KD + TAF", "#009E73", environment={"VAT": "False"}),
-    "middle": Method(
-        "CompoDistill, middle layers",
+    "early": Method(
+        "CompoDistill, first layers",
         "#CC79A7",
-        flags=("--student_layers", "intermediate", "--teacher_layers", "intermediate"),
+        flags=("--student_layers", "early", "--teacher_layers", "early"),
     ),
     "control": Method("CompoDistill, shuffled targets", "#D55E00", flags=("--shuffle_attention_targets", "True")),
 }
@@ -73,21 +73,33 @@ class Settings:
     teacher_pretrain_steps: int = 60
     teacher_steps: int = 4000
     teacher_learning_rate: float = 1.5e-3
+    #: New layers under the teacher's own, and how many of these are kept (`growth`): 8 layers in all.
+    teacher_new_layers: int = 3
+    teacher_kept_layers: int = 5
+    #: Steps of the grown teacher with the image in sight of its middle band alone, and then of all layers.
+    banded_steps: int = 1000
+    opened_steps: int = 500
+    banded_learning_rate: float = 1e-3
+    opened_learning_rate: float = 3e-4
     pretrain_steps: int = 60
-    distil_steps: int = 1200
+    distil_steps: int = 1000
     supervised_steps: int = 140
     pretrain_learning_rate: float = 1e-3
     learning_rate: float = 2e-3
     supervised_learning_rate: float = 3e-4
-    attention_weight: float = 3.0
-    #: The layers that L_ADL aligns. Not the paper's middle ones: models as small as these, trained from scratch, read
-    #: the image in their first layer (`miniature layers`), and the others' attention has little to teach.
-    band: str = "early"
+    attention_weight: float = 10.0
+    #: The layers that L_ADL aligns: the paper's, where this teacher reads the image (`miniature layers`).
+    band: str = "intermediate"
     kl_weight: float = 1.0
     max_length: int = 1024
     logging_steps: int = 10
     similarity_captions: int = 400
     methods: tuple[str, ...] = ("sft", "kd", "compodistill")
+
+    @property
+    def all_teacher_steps(self) -> int:
+        """Optimizer steps of the teacher, over its stages."""
+        return self.teacher_pretrain_steps + self.teacher_steps + self.banded_steps + self.opened_steps
 
     @property
     def student_steps(self) -> int:
@@ -132,6 +144,8 @@ def preset(name: str) -> Settings:
             logging_steps=1,
             teacher_pretrain_steps=4,
             teacher_steps=8,
+            banded_steps=4,
+            opened_steps=4,
             pretrain_steps=3,
             distil_steps=6,
             supervised_steps=3,
@@ -154,6 +168,11 @@ def preset(name: str) -> Settings:
             batch=128,
             teacher_steps=6_000,
             teacher_learning_rate=5e-4,
+            # Reading begins where the middle band does: layer 7 of 21.
+            teacher_new_layers=7,
+            teacher_kept_layers=14,
+            banded_learning_rate=5e-4,
+            opened_learning_rate=1e-4,
             distil_steps=2_400,
             supervised_steps=400,
             learning_rate=5e-4,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llava_compodistill.reproduce.runner import run_script
 
+from .growth import grow
 from .settings import METHODS, VERSION, Settings
 
 
@@ -44,47 +45,40 @@ def train_teacher(
     on_log: Callable[[], None] = lambda: None,
     llm: Path | None = None,
     output: Path | None = None,
+    seed: int = 0,
 ) -> Path:
-    """Train the teacher, or another one from `llm` in `output`, with teacher_pretrain.sh and teacher_finetune.sh."""
+    """Train the teacher, or another one from `llm` in `output`, with teacher_pretrain.sh and teacher_finetune.sh:
+    a shallow one first, which is then grown (`growth`)."""
     models, data = root / "models", root / "data"
     output, llm = output or models / "llava-teacher", llm or models / "qwen-teacher"
-    adapter = output.with_name(f"{output.name}-pretrain")
     environment = {
         **common_environment(settings),
         "TEACHER_LLM": llm,
         "TOWER": models / "siglip",
     }
-    flags = common_flags(settings, 0)
-    run_script(
-        "teacher_pretrain.sh",
-        {
-            **environment,
-            "DATA": data / "pretrain.json",
-            "IMAGES": data / "images",
-            "OUTPUT": adapter,
-            "LR": settings.pretrain_learning_rate,
-        },
-        [*flags, "--max_steps", str(settings.teacher_pretrain_steps)],
-        root / "logs" / f"{output.name}-pretrain.log",
-        threads,
-        on_log,
-    )
-    run_script(
-        "teacher_finetune.sh",
-        {
-            **environment,
-            "DATA": data / "instruct_teacher.json",
-            "IMAGES": data / "images",
-            "PRETRAINED": adapter,
-            "OUTPUT": output,
-            "LR": settings.teacher_learning_rate,
-        },
-        [*flags, "--max_steps", str(settings.teacher_steps)],
-        root / "logs" / f"{output.name}-finetune.log",
-        threads,
-        on_log,
-    )
-    return output
+    flags = common_flags(settings, seed)
+    captions = {"DATA": data / "pretrain.json", "IMAGES": data / "images"}
+    instruct = {"DATA": data / "instruct_teacher.json", "IMAGES": data / "images"}
+
+    def script(name: str, folder: Path, changes: Mapping[str, object], steps: int, *more: str) -> Path:
+        log = root / "logs" / f"{folder.name}.log"
+        given = {**environment, **changes, "OUTPUT": folder}
+        run_script(name, given, [*flags, "--max_steps", str(steps), *more], log, threads, on_log)
+        return folder
+
+    def stage(end: str) -> Path:
+        return output.with_name(f"{output.name}-{end}")
+
+    adapter = {**captions, "LR": settings.pretrain_learning_rate}
+    pretrained = script("teacher_pretrain.sh", stage("pretrain"), adapter, settings.teacher_pretrain_steps)
+    shallow = {**instruct, "PRETRAINED": pretrained, "LR": settings.teacher_learning_rate}
+    trained = script("teacher_finetune.sh", stage("shallow"), shallow, settings.teacher_steps)
+    grown = grow(trained, stage("grown"), settings.teacher_new_layers, settings.teacher_kept_layers, seed)
+    banded = {**instruct, "PRETRAINED": "none", "TEACHER_LLM": grown, "LR": settings.banded_learning_rate}
+    read = ("--image_layers", "intermediate")
+    trained = script("teacher_finetune.sh", stage("banded"), banded, settings.banded_steps, *read)
+    opened = {**banded, "TEACHER_LLM": trained, "LR": settings.opened_learning_rate}
+    return script("teacher_finetune.sh", output, opened, settings.opened_steps)
 
 
 def train_student(

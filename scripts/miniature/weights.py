@@ -1,7 +1,7 @@
-"""The small weights that lie beside the code: tokenizer, tower, the student's base model and the teacher.
+"""The small weights that lie beside the code: tokenizer, tower, the student's base model and two teachers.
 
-They were made by `llava-compodistill miniature quickstart --from-scratch` and frozen with `miniature store-weights`;
-the manifest beside them records the settings, versions and commit.
+They were made by `llava-compodistill miniature quickstart --from-scratch` (the second teacher by `reproduce second`) and
+frozen with `miniature store-weights`; the manifest beside them records the settings, versions and commit.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 from llava_compodistill.about import __version__
 
 STORED = Path(__file__).resolve().parent / "weights"
-FOLDERS = ("tokenizer", "siglip", "qwen-student", "llava-teacher")
+TEACHERS = ("llava-teacher", "llava-second-teacher")
+FOLDERS = ("tokenizer", "siglip", "qwen-student", *TEACHERS)
 #: Files that a run leaves beside a model. A stored evaluation would pass for that of every later run's teacher.
-OF_A_RUN = ("trainer_state.", "evaluation-")
+OF_A_RUN = ("trainer_state.", "evaluation-", "compodistill_run.", "data_manifest.")
 
 
 def have_stored_weights() -> bool:
@@ -27,7 +28,8 @@ def install(models: Path) -> dict:
     """Copy the stored weights to a run's `models` folder; returns their manifest."""
     for name in FOLDERS:
         shutil.copytree(STORED / name, models / name, dirs_exist_ok=True)
-    set_tower_path(models / "llava-teacher", models / "siglip")
+    for name in TEACHERS:
+        set_tower_path(models / name, models / "siglip")
     return json.loads((STORED / "manifest.json").read_text(encoding="utf-8"))
 
 
@@ -44,6 +46,8 @@ def store(models: Path, manifest: dict, out: Path = STORED) -> None:
     from safetensors.torch import load_file, save_file
 
     for name in FOLDERS:
+        if name == TEACHERS[1] and not (models / name).is_dir():
+            continue  # a run makes it for those studies alone that ask for it
         target = out / name
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
@@ -53,15 +57,20 @@ def store(models: Path, manifest: dict, out: Path = STORED) -> None:
                 save_file(weights, target / path.name, metadata={"format": "pt"})
             elif path.suffix in (".json", ".txt") and not path.name.startswith(OF_A_RUN):
                 shutil.copy(path, target / path.name)
-    # The world's own tokenizer files, which both generations of transformers read, instead of one version's dialect.
-    for path in (models / "tokenizer").iterdir():
-        if path.suffix in (".json", ".txt"):
-            shutil.copy(path, out / "llava-teacher" / path.name)
-    teacher = out / "llava-teacher" / "config.json"
-    config = json.loads(teacher.read_text(encoding="utf-8"))
-    config["mm_vision_tower"] = "siglip"
-    config.pop("_name_or_path", None)
-    teacher.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if name in TEACHERS:
+            _make_portable(target, models / "tokenizer")
     (out / "manifest.json").write_text(
         json.dumps({"version": __version__, **manifest}, indent=1) + "\n", encoding="utf-8"
     )
+
+
+def _make_portable(teacher: Path, tokenizer: Path) -> None:
+    # The world's own tokenizer files, which both generations of transformers read, instead of one version's dialect.
+    for path in tokenizer.iterdir():
+        if path.suffix in (".json", ".txt"):
+            shutil.copy(path, teacher / path.name)
+    path = teacher / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["mm_vision_tower"] = "siglip"
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

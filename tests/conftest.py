@@ -134,7 +134,7 @@ def distilled(tmp_path_factory) -> Path:
         weights.install(folder / "models")
         world = {"data": folder / "data", **{name: folder / "models" / name for name in weights.FOLDERS}}
         options = {"teacher_model_path": world["llava-teacher"], "model_max_length": 1024}
-        instruct = {"version": "qwen_qa", "student_layers": "early", "teacher_layers": "early"}
+        instruct = {"version": "qwen_qa"}
         tiny.run(world, "dpt", folder / "dpt", **options)
         adapter = folder / "dpt" / "mm_projector.bin"
         tiny.run(world, "dft", folder / "dft", pretrain_mm_mlp_adapter=adapter, **instruct, **options)

@@ -103,6 +103,10 @@ def test_rows_take_the_rates_that_were_chosen_for_them(tmp_path):
     assert study.rows["kd"].recipe.weight == 3
     second = tuning.at_tuned_rates(evidence.SECOND, record, world).rows["compodistill"].recipe
     assert (second.teacher, second.rate, second.weight) == ("second", 2e-3, 3), "with what was chosen with the first"
+    beyond = tuning.at_tuned_rates(evidence.BEYOND, record, world).rows
+    assert {(row.recipe.rate, row.recipe.weight) for name, row in beyond.items() if name not in ("teacher", "sft")} == {
+        (2e-3, 3)
+    }, "variants take what was chosen for the method"
     del record["recipes"][KD.key]
     with pytest.raises(DataError, match="no learning rate for “KD” of evidence: run `reproduce evidence --tune"):
         tuning.at_tuned_rates(evidence.EVIDENCE, record, world)

@@ -32,7 +32,7 @@ BOTH = {"student_layers": "sight", "teacher_layers": "sight"}
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
-    """The miniature's data and stored models: a teacher that has learned to read the image, in its first layer."""
+    """The miniature's data and stored models: a teacher that has learned to read the image, in layer 3 of 8."""
     if not weights.have_stored_weights():
         pytest.skip("no stored weights")
     root = tmp_path_factory.mktemp("seeing")
@@ -87,11 +87,12 @@ def test_the_layers_where_the_teacher_reads_are_aligned(distil, tmp_path, caplog
     caplog.set_level(logging.INFO, "llava_compodistill")
     run, log = distil(max_steps=1)
     term, found = term_of(run), recorded(tmp_path / "dft")
-    assert term.student_layers == found["student_layers"] == [0] and term.groups == [[0]]
-    assert found["teacher_layers"] == [0] and log[0]["attention"] > 0
+    assert term.student_layers == found["student_layers"] == [2] and term.groups == [[3]], "at equal depth"
+    assert found["teacher_layers"] == [3] and log[0]["attention"] > 0
     sight = LayerSight(*(tuple(found["sight"]["teacher"][name]) for name in ("nats", "errors")), 32)
     assert found["sight"]["teacher"]["samples"] == 32
-    assert sight.above_noise()[0] > 0.3 and max(sight.above_noise()[1:]) < 0.2 * sight.nats[0]
+    others = [nats for layer, nats in enumerate(sight.above_noise()) if layer != 3]
+    assert sight.above_noise()[3] > 0.3 and max(others) < 0.2 * sight.nats[3]
     assert not any(LayerSight(**found["sight"]["student"]).above_noise())
     data, teacher = run.train_dataset, run.objective.teacher
     chosen = samples_with_image(data, 32, run.args.seed_of_data)
@@ -100,23 +101,23 @@ def test_the_layers_where_the_teacher_reads_are_aligned(distil, tmp_path, caplog
     for index in chosen:
         inputs = run._batch([data[index]])
         inputs.pop("use_cache")
-        costs.append(cost_of(teacher, inputs, [0]) - cost_of(teacher, inputs, []))
-    assert sight.nats[0] == pytest.approx(mean(costs), rel=1e-3)
-    assert sight.errors[0] == pytest.approx(stdev(costs) / math.sqrt(32), rel=1e-3)
+        costs.append(cost_of(teacher, inputs, [3]) - cost_of(teacher, inputs, []))
+    assert sight.nats[3] == pytest.approx(mean(costs), rel=1e-3)
+    assert sight.errors[3] == pytest.approx(stdev(costs) / math.sqrt(32), rel=1e-3)
     assert "the student does not read the image yet" in caplog.text
-    assert "Measuring the sight of the teacher's 6 layers: 56 forwards." in caplog.text
-    assert "(32 samples, 56 forwards, " in caplog.text
-    assert f": 0: {sight.nats[0]:.4f} ± {sight.errors[0]:.4f}, 1: " in caplog.text
-    assert caplog.text.count("L_ADL (group): 0 <- [0]") == 1
+    assert "Measuring the sight of the teacher's 8 layers: 72 forwards." in caplog.text
+    assert "(32 samples, 72 forwards, " in caplog.text
+    assert f", 3: {sight.nats[3]:.4f} ± {sight.errors[3]:.4f}, 4: " in caplog.text
+    assert caplog.text.count("L_ADL (group): 2 <- [3]") == 1
 
 
 def test_either_model_alone(distil, tmp_path):
     """A student that reads, too: it is the teacher."""
     run, _ = distil("teacher", student_layers="1,2", max_steps=1)
-    assert (term_of(run).student_layers, term_of(run).groups) == ([1, 2], [[0], [1]])
+    assert (term_of(run).student_layers, term_of(run).groups) == ([1, 2], [[2], [3]])
     assert recorded(tmp_path / "teacher")["sight"].keys() == {"teacher"}
     run, _ = distil("student", reading=True, teacher_layers="2,3,4", max_steps=1)
-    assert (term_of(run).student_layers, term_of(run).groups) == ([0], [[2, 3, 4]])
+    assert (term_of(run).student_layers, term_of(run).groups) == ([3], [[2, 3, 4]])
     assert recorded(tmp_path / "student")["sight"].keys() == {"student"}
 
 
@@ -136,7 +137,7 @@ def test_layers_come_first_then_distances_and_heads(distil, tmp_path, options):
     run, log = distil(reading="lora_enable" not in options, **options)
     term, found = term_of(run), recorded(tmp_path / "dft")
     layers = found["teacher_layers"]
-    assert len(layers) > 1 and layers == list(range(len(layers)))
+    assert len(layers) > 1 and layers == list(range(3, 3 + len(layers)))
     assert found["student_layers"] == term.student_layers and len(term.student_layers) <= len(layers)
     assert all(set(group) <= set(layers) for group in term.groups)
     if options.get("layer_matching") == "adaptive":
@@ -150,7 +151,7 @@ def test_layers_come_first_then_distances_and_heads(distil, tmp_path, options):
 def test_unlike_towers(distil, seeing, tmp_path):
     tower = save_tower(tmp_path / "siglip-other", patches=4, pixels=42)
     run, _ = distil(vision_tower=tower, max_steps=1)
-    assert term_of(run).groups == [[0]], "the teacher reads with its own tower"
+    assert term_of(run).groups == [[3]], "the teacher reads with its own tower"
 
 
 def test_micro_batches_and_what_was_first_in_the_data_do_not_matter(distil, seeing, tmp_path):
@@ -158,7 +159,7 @@ def test_micro_batches_and_what_was_first_in_the_data_do_not_matter(distil, seei
     text = [tiny.sample(number, None, 2) for number in range(16)]
     (tmp_path / "data.json").write_text(json.dumps(text + records[:48]))
     options = {"data_path": tmp_path / "data.json", **PLAIN, "learning_rate": 1e-3, "max_steps": 2, "reading": True}
-    options |= {"teacher_layers": "0,1,2"}
+    options |= {"teacher_layers": "3,4,5"}
     whole, expected = distil("whole", **options)
     parts, found = distil("parts", per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
     assert_same_log(found, expected)
@@ -172,7 +173,7 @@ def test_measuring_leaves_no_trace(distil, tmp_path):
     """The same layers, named: losses and weights are equal to the last bit, with dropout, too."""
     lora = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.1, "max_steps": 2}
     measured, expected = distil("measured", **lora)
-    named, found = distil("named", **lora, student_layers="0", teacher_layers="0")
+    named, found = distil("named", **lora, student_layers="2", teacher_layers="3")
     for ours, theirs in zip(found, expected, strict=True):
         assert all(ours[name] == theirs[name] for name in ("loss", "lm", "kl", "attention"))
     assert_same_weights(trained_weights(named.model), trained_weights(measured.model), 0)

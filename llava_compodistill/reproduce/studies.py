@@ -66,6 +66,8 @@ class Study:
         family: the claims are judged together: their p-values are corrected for their number (Holm).
         gap: shown as a column.
         seeds: how many are trained where the command names none.
+        tuned_as: a row whose tuning holds for all rows that distil, where they are variants of it; each is tuned by
+            itself when empty.
         curve: at how many points of its main stage a student is evaluated, where a world does that.
     """
 
@@ -78,6 +80,7 @@ class Study:
     family: bool = False
     gap: Gap | None = None
     seeds: int = 3
+    tuned_as: str = ""
     curve: int = 0
 
 

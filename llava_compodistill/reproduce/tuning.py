@@ -54,7 +54,7 @@ def tune(
     """Train every row in every trial, choose by the mean over seeds, and write ROOT/tuning.json.
 
     What is compared is the metric of the first study's gap, or else the world's first. Rows of another teacher than the
-    world's own are not tuned: they take what was chosen with that one.
+    world's own are not tuned, nor are variants of another row (`Study.tuned_as`).
 
     Args:
         world: one that evaluates on the validation split.
@@ -62,8 +62,8 @@ def tune(
         seeds: others than those of the test.
     """
     metric = studies[0].gap.metric if studies[0].gap is not None else next(iter(world.metrics))
-    recipes = [row.recipe for study in studies for row in study.rows.values() if row.recipe is not None]
-    unique = {recipe.key: recipe for recipe in (_tuned_as(world.normal(recipe)) for recipe in recipes)}
+    tuned = [_tuned_as(study, row.recipe, world) for study in studies for row in study.rows.values() if row.recipe]
+    unique = {recipe.key: recipe for recipe in tuned}
     tried = {key: trials(recipe, rates, weights) for key, recipe in unique.items()}
     grid = [trial for found in tried.values() for trial in found]
     runs = train_grid(world, grid, seeds, root / "runs", jobs, console, world.ahead)
@@ -91,9 +91,11 @@ def tune(
     return record
 
 
-def _tuned_as(recipe: Recipe) -> Recipe:
-    """The recipe whose tuning holds for one."""
-    return replace(recipe, teacher=Recipe.teacher)
+def _tuned_as(study: Study, recipe: Recipe, world: World) -> Recipe:
+    """The recipe whose tuning holds for a row of a study."""
+    if study.tuned_as and recipe.distils:
+        recipe = study.rows[study.tuned_as].recipe
+    return replace(world.normal(recipe), teacher=Recipe.teacher)
 
 
 def read_tuning(root: Path) -> dict[str, Any] | None:
@@ -134,7 +136,7 @@ def at_tuned_rates(study: Study, tuning: Mapping[str, Any], world: World) -> Stu
             rows[name] = row
             continue
         normal = world.normal(row.recipe)
-        entry = tuning["recipes"].get(_tuned_as(normal).key)
+        entry = tuning["recipes"].get(_tuned_as(study, row.recipe, world).key)
         if entry is None:
             raise DataError(
                 f"{TUNING_FILE} has no learning rate for “{row.label}” of {study.name}: run `reproduce {study.name} "

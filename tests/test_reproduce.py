@@ -90,9 +90,9 @@ def test_the_miniature_trains_equal_numbers_of_steps(tmp_path):
     world = MiniatureWorld("cpu", tmp_path)
     for recipe in (COMPODISTILL, SFT, *(row.recipe for row in STUDIES["table14"].rows.values())):
         steps = [world.steps_and_rate(recipe, position)[0] for position in range(len(recipe.stages))]
-        assert sum(steps) == 1200, recipe
+        assert sum(steps) == 1400, recipe
     half = replace(COMPODISTILL, steps=0.5, rate=1e-3)
-    assert [world.steps_and_rate(half, position) for position in range(3)] == [(60, 1e-3), (500, 1e-3), (70, 1.5e-4)]
+    assert [world.steps_and_rate(half, position) for position in range(3)] == [(60, 1e-3), (600, 1e-3), (70, 7.5e-5)]
     assert half.key != COMPODISTILL.key and "rate" not in COMPODISTILL.described()
     rows = STUDIES["table3b"].rows
     assert world.normal(rows["intermediate"].recipe) == COMPODISTILL, "the miniature's own band is not trained twice"

@@ -28,8 +28,8 @@ class LanguageModelSpec:
     hidden_size: int = 64
     intermediate_size: int = 192
     num_hidden_layers: int = 6
-    num_attention_heads: int = 2
-    num_key_value_heads: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
     extra_padding: int = 0
     max_position_embeddings: int = 2048
 

@@ -1,7 +1,7 @@
 """The miniature as a world for `llava-compodistill reproduce`: the paper's recipes on coloured shapes.
 
 Every student gets the same number of optimizer steps, whatever its stages: 60 of the one that trains the adapter,
-1,000 of the one that does the work (DFT where there is one), and 140 of another at a lower rate; a recipe without
+1,200 of the one that does the work (DFT where there is one), and 140 of another at a lower rate; a recipe without
 another gives these to the one that does the work. Recognition stands in for VQA, the compositional types for CR; the
 relation types (swap_obj, replace_rel) are those that the set of objects does not give away.
 """
@@ -170,7 +170,9 @@ class MiniatureWorld:
         settings = self.preset
         if position == 0:
             return settings.pretrain_steps, settings.pretrain_learning_rate
-        rate, last = settings.learning_rate, settings.supervised_learning_rate
+        aligned = recipe.vat and recipe.distils
+        rate = settings.aligned_learning_rate if aligned else settings.learning_rate
+        last = settings.supervised_learning_rate
         if recipe.rate is not None:  # for both stages
             rate, last = recipe.rate, last * (recipe.rate / rate)
         distil, supervised = (

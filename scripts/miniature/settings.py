@@ -32,6 +32,11 @@ class Method:
     environment: dict[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
 
+    @property
+    def aligned(self) -> bool:
+        """Whether its attention is aligned with the teacher's."""
+        return self.distilled and self.environment.get("VAT") != "False"
+
 
 #: Conversation template of the miniature models, which are base models without a chat format of their own.
 VERSION = "qwen_qa"
@@ -78,16 +83,18 @@ class Settings:
     teacher_kept_layers: int = 5
     #: Steps of the grown teacher with the image in sight of its middle band alone, and then of all layers.
     banded_steps: int = 1000
-    opened_steps: int = 500
+    opened_steps: int = 1500
     banded_learning_rate: float = 1e-3
-    opened_learning_rate: float = 3e-4
+    opened_learning_rate: float = 1e-3
     pretrain_steps: int = 60
-    distil_steps: int = 1000
+    distil_steps: int = 1200
     supervised_steps: int = 140
     pretrain_learning_rate: float = 1e-3
+    #: Of students whose attention is aligned, and of the others: each is at its best with its own.
+    aligned_learning_rate: float = 4e-3
     learning_rate: float = 2e-3
     supervised_learning_rate: float = 3e-4
-    attention_weight: float = 10.0
+    attention_weight: float = 30.0
     #: The layers that L_ADL aligns: the paper's, where this teacher reads the image (`miniature layers`).
     band: str = "intermediate"
     kl_weight: float = 1.0
@@ -175,6 +182,7 @@ def preset(name: str) -> Settings:
             opened_learning_rate=1e-4,
             distil_steps=2_400,
             supervised_steps=400,
+            aligned_learning_rate=5e-4,
             learning_rate=5e-4,
             supervised_learning_rate=1e-4,
         )

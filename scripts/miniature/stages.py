@@ -95,6 +95,7 @@ def train_student(
         "TOWER": models / "siglip",
         **chosen.environment,
     }
+    rate = settings.aligned_learning_rate if chosen.aligned else settings.learning_rate
     instruct = {"DATA": data / "instruct_student.json", "IMAGES": data / "images"}
     captions = {"DATA": data / "pretrain.json", "IMAGES": data / "images"}
     flags = common_flags(settings, seed)
@@ -125,7 +126,7 @@ def train_student(
         seconds += script(
             "dft.sh",
             "dft",
-            {**instruct, "DPT": dpt, "OUTPUT": dft, "LR": settings.learning_rate},
+            {**instruct, "DPT": dpt, "OUTPUT": dft, "LR": rate},
             [
                 *steps(settings.distil_steps),
                 *weight,
@@ -157,7 +158,7 @@ def train_student(
         seconds += script(
             "baseline_sft.sh",
             "sft",
-            {**pretrain, "LR": settings.learning_rate},
+            {**pretrain, "LR": rate},
             steps(settings.distil_steps + settings.supervised_steps),
         )
         stages = {"pt": dpt, "sft": final}

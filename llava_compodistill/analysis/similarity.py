@@ -23,7 +23,8 @@ class Similarity:
 
     Attributes:
         band: mean over the student's band against the matched teacher groups, as L_ADL sees it (1 - L_ADL).
-        by_layer: for each student layer, the answer rows' similarity to the teacher layer at equal relative depth.
+        by_layer: for each student layer, the answer rows' similarity to the teacher layer at equal relative depth, or
+            in the band to the mean of the group that is matched with it.
     """
 
     band: float
@@ -67,7 +68,8 @@ def similarity(
     depth, teacher_depth = student.config.num_hidden_layers, teacher.config.num_hidden_layers
     layers = visual_understanding_layers(depth, band)
     groups = match_layers(layers, visual_understanding_layers(teacher_depth, band))
-    partners = [layer_at_equal_depth(layer, depth, teacher_depth) for layer in range(depth)]
+    matched = {layer: [layer_at_equal_depth(layer, depth, teacher_depth)] for layer in range(depth)}
+    matched |= dict(zip(layers, groups, strict=True))
     band_sum = torch.zeros(())
     layer_sums = torch.zeros(depth)
     samples = 0
@@ -75,16 +77,16 @@ def similarity(
         maps, batch = all_maps(student, inputs)
         teacher_maps, teacher_batch = all_maps(teacher, inputs)
         check_same_places(batch, teacher_batch)
-        means = GroupMeans(groups)
+        means = GroupMeans(list(matched.values()))
         for layer in means.layers:
             means.receive(layer, teacher_maps[layer])
+        targets = dict(zip(matched, means.means, strict=True))
         rows, answers = batch.attention_rows("all"), batch.attention_rows("answer")
-        for layer, target in zip(layers, means.means, strict=True):
-            band_sum += attention_similarity(maps[layer], target, rows, reduction="none").sum() / len(layers)
-        for layer, partner in enumerate(partners):
-            layer_sums[layer] += attention_similarity(
-                maps[layer], teacher_maps[partner], answers, reduction="none"
-            ).sum()
+        for layer in layers:
+            alike = attention_similarity(maps[layer], targets[layer], rows, reduction="none")
+            band_sum += alike.sum() / len(layers)
+        for layer, target in targets.items():
+            layer_sums[layer] += attention_similarity(maps[layer], target, answers, reduction="none").sum()
         samples += len(rows)
     return Similarity(float(band_sum / samples), (layer_sums / samples).tolist())
 

@@ -73,7 +73,7 @@ def draw_similarity(students: Sequence[dict[str, Any]], band: str, path: Path) -
         curve = [mean(values) for values in zip(*curves, strict=True)]
         axis.plot(range(depth), curve, "o-", color=METHODS[method].color, label=METHODS[method].label)
     axis.set_xticks(range(depth))
-    axis.set_xlabel("student layer (teacher layer at equal relative depth)")
+    axis.set_xlabel("student layer (against the teacher layer that VAT matches, or at equal relative depth)")
     axis.set_ylabel("cosine similarity to the teacher")
     axis.set_title("Attention of the caption's tokens over the image")
     axis.spines[["top", "right"]].set_visible(False)

@@ -12,7 +12,7 @@ from llava_compodistill.errors import DataError
 from llava_compodistill.reproduce import cli, evidence, tuning
 from llava_compodistill.reproduce.recipes import COMPODISTILL, KD, SFT
 
-RATES, WEIGHTS = (1e-3, 2e-3), (1.0, 3.0)
+BUDGET = tuning.Budget((1e-3, 2e-3), (1.0, 3.0), (100, 101))
 
 
 class World:
@@ -65,7 +65,7 @@ class World:
 
 def tuned(root, world=None):
     return tuning.tune(
-        world or World(), [evidence.EVIDENCE], RATES, WEIGHTS, (100, 101), root, 1, Console(quiet=True), about.environment()
+        world or World(), [evidence.EVIDENCE], BUDGET, root, 1, Console(quiet=True), about.environment()
     )
 
 
@@ -91,8 +91,8 @@ def test_every_method_is_tuned_with_the_same_budget(tmp_path):
     ]
     assert tuning.read_tuning(tmp_path) == record and record["environment"]["commit"]
     section = tuning.tuning_section([evidence.EVIDENCE], record, world)
-    row = "| CompoDistill | 0.001: 84.5 (84.0, 85.0) | 0.001 × 3: 85.5 (85.0, 86.0) | 0.002: 88.5 (88.0, 89.0) | **0.002 × 3: "
-    assert row in section and "the same 4 trials with the seeds 100, 101" in section
+    row = "| 0.001: 84.5 (84.0, 85.0) | 0.001 × 3: 85.5 (85.0, 86.0) | 0.002: 88.5 (88.0, 89.0) | **0.002 × 3: "
+    assert f"| CompoDistill {row}" in section and "the same 4 trials with the seeds 100, 101" in section
 
 
 def test_rows_take_the_rates_that_were_chosen_for_them(tmp_path):
@@ -104,9 +104,8 @@ def test_rows_take_the_rates_that_were_chosen_for_them(tmp_path):
     second = tuning.at_tuned_rates(evidence.SECOND, record, world).rows["compodistill"].recipe
     assert (second.teacher, second.rate, second.weight) == ("second", 2e-3, 3), "with what was chosen with the first"
     beyond = tuning.at_tuned_rates(evidence.BEYOND, record, world).rows
-    assert {(row.recipe.rate, row.recipe.weight) for name, row in beyond.items() if name not in ("teacher", "sft")} == {
-        (2e-3, 3)
-    }, "variants take what was chosen for the method"
+    variants = [row.recipe for name, row in beyond.items() if name not in ("teacher", "sft")]
+    assert {(recipe.rate, recipe.weight) for recipe in variants} == {(2e-3, 3)}, "what was chosen for the method"
     del record["recipes"][KD.key]
     with pytest.raises(DataError, match="no learning rate for “KD” of evidence: run `reproduce evidence --tune"):
         tuning.at_tuned_rates(evidence.EVIDENCE, record, world)
@@ -124,11 +123,11 @@ def test_every_claim_names_rows_of_its_study():
 def test_studies_that_are_tuned_one_after_the_other_share_the_file(tmp_path):
     first = tuned(tmp_path)
     quiet = Console(quiet=True)
-    more = tuning.tune(World(), [evidence.OBJECTIVE], RATES, WEIGHTS, (100, 101), tmp_path, 1, quiet, about.environment())
+    more = tuning.tune(World(), [evidence.OBJECTIVE], BUDGET, tmp_path, 1, quiet, about.environment())
     assert more["recipes"].items() >= first["recipes"].items() and len(more["recipes"]) == 7
     tuning.at_tuned_rates(evidence.EVIDENCE, more, World("test"))
     # With another budget nothing of before can stand beside it.
-    again = tuning.tune(World(), [evidence.OBJECTIVE], (1e-3,), WEIGHTS, (100, 101), tmp_path, 1, quiet, about.environment())
+    again = tuning.tune(World(), [evidence.OBJECTIVE], tuning.Budget((1e-3,)), tmp_path, 1, quiet, about.environment())
     assert len(again["recipes"]) == 5
     other = World()
     other.settings = lambda: {"world": "another", "split": "test"}

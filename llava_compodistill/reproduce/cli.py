@@ -23,7 +23,7 @@ from .grid import finished, run_folder, train_grid
 from .recipes import COMPODISTILL, KD, SFT, Recipe
 from .report import collect, figure_markdown, markdown, write
 from .studies import ALIASES, LLAVA_KD, STUDIES, Study
-from .tuning import TUNING_FILE, at_tuned_rates, read_tuning, tune, tuning_section
+from .tuning import TUNING_FILE, Budget, at_tuned_rates, read_tuning, tune, tuning_section
 from .world import World
 
 PRESETS = {
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = make_world(args.preset, root, args.world, "val" if rates else "test")
     jobs = args.jobs or world.jobs or _devices()
     if rates:
-        return _tune(studies, rates, weights or [1.0], seeds, world, root, jobs, console)
+        return _tune(studies, Budget(rates, weights or [1.0], seeds), world, root, jobs, console)
     tuning = read_tuning(root) if any(study.family for study in studies) else None
     if tuning is not None:
         try:
@@ -165,15 +165,13 @@ def _numbers(parser: argparse.ArgumentParser, flag: str, value: str | None, kind
 
 def _tune(
     studies: Sequence[Study],
-    rates: list[float],
-    weights: list[float],
-    seeds: list[int],
+    budget: Budget,
     world: World,
     root: Path,
     jobs: int,
     console: Console,
 ) -> int:
-    record = tune(world, studies, rates, weights, seeds, root, jobs, console, environment())
+    record = tune(world, studies, budget, root, jobs, console, environment())
     console.print(Markdown(tuning_section(studies, record, world)))
     console.print(str(root / TUNING_FILE), soft_wrap=True)
     return 0

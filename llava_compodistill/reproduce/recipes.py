@@ -27,7 +27,7 @@ class Recipe:
         mix: which instruction data: "" for a world's own, `scaled` for these with those of Table 9, `doubled` for
             Table 5's, of which half is what the other tables train on, where a world has twice as much.
         rate: learning rate of the stage that does the work (DFT where there is one); None for the world's own.
-        weight: what the weight of the loss that distils is multiplied by: of L_ADL with `vat`, else of L_KL; None for 1.
+        weight: factor of the weight of the loss that distils: of L_ADL with `vat`, else of L_KL; None for 1.
         steps: optimizer steps of all stages together, as a share of the world's own.
     """
 

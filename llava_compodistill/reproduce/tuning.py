@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,26 +26,39 @@ from .world import World
 TUNING_FILE = "tuning.json"
 
 
-def trials(recipe: Recipe, rates: Sequence[float], weights: Sequence[float]) -> list[Recipe]:
-    """What is tried of a recipe: every rate with every factor of its weight, or as many rates between the lowest and
-    the highest (in equal ratios) where it has none."""
-    if recipe.distils:
-        return [
-            replace(recipe, rate=rate, weight=None if weight == 1 else weight) for rate in rates for weight in weights
-        ]
-    count = len(rates) * len(weights)
-    if len(weights) == 1:
-        return [replace(recipe, rate=rate) for rate in rates]
-    between = np.geomspace(min(rates), max(rates), count)
-    return [replace(recipe, rate=float(f"{rate:.3g}")) for rate in between]
+@dataclass(frozen=True)
+class Budget:
+    """What every recipe gets.
+
+    Attributes:
+        rates: learning rates.
+        weights: factors of the weight of the loss that distils.
+        seeds: of every trial; others than those of the test.
+    """
+
+    rates: Sequence[float]
+    weights: Sequence[float] = (1.0,)
+    seeds: Sequence[int] = (100, 101)
+
+    def trials(self, recipe: Recipe) -> list[Recipe]:
+        """What is tried of a recipe: every rate with every factor of its weight, or as many rates between the lowest
+        and the highest (in equal ratios) where it has none."""
+        if recipe.distils:
+            return [
+                replace(recipe, rate=rate, weight=None if weight == 1 else weight)
+                for rate in self.rates
+                for weight in self.weights
+            ]
+        if len(self.weights) == 1:
+            return [replace(recipe, rate=rate) for rate in self.rates]
+        between = np.geomspace(min(self.rates), max(self.rates), len(self.rates) * len(self.weights))
+        return [replace(recipe, rate=float(f"{rate:.3g}")) for rate in between]
 
 
 def tune(
     world: World,
     studies: Sequence[Study],
-    rates: Sequence[float],
-    weights: Sequence[float],
-    seeds: Sequence[int],
+    budget: Budget,
     root: Path,
     jobs: int,
     console: Console,
@@ -53,22 +66,19 @@ def tune(
 ) -> dict[str, Any]:
     """Train every row in every trial, choose by the mean over seeds, and write ROOT/tuning.json.
 
-    What is compared is the metric of the first study's gap, or else the world's first. Rows of another teacher than the
-    world's own are not tuned, nor are variants of another row (`Study.tuned_as`).
+    What is compared is the metric of the first study's gap, or else the world's first. Rows of another teacher than
+    the world's own are not tuned, nor are variants of another row (`Study.tuned_as`).
 
     Args:
         world: one that evaluates on the validation split.
-        weights: factors, see `trials`.
-        seeds: others than those of the test.
     """
     metric = studies[0].gap.metric if studies[0].gap is not None else next(iter(world.metrics))
     tuned = [_tuned_as(study, row.recipe, world) for study in studies for row in study.rows.values() if row.recipe]
     unique = {recipe.key: recipe for recipe in tuned}
-    tried = {key: trials(recipe, rates, weights) for key, recipe in unique.items()}
+    tried = {key: budget.trials(recipe) for key, recipe in unique.items()}
     grid = [trial for found in tried.values() for trial in found]
-    runs = train_grid(world, grid, seeds, root / "runs", jobs, console, world.ahead)
-    measured = {"metric": metric, "rates": list(rates), "weights": list(weights), "seeds": list(seeds)}
-    measured["world"] = _plain(world.settings())
+    runs = train_grid(world, grid, budget.seeds, root / "runs", jobs, console, world.ahead)
+    measured = {"metric": metric, **_plain(asdict(budget)), "world": _plain(world.settings())}
     earlier = read_tuning(root)
     # Studies that are tuned one after the other share the file, and the budget.
     kept = earlier is not None and all(earlier.get(name) == value for name, value in measured.items())
@@ -78,7 +88,7 @@ def tune(
             {
                 "rate": trial.rate,
                 "weight": trial.weight,
-                "scores": [runs[trial.key, seed]["scores"][metric] for seed in seeds],
+                "scores": [runs[trial.key, seed]["scores"][metric] for seed in budget.seeds],
             }
             for trial in tried[key]
         ]

@@ -42,7 +42,8 @@ class Objective:
         image_layers: a band: in the student's other layers, text attends to text alone (`without_sight`).
 
     Raises:
-        ValueError: for layers that the student lacks, for towers that do not go together, and for terms that cannot run on this pair.
+        ValueError: for layers that the student lacks, for towers that do not go together, and for terms that cannot
+            run on this pair.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The small weights that lie beside the code: tokenizer, tower, the student's base model and two teachers.
 
-They were made by `llava-compodistill miniature quickstart --from-scratch` (the second teacher by `reproduce second`) and
-frozen with `miniature store-weights`; the manifest beside them records the settings, versions and commit.
+They were made by `llava-compodistill miniature quickstart --from-scratch` (the second teacher by `reproduce second`)
+and frozen with `miniature store-weights`; the manifest beside them records the settings, versions and commit.
 """
 
 from __future__ import annotations

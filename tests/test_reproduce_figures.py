@@ -89,7 +89,7 @@ def test_what_is_measured_on_a_student(distilled, tmp_path):
     world.samples = lambda kind: thinned(samples[kind], 8)
     teacher, student = world.load(None), world.load(distilled / "llava-student")
     found = {name: figure.measure(world, teacher, student) for name, figure in figures.FIGURES.items()}
-    assert found["figure2"]["band"] == [0, 1] and len(found["figure2"]["cr text"]) == 6
+    assert found["figure2"]["band"] == [2, 3, 4] and len(found["figure2"]["cr text"]) == 6
     itself = figures.FIGURES["figure2"].measure(world, teacher, teacher)
     assert figures.FIGURES["figure2"].scores(itself)["vqa visual"] == pytest.approx(100, abs=1e-3)
     assert len(found["figure3"]["probability"]) == 8 and sum(found["figure3"]["n"]) == 8

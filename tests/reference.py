@@ -6,6 +6,7 @@ One sample at a time and without padding, so that padding, batching and masks ar
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,8 +120,8 @@ def merge(ids: list[int], labels: list[int], first_image: int, patches: int, lim
     return Merged(kinds[:limit], out[:limit])
 
 
-def run(weights: dict, config, merged: Merged, features: torch.Tensor, blind: int | None = None):
-    """(final hidden states [N, D], attention [H, N, N] of each layer) of one merged sample; in the layer `blind` its
+def run(weights: dict, config, merged: Merged, features: torch.Tensor, blind: int | Sequence[int] | None = None):
+    """(final hidden states [N, D], attention [H, N, N] of each layer) of one merged sample; in the layers `blind` its
     text sees no visual token."""
     tokens = visual_tokens(weights, config, features)
     rows = [
@@ -130,7 +131,10 @@ def run(weights: dict, config, merged: Merged, features: torch.Tensor, blind: in
     if blind is None:
         return decoder(weights, config, torch.stack(rows))
     visual = torch.tensor([kind[0] == "visual" for kind in merged.kinds])
-    return decoder(weights, config, torch.stack(rows), {blind: ~visual[:, None] & visual[None, :]})
+    hidden = ~visual[:, None] & visual[None, :]
+    return decoder(
+        weights, config, torch.stack(rows), dict.fromkeys([blind] if isinstance(blind, int) else blind, hidden)
+    )
 
 
 def answer_cost(weights: dict, config, merged: Merged, features: torch.Tensor, blind: int | None = None) -> float:

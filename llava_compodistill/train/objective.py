@@ -66,11 +66,7 @@ class Objective:
         if teacher is not None:
             self.pair.share_vision()
         layers = self.pair.student.config.num_hidden_layers
-        try:
-            seen = visual_understanding_layers(layers, image_layers)
-        except ValueError as error:
-            raise ValueError(f"--image_layers: {error}") from None
-        self._blind_layers = sorted(set(range(layers)) - set(seen))
+        self._blind_layers = sorted(set(range(layers)) - set(visual_understanding_layers(layers, image_layers)))
         self._recorder: PassRecorder | None = None
         self._teacher_pass: Pass | None = None
         self._own: torch.Tensor | None = None

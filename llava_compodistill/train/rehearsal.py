@@ -14,6 +14,7 @@ from ..hosts.llava.model import count_visual_tokens
 from ..hosts.llava.taf import PROJECTOR_TYPE
 from ..methods.base import prepared
 from ..pair import Pair
+from ..pair.layers import parse_band, visual_understanding_layers
 from ..pair.vision import check_taf
 from .arguments import ModelArguments, TrainingArguments
 from .calibration import refuse_zero3
@@ -63,6 +64,21 @@ def rehearse(model_args: ModelArguments, args: TrainingArguments, teacher_text: 
         methods.setLevel(level)
     if getattr(args, "hf_deepspeed_config", None) is not None and args.hf_deepspeed_config.is_zero3():
         refuse_zero3({term.name: term.calibrated_by for term in terms if term.calibrated_by})
+
+
+def check_image_layers(model_args: ModelArguments, args: TrainingArguments) -> None:
+    """Look whether the model has the layers of `--image_layers`.
+
+    Raises:
+        ValueError: naming the flag, the layers, and how many there are.
+    """
+    layers = parse_band(args.image_layers)
+    if layers == "all":
+        return
+    try:
+        visual_understanding_layers(read_config(model_args.model_name_or_path).num_hidden_layers, layers)
+    except ValueError as error:
+        raise ValueError(f"--image_layers {args.image_layers}: {error}") from None
 
 
 def _student(model_args: ModelArguments) -> ConfigOnly:

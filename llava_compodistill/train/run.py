@@ -29,7 +29,7 @@ from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .checks import check_arguments
 from .data import make_data_module
 from .on_policy import find_end_token, refuse_other_tokenizer
-from .rehearsal import rehearse
+from .rehearsal import check_image_layers, rehearse
 from .teacher_text import find_teacher_text
 from .trainer import CompoDistillTrainer
 
@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
     register(train=True)
     transformers.set_seed(args.seed)
 
+    check_image_layers(model_args, args)
     template = use_template(model_args.version)
     tokenizer = load_tokenizer(model_args, args, template)
     if args.on_policy:

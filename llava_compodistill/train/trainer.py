@@ -25,6 +25,7 @@ from ..methods.base import COUNTS
 from ..pair.layers import parse_band
 from ..pair.student import computing
 from . import checkpoint, facts
+from .answer_watch import AnswerWatch
 from .arguments import TrainingArguments
 from .calibration import Batches, read_calibration, refuse_zero3, samples_with_image, write_calibration
 from .facts import BatchFacts, CountingCollator
@@ -111,8 +112,7 @@ class CompoDistillTrainer(LLaVATrainer):
         # The loss arrives normalised over the whole optimizer step.
         self.model_accepts_loss_kwargs = True
         self._counts: dict[str, torch.Tensor] | None = None
-        self._seen_samples = self._cut_samples = 0  # of this process, see _watch_answers
-        self._told_unaligned = False
+        self._answers = AnswerWatch(self._limit, self.objective.pair.shares_tokenizer)
         self._waiting: list[dict[str, Any]] = []
         self._terms_log = TermsLog(self.accelerator, args)
 
@@ -207,7 +207,7 @@ class CompoDistillTrainer(LLaVATrainer):
         """Each of COUNTS, of a window over all ranks; never zero, so nothing divides by it."""
         found = [self._facts(batch) for batch in window]
         if training:
-            self._watch_answers(found)
+            self._answers.look(found, self.state.global_step + 1)
             if self._own is not None:
                 self._own.measure(found, self.state.global_step, self._terms_log)
         sums = [sum(getattr(batch, name) for batch in found) for name in COUNTS]
@@ -222,44 +222,6 @@ class CompoDistillTrainer(LLaVATrainer):
         if facts.KEY in batch:
             return batch[facts.KEY]
         return self.data_collator.facts(batch)
-
-    def _watch_answers(self, found: list[BatchFacts]) -> None:
-        """Announce the first sample whose answers are all cut off: its loss is a zero that nobody sees in the mean."""
-        cut, samples = (sum(getattr(batch, name) for batch in found) for name in ("cut", "samples"))
-        if cut and not self._cut_samples:
-            logger.warning(
-                "--model_max_length %s leaves no answer to learn from in %d of the %d samples of step %d: raise it, "
-                "or shorten such samples. The total is logged at the end of training.",
-                self._limit,
-                cut,
-                samples,
-                self.state.global_step + 1,
-            )
-        spans, tokens = (sum(getattr(batch, name) for batch in found) for name in ("aligned_spans", "answer_tokens"))
-        if tokens and not spans and not self.objective.pair.shares_tokenizer and not self._told_unaligned:
-            self._told_unaligned = True
-            logger.warning(
-                "Step %d: no part of the teacher's answers corresponds to the student's. Either --model_max_length %s "
-                "has cut them (the teacher's tokens may be more), or they read otherwise under its template "
-                "(--teacher_version).",
-                self.state.global_step + 1,
-                self._limit,
-            )
-        self._cut_samples += cut
-        self._seen_samples += samples
-
-    def _report_cut_samples(self) -> None:
-        totals = torch.tensor([self._cut_samples, self._seen_samples], dtype=torch.float32, device=self.args.device)
-        if self.accelerator.num_processes > 1:
-            totals = self.accelerator.reduce(totals, "sum")
-        cut, seen = (int(total) for total in totals.tolist())
-        if cut and self.is_world_process_zero():
-            logger.warning(
-                "--model_max_length %s left no answer to learn from in %d of the %d samples of this run.",
-                self._limit,
-                cut,
-                seen,
-            )
 
     # -----------------------------------------------------------------------------------------------------------------
     # Logging
@@ -336,7 +298,7 @@ class CompoDistillTrainer(LLaVATrainer):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self._report_cut_samples()
+        self._answers.report(self.accelerator)
         if self._own is not None:
             self._own.report(self.accelerator)
         return result

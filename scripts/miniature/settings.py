@@ -90,7 +90,7 @@ class Settings:
     distil_steps: int = 1200
     supervised_steps: int = 140
     pretrain_learning_rate: float = 1e-3
-    #: Of students whose attention is aligned, and of the others: each is at its best with its own.
+    #: Of students whose attention is aligned, and of the others; from prototypes (evidence/README.md).
     aligned_learning_rate: float = 4e-3
     learning_rate: float = 2e-3
     supervised_learning_rate: float = 3e-4

@@ -13,15 +13,18 @@ from typing import Any
 
 from rich.console import Console
 
-from ..about import commit, folder
+from ..about import __version__, commit, folder
 from ..errors import DataError
 from .benchmarks import registered
-from .benchmarks.llava import LlavaBenchmark, read_answers
+from .benchmarks.files import named_below, noted
+from .benchmarks.llava import LlavaBenchmark, read_answers, read_questions
+from .pins import pins
 from .records import write_lines
 from .run import notes_on
 from .shares import stopped_together
 from .summaries import show
 
+PROTOCOL = "LLaVA's"
 #: What scripts/eval/common.sh says of a scorer that ended with an error.
 SCORER_FAILED = "The scorer failed"
 #: Scorers print two or three digits.
@@ -81,9 +84,12 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
     benchmark = registered(LlavaBenchmark)[name]
     made_with = json.loads(answers.with_name(answers.name + ".run.json").read_text(encoding="utf-8"))
     given = read_answers(answers)
-    records = benchmark.records(data, given)
+    with noted() as read:
+        read_questions(data / benchmark.questions)
+        records = benchmark.records(data, given)
     labelled = benchmark.score is not None and bool({"label", "value"} & records[0].keys())
-    figures = benchmark.score(records) if labelled and benchmark.score else {}
+    scored = benchmark.scored(records, PROTOCOL) if labelled else {"value": None, "figures": {}, "readings": {}}
+    figures = scored["figures"]
     reported = benchmark.read_printed(printed)
     figures["empty"] = sum(not entry["text"].strip() for entry in given)
     notes = []
@@ -100,15 +106,25 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
     notes += notes_on(figures)
     summary = {
         "benchmark": name,
-        "protocol": "LLaVA's",
+        "protocol": PROTOCOL,
         **{key: made_with[key] for key in ("model", "weights", "template", "fingerprint")},
         "items": len(records),
+        "pins": pins(
+            PROTOCOL,
+            made_with["template"],
+            named_below(data, read),
+            {name: entry["rule"] for name, entry in scored["readings"].items()},
+            [made_with.get("max_new_tokens", 128)],
+            dtype=made_with.get("dtype"),
+            asked_by=made_with.get("asked_by", "LLaVA's model_vqa_loader"),
+        ),
         "headline": benchmark.headline,
+        **scored,
         "value": figures.get(benchmark.headline, reported.get(benchmark.headline)),
-        "figures": figures,
         "printed": reported,
         "note": " ".join(notes),
-        "paper": benchmark.paper_figures(),
+        "paper": benchmark.paper_figures(PROTOCOL),
+        "version": __version__,
         "commit": commit(),
     }
     write_lines(output / f"{name}.jsonl", records)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.utils import logging as transformers_logging
 
@@ -16,7 +18,7 @@ def load_engine(
     model_base: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
-    batch_size: int = 16,
+    **options: Any,
 ) -> Engine:
     """Load a LLaVA checkpoint of any kind that LLaVA's builder and the plugin know.
 
@@ -25,6 +27,7 @@ def load_engine(
         model_base: base model of a LoRA checkpoint.
         device: cuda, cuda:N or cpu; by default cuda where there is one.
         dtype: float32, bfloat16 or float16; by default bfloat16 on cuda and float32 elsewhere.
+        options: of `Engine`.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -35,4 +38,4 @@ def load_engine(
     name = import_llava("llava.mm_utils").get_model_name_from_path(model_path)
     loader = import_llava("llava.model.builder").load_pretrained_model
     tokenizer, model, _, _ = loader(model_path, model_base, name, device=device, torch_dtype=torch_dtype)
-    return Engine(model.eval(), tokenizer, version=template, batch_size=batch_size)
+    return Engine(model.eval(), tokenizer, version=template, **options)

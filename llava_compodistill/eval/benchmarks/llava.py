@@ -13,6 +13,7 @@ from typing import Any
 
 from ...errors import MissingData, RecordsError
 from .base import Benchmark
+from .files import read_text
 
 Answers = list[dict[str, Any]]
 Records = list[dict[str, Any]]
@@ -54,7 +55,7 @@ def read_answers(path: Path) -> Answers:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8", "replace")
+        return read_text(path, "replace")
     except OSError as error:
         raise RecordsError(f"{path}: {error.strerror}.") from None
 
@@ -122,6 +123,7 @@ class LlavaBenchmark(Benchmark):
         records: (data root, LLaVA's answers in the order of the questions) -> a record each, with its label where the
             labels lie on this machine.
         read_printed: what LLaVA's or the official scorer prints -> figures; empty while there is no score.
+        verify: (data root) looks at labels and the like before anything is asked; raises DataError.
         converter: writes the file for its scorer or server.
     """
 
@@ -131,6 +133,7 @@ class LlavaBenchmark(Benchmark):
     labels: str = ""
     records: Callable[[Path, Answers], Records] = plain_records
     read_printed: Callable[[str], dict[str, float]] = lambda text: {}
+    verify: Callable[[Path], None] = lambda data: None
     converter: Converter | None = None
 
     def check(self, data: Path) -> None:
@@ -139,8 +142,10 @@ class LlavaBenchmark(Benchmark):
         Raises:
             MissingData: when its files are not there at all.
             RecordsError: for a wrong question or a missing image, with file and line.
+            DataError: for labels of another version.
         """
         for path in (data / self.questions, data / self.images, data / self.needs):
             if not path.exists():
                 raise MissingData(f"{path} is missing: see LLaVA's docs/Evaluation.md (its eval.zip goes to {data}).")
         read_questions(data / self.questions, data / self.images)
+        self.verify(data)

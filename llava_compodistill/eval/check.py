@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class Found:
         items: questions or items, where it is complete.
         images: different images.
         read: the files that were read, below the data root.
-        scored: "here", or where else the answers are scored.
+        scored: where answers are scored: "here", by the "server" of a challenge, or by the "official" scorer alone.
         problem: what is missing or wrong, and the way out.
     """
 
@@ -68,11 +69,13 @@ def look(
 
 def _scored(benchmark: LlavaBenchmark, data: Path) -> str:
     if benchmark.score is None:
-        return "by the challenge's server"
-    pattern = benchmark.labels.replace("TASK", "*")
-    if not pattern or any(data.glob(pattern)):
+        return "server"
+    if not benchmark.labels:
         return "here"
-    return f"by the official scorer, or here with {data / benchmark.labels}"
+    # In their folder, or in one within it, as some of MME's tasks and a newer download of GQA have them.
+    path = Path(benchmark.labels.replace("TASK", "*"))
+    there = any(found for name in (path, path.parent / "*" / path.name) for found in data.glob(str(name)))
+    return "here" if there else "official"
 
 
 def show(found: Sequence[Found], data: Path, console: Console) -> None:
@@ -83,17 +86,20 @@ def show(found: Sequence[Found], data: Path, console: Console) -> None:
     table.add_column("files", no_wrap=True)
     for column in ("items", "images"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("read", overflow="fold")
-    table.add_column("scored", overflow="fold")
+    table.add_column("scored", no_wrap=True)
+    table.add_column("in", overflow="fold")
     for entry in found:
         counts = [f"{entry.items:,}", f"{entry.images:,}"] if entry.items else ["", ""]
-        table.add_row(entry.benchmark.title, entry.state, *counts, _short(entry.read), entry.scored)
+        place = os.path.commonpath([os.path.dirname(name) for name in entry.read]) if entry.read else ""
+        table.add_row(entry.benchmark.title, entry.state, *counts, entry.scored, place)
     console.print(table)
+    if any(entry.scored == "server" for entry in found):
+        console.print("server: an evaluation ends with a file for the challenge's server.")
+    for entry in found:
+        if entry.scored == "official" and isinstance(entry.benchmark, LlavaBenchmark):
+            where = data / entry.benchmark.labels
+            text = f"official: {entry.benchmark.title} needs its official scorer, or its labels at {where}."
+            console.print(text, markup=False, soft_wrap=True)
     for entry in found:
         if entry.problem:
             console.print(f"{entry.benchmark.title}, {entry.state}: {entry.problem}", markup=False, soft_wrap=True)
-
-
-def _short(read: Sequence[str]) -> str:
-    more = len(read) - 2
-    return ", ".join(read[:2]) + (f" and {more} more" if more > 0 else "")

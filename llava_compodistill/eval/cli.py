@@ -274,7 +274,7 @@ def own_benchmarks(args: argparse.Namespace, argv: list[str], plan: Plan) -> lis
                 elif left:
                     engine = engine or load(args)
                     wrong = run.ask(engine, left, run.path, advance)
-            for text in wrong[:_NAMED]:
+            for text in wrong[1:_NAMED]:  # the first is in the error of `finish`
                 console.print(text, markup=False, soft_wrap=True)
             summaries.append(run.finish(wrong, verdicts_on(run, args)))
         except (DataError, RecordsError, SampleError) as error:

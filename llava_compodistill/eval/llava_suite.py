@@ -85,7 +85,8 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
     made_with = json.loads(answers.with_name(answers.name + ".run.json").read_text(encoding="utf-8"))
     given = read_answers(answers)
     with noted() as read:
-        read_questions(data / benchmark.questions)
+        if (data / benchmark.questions).is_file():  # answers may be counted elsewhere than where they were given
+            read_questions(data / benchmark.questions)
         records = benchmark.records(data, given)
     labelled = benchmark.score is not None and bool({"label", "value"} & records[0].keys())
     scored = benchmark.scored(records, PROTOCOL) if labelled else {"value": None, "figures": {}, "readings": {}}

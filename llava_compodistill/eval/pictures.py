@@ -6,13 +6,15 @@ worker, is an `Unreadable` in the place of its pixels; the others go on.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +85,7 @@ class Pictures:
         self.make, self.workers, self.ahead, self.waited = make, workers, ahead, 0.0
         self._expected: list[Picture] = []
         self._next = 0
-        self._made: Iterator[Any] | None = None
+        self._made: _Ahead | None = None
         self._held: dict[Picture, Pixels | Unreadable] = {}
 
     def expect(self, pictures: Iterable[Picture]) -> None:
@@ -104,7 +106,8 @@ class Pictures:
 
     def close(self) -> None:
         """End the workers."""
-        self._made, self._expected, self._next, self._held = None, [], 0, {}
+        self._stop()
+        self._expected, self._next, self._held = [], 0, {}
 
     def _find(self, picture: Picture, held: dict[Picture, Pixels | Unreadable]) -> Pixels | Unreadable:
         try:
@@ -120,31 +123,36 @@ class Pictures:
     def _following(self) -> Pixels | Unreadable:
         """The next of the expected pictures. The order of `take` is that of `expect`, up to the end of a batch."""
         if self._made is None:
-            self._made = self._start(self._expected[self._next :], self.workers, self._room())
+            room = self._room()
+            loader = self._loader(self._expected[self._next :], self.workers, room // 2)
+            self._made = _Ahead(loader, room - room // 2 - 1)
         try:
-            return next(self._made)
+            return self._made.next()
         except RuntimeError as error:  # a worker was killed, by a decoder or for want of memory
             logger.warning("A worker that reads images has died (%s).", str(error).split("\n")[0])
         # One picture at a time shows whether it is this one; the workers begin anew behind it.
-        self._made = None
+        self._stop()
         picture = self._expected[self._next]
         try:
-            return next(self._start([picture], 1, 1))
+            return next(iter(self._loader([picture], 1, 1)))
         except RuntimeError:
             return Unreadable(f"{picture}: cannot be read as an image (it kills the process that opens it).")
 
-    def _start(self, pictures: Sequence[Picture], workers: int, ahead: int) -> Iterator[Pixels | Unreadable]:
+    def _stop(self) -> None:
+        if self._made is not None:
+            self._made.stop()
+        self._made = None
+
+    def _loader(self, pictures: Sequence[Picture], workers: int, ahead: int) -> DataLoader:
         workers = min(workers, len(pictures))
-        return iter(
-            DataLoader(
-                _Made(pictures, self.make),
-                batch_size=None,
-                collate_fn=_as_it_is,
-                num_workers=workers,
-                prefetch_factor=max(1, -(-ahead // workers)),
-                multiprocessing_context="fork" if sys.platform == "linux" else None,
-                worker_init_fn=partial(_quietly),
-            )
+        return DataLoader(
+            _Made(pictures, self.make),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=max(1, ahead // workers),
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
+            worker_init_fn=_quietly,
         )
 
     def _room(self) -> int:
@@ -158,6 +166,49 @@ class Pictures:
             logger.warning("%s has room for %d images: one worker reads them.", _SHARED, fitting)
             self.workers = 1
         return max(1, min(self.ahead, fitting))
+
+
+class _Ahead:
+    """What a loader gives, taken from its workers by a thread: that takes about a millisecond an image, which would
+    otherwise be the model's.
+
+    Args:
+        most: how many may wait here, beside the one that the thread has at hand.
+    """
+
+    def __init__(self, loader: DataLoader, most: int):
+        self._queue: queue.Queue[Any] = queue.Queue(max(1, most))
+        self._stopped = threading.Event()
+        # The workers are forked here, while no other code runs that they would inherit halfway.
+        self._thread = threading.Thread(target=self._pull, args=(iter(loader),), daemon=True)
+        self._thread.start()
+
+    def _pull(self, made_by_workers: Iterator[Any]) -> None:
+        try:
+            for made in made_by_workers:
+                self._put(made)
+                if self._stopped.is_set():
+                    return
+        except RuntimeError as error:
+            self._put(error)
+
+    def _put(self, made: Any) -> None:
+        while not self._stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(made, timeout=0.1)
+                return
+
+    def next(self) -> Pixels | Unreadable:
+        """The next, waiting for it; raises RuntimeError when a worker has died."""
+        made = self._queue.get()
+        if isinstance(made, RuntimeError):
+            raise made
+        return made
+
+    def stop(self) -> None:
+        """End thread and workers."""
+        self._stopped.set()
+        self._thread.join()
 
 
 class _Made(Dataset):

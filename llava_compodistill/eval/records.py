@@ -125,8 +125,16 @@ def check_run(path: Path, run: dict[str, Any], way_out: str) -> None:
     known = {"model"} if run.get("weights") else set()
     changed = [name for name in run if before.get(name) != run[name] and name not in known]
     if changed:
-        apart = "; ".join(f"{_WORDS.get(name, name)} {before.get(name)!r}, not {run[name]!r}" for name in changed)
+        apart = "; ".join(_apart(name, before.get(name), run[name]) for name in changed)
         raise RecordsError(f"{path} holds records of another run: {apart}. {way_out}")
+
+
+def _apart(name: str, before: Any, now: Any) -> str:
+    """How two values of a run's part differ; of two objects only what differs in them."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return "; ".join(_apart(f"{name}.{key}", before.get(key), now.get(key)) for key in names)
+    return f"{_WORDS.get(name, name)} {before!r}, not {now!r}"
 
 
 def write_run(path: Path, run: dict[str, Any]) -> None:

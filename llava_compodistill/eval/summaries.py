@@ -55,13 +55,13 @@ def table(summaries: Sequence[dict[str, Any]], name: str) -> Table:
     result = Table(title=f"{name}: scores in %, beside the paper's at full size (arXiv 2510.12184)", **plain)
     for column in ("benchmark", "figure", "protocol"):
         result.add_column(column, no_wrap=True)
-    for column in ("stricter\nreading", "here", *(f"paper:\n{model}" for model in SHORT)):
+    for column in ("strict", "here", *(f"paper:\n{model}" for model in SHORT)):
         result.add_column(column, justify="right", no_wrap=True)
     for summary in summaries:
         benchmark = get(summary["benchmark"])
         mark = MARKS[benchmark.paper_kind]
         paper = [f"{value:.1f}{mark}" for value in summary["paper"].values()]
-        figure = summary["headline"] + (" of a part" if "missing" in summary["figures"] else "")
+        figure = summary["headline"] + (" (part)" if "missing" in summary["figures"] else "")
         strict = percent(summary["value"]) if "strict" in summary.get("readings", {}) else ""
         result.add_row(benchmark.title, figure, summary["protocol"], strict, percent(official(summary)), *paper)
         for name in benchmark.beside:

@@ -167,6 +167,67 @@ def test_a_broken_image_ends_its_benchmark_alone(place, world, tmp_path, capsys)
     assert set(summaries(tmp_path / "out")) == {"winoground"}
 
 
+def test_the_others_of_a_broken_image_are_kept_and_the_same_command_ends_it(place, world, tmp_path, capsys):
+    write_benchmarks(world["data"], tmp_path)
+    shutil.copytree(tmp_path / "winoground" / "images", tmp_path / "copies")
+    (tmp_path / "winoground" / "images").unlink()
+    (tmp_path / "copies").rename(tmp_path / "winoground" / "images")
+    entries = [json.loads(line) for line in (tmp_path / "winoground" / "examples.jsonl").read_text().splitlines()]
+    broken = [tmp_path / "winoground" / "images" / entries[number]["image_1"] for number in (1, 3)]
+    whole = [path.read_bytes() for path in broken]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:50])
+    flags = [*place["flags"], "--data-root", str(tmp_path), "--output", str(tmp_path / "out")]
+    flags += ["--benchmarks", "winoground", "--protocol", "likelihood", "--image-workers", "1"]
+    assert main(flags) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"2 of {len(entries)} items are not answered; the others are kept" in printed
+    for path, line in zip(broken, (2, 4), strict=True):
+        assert f"{path}: cannot be read as an image" in printed
+        assert f"It is the image of {tmp_path / 'winoground' / 'examples.jsonl'}, line {line}." in printed
+    kept = [json.loads(line)["id"] for line in (tmp_path / "out" / "winoground.jsonl").read_text().splitlines()]
+    assert kept == [str(entry["id"]) for number, entry in enumerate(entries) if number not in (1, 3)]
+    for path, data in zip(broken, whole, strict=True):
+        path.write_bytes(data)
+    assert main(flags) == 0
+    whole_run = tmp_path / "at-once"
+    assert main([*flags, "--output", str(whole_run)]) == 0
+    assert (whole_run / "winoground.json").read_text() == (tmp_path / "out" / "winoground.json").read_text()
+
+
+def test_workers_change_nothing(place):
+    """Records and summaries, byte for byte: one image, two images and marked ones an item, and answers in words."""
+    flags = [*place["flags"], "--benchmarks", "sugarcrepe,bivlc,rbench-box,rbench-mask", "--batch-size", "5"]
+    outputs = [place["root"] / f"workers-{workers}" for workers in (0, 2)]
+    for workers, output in zip((0, 2), outputs, strict=True):
+        assert main([*flags, "--image-workers", str(workers), "--output", str(output)]) == 0
+    for path in sorted(outputs[0].glob("*")):
+        assert path.read_bytes() == (outputs[1] / path.name).read_bytes(), path.name
+
+
+def test_a_summary_holds_what_a_stranger_needs(place):
+    import hashlib
+
+    from llava_compodistill import __version__
+
+    output = place["root"] / "pins"
+    flags = [*place["flags"], "--output", str(output), "--benchmarks", "sugarcrepe,rbench,winoground"]
+    assert main([*flags, "--protocol", "choice"]) == 0
+    found = {name: summary["pins"] for name, summary in summaries(output).items()}
+    path = place["root"] / "data" / "sugarcrepe" / "swap_obj.json"
+    assert (
+        found["sugarcrepe"]["files"]["sugarcrepe/swap_obj.json"] == hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    )
+    assert len(found["sugarcrepe"]["files"]) == 7 and len(found["rbench"]["files"]) == 6
+    assert found["sugarcrepe"]["prompt"] == "<image>\n{question}\nAnswer:"
+    assert found["sugarcrepe"]["question"] == protocols.CHOICE_PROMPT
+    assert found["sugarcrepe"]["max_new_tokens"] == [32] and found["rbench"]["max_new_tokens"] == [128]
+    assert set(found["sugarcrepe"]["reading"]) == set(found["rbench"]["reading"]) == {"strict", "official"}
+    assert {pins["decoding"] for pins in found.values()} == {"greedy"}
+    assert {pins["dtype"] for pins in found.values()} == {"float32"}
+    assert summaries(output)["rbench"]["version"] == __version__
+
+
 def test_a_stopped_run_says_that_it_goes_on(place, monkeypatch, capsys, tmp_path):
     def stop(*_):
         raise KeyboardInterrupt

@@ -8,8 +8,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
+from llava_compodistill.cli import main
 from llava_compodistill.errors import DataError
 from llava_compodistill.eval.judge import check_judge, judge
+from miniature import weights
+from miniature.benchmarks import write_benchmarks
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "man", "rides", "is", "on", "a", "horse", "sits", "dog"]
 #: (id, answer, label)
@@ -86,3 +89,35 @@ def test_what_is_no_judge_is_refused(nli, tmp_path):
     (nli / "config.json").write_text(json.dumps(config | {"id2label": {"0": "good", "1": "not_entailment"}}))
     with pytest.raises(DataError, match="its classes are good, not_entailment; .*called entailment"):
         check_judge(str(nli))
+
+
+@pytest.mark.skipif(not weights.have_stored_weights(), reason="no stored weights")
+def test_the_command_with_and_without_a_judge(nli, world, tmp_path, capsys):
+    write_benchmarks(world["data"], tmp_path / "data")
+    weights.install(tmp_path / "models")
+    flags = ["eval", "--model-path", str(tmp_path / "models" / "llava-teacher"), "--data-root", str(tmp_path / "data")]
+    flags += [
+        "--conv-mode",
+        "qwen_qa",
+        "--device",
+        "cpu",
+        "--benchmarks",
+        "reefknot",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(flags) == 0
+    assert "rscore" not in capsys.readouterr().out
+    plain = json.loads((tmp_path / "out" / "reefknot.json").read_text())
+    assert "rscore" not in plain["figures"] and plain["judge"] is None
+    assert main([*flags, "--judge", str(nli)]) == 0
+    printed = capsys.readouterr().out
+    assert "rscore" in printed and "by the judge nli, which is not the authors'" in " ".join(printed.split())
+    judged = json.loads((tmp_path / "out" / "reefknot.json").read_text())
+    verdicts = [json.loads(line) for line in (tmp_path / "out" / "reefknot.judge.jsonl").read_text().splitlines()]
+    right = 100 * sum(entry["verdict"] for entry in verdicts) / len(verdicts)
+    figures = judged["figures"]
+    assert figures["vqa"]["accuracy"] == pytest.approx(right)
+    tasks = [figures[task]["accuracy"] for task in ("yesno", "multichoice", "vqa")]
+    assert figures["rscore"] == pytest.approx(sum(tasks) / 3) and judged["value"] == plain["value"]
+    assert judged["judge"]["judge"] == "nli" and len(verdicts) == figures["vqa"]["items"]

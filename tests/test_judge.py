@@ -107,9 +107,10 @@ def test_the_command_with_and_without_a_judge(nli, world, tmp_path, capsys):
         str(tmp_path / "out"),
     ]
     assert main(flags) == 0
-    assert "rscore" not in capsys.readouterr().out
+    assert "rscore  " not in capsys.readouterr().out  # no row of the table
     plain = json.loads((tmp_path / "out" / "reefknot.json").read_text())
     assert "rscore" not in plain["figures"] and plain["judge"] is None
+    assert "No judge of the open answers was named" in plain["note"]
     assert main([*flags, "--judge", str(nli)]) == 0
     printed = capsys.readouterr().out
     assert "rscore" in printed and "by the judge nli, which is not the authors'" in " ".join(printed.split())

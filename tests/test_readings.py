@@ -237,6 +237,23 @@ def test_a_category_of_sade_is_the_mean_of_its_sources():
     assert found["pooled"]["relation"] == pytest.approx(1000 / 12)
     assert found["macro_pooled"] == pytest.approx((1000 / 12 + 25) / 2)
     assert float(sade.sums(records).headline()) == pytest.approx(found["macro"])
+    assert found["missing"] == ["comprehensive", "attribute", "atomic", "content"]
+
+
+def test_a_source_of_sade_that_is_missing_is_said():
+    sade = get("sade")
+    records = [
+        {"id": f"{category} {source}", "category": category, "source": source, "scores": [[2, 1], [0, 3]]}
+        for category in ("comprehensive", "relation", "attribute", "atomic", "negate", "content")
+        for source in ("one", "two")
+    ]
+    assert "missing" not in sade.score(records)
+    less = [record for record in records if record["id"] not in ("content two", "negate two")]
+    found = sade.score(less)
+    assert found["missing"] == ["a second source of content"] and found["macro"] == 100  # negate has one source anyway
+    unnamed = [{key: value for key, value in record.items() if key != "source"} for record in records]
+    assert sade.score(unnamed)["by_source"]["content"] == {"": 100}
+    assert len(sade.score(unnamed)["missing"]) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

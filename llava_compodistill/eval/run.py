@@ -164,7 +164,7 @@ class Run:
             "headline": self.benchmark.headline,
             **scored,
             "judge": verdicts.judge if verdicts is not None else None,
-            "note": " ".join(notes_on(scored["figures"])),
+            "note": " ".join([*notes_on(scored["figures"]), *self.benchmark.remarks(scored["figures"])]),
             "paper": self.benchmark.paper_figures(self.protocol),
             "version": __version__,
             "commit": commit(),

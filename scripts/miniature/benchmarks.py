@@ -82,7 +82,10 @@ def _sade(folder: Path, subsets: dict[str, list[dict]]) -> int:
     for first, second in _couples(subsets["swap_obj"]):
         images, captions = [first["filename"], second["filename"]], [first["caption"], second["caption"]]
         entries.append({"category": "comprehensive", "images": images, "captions": captions})
-    numbered = [{"id": number, "source": "miniature", **entry} for number, entry in enumerate(entries)]
+    # Two sources, as half of SADE's categories have.
+    numbered = [
+        {"id": number, "source": f"miniature {number // 2 % 2 + 1}", **entry} for number, entry in enumerate(entries)
+    ]
     return write_lines(folder / "sade.jsonl", numbered)
 
 

@@ -67,6 +67,7 @@ class Benchmark:
         sums: records -> the headline as a function of sums over items, for `compare`; None where `score` is.
         readings: the rules by which answers in words are read, the default first.
         beside: figures that the table shows below the headline, where there are any.
+        remarks: figures -> what their reader has to know, for the summary's note.
         paper: the paper's (teacher, SFT, CompoDistill), in %, or nothing. They stand beside the figure by the reading
             "official", if there is one.
         paper_protocols: those under which a figure is of the paper's kind; none: under all.
@@ -82,6 +83,7 @@ class Benchmark:
     sums: Callable[[Sequence[Record]], Sums] | None = None
     readings: tuple[Reading, ...] = ()
     beside: tuple[str, ...] = ()
+    remarks: Callable[[Mapping[str, Any]], list[str]] = lambda figures: []
     paper: tuple[float, ...] = ()
     paper_protocols: tuple[str, ...] = ()
     paper_kind: str = "published"

@@ -6,7 +6,7 @@ judge is named (`--judge`), and what is compared with the paper's figure is the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,16 @@ def to_judge(records: Iterable[Record]) -> list[tuple[str, str, str]]:
     ]
 
 
+def remarks(figures: Mapping[str, Any]) -> list[str]:
+    """Why there is no rscore."""
+    if "rscore_verbatim" not in figures:
+        return []
+    return [
+        "No judge of the open answers was named (--judge), so there is no rscore; rscore_verbatim, in the summary, "
+        "wants the label's words in the answer, and does not compare with published figures."
+    ]
+
+
 def sums(records: Sequence[Record]) -> Sums:
     """The F1 of the yes/no questions."""
     return mean_f1(
@@ -148,6 +158,7 @@ register(
         sums=sums,
         readings=(STRICT, OFFICIAL),
         beside=("rscore",),
+        remarks=remarks,
         judged=to_judge,
         how_to_get=HOW_TO_GET,
         paper=(67.9, 61.3, 66.7),

@@ -14,6 +14,8 @@ from .base import EngineBenchmark, Item, Record
 from .sums import Sums, mean_of_means
 
 CATEGORIES = ("comprehensive", "relation", "attribute", "atomic", "negate", "content")
+#: Categories that SADE takes from two data sets: VL-CheckList and ARO-VG, VL-CheckList and ARO-VG, COCO and Flickr30k.
+TWO_SOURCES = ("relation", "attribute", "content")
 HOW_TO_GET = (
     "its references are linked from github.com/TeleeMa/SADE; `llava-compodistill sade` converts each; the images "
     "belong in sade/images/."
@@ -57,7 +59,8 @@ def score(records: Iterable[Record]) -> dict[str, Any]:
 
     A category is the mean over its sources (arXiv 2308.10509, Table 2: "the average performance of two sub-branches"),
     whose figures `by_source` holds. `macro` averages the categories, `micro` the items. `pooled` has the categories as
-    means over their items, and `macro_pooled` the mean of those. `missing` names categories of which there is nothing.
+    means over their items, and `macro_pooled` the mean of those. `missing` names categories of which there is nothing,
+    or one source of two.
     """
     categories = figures.grouped(records, "category", CATEGORIES)
     everything = [record for items in categories.values() for record in items]
@@ -67,6 +70,10 @@ def score(records: Iterable[Record]) -> dict[str, Any]:
     }
     by_category = {name: figures.mean(found.values()) for name, found in by_source.items()}
     pooled = {name: figures.percent(map(hit, items)) for name, items in categories.items()}
+    missing = figures.missing(categories, CATEGORIES)
+    halves = [f"a second source of {name}" for name in TWO_SOURCES if len(by_source.get(name, "12")) < 2]
+    if halves:
+        missing = {"missing": [*missing.get("missing", []), *halves]}
     return {
         "macro": figures.mean(by_category.values()),
         "macro_without_comprehensive": figures.mean(
@@ -77,7 +84,7 @@ def score(records: Iterable[Record]) -> dict[str, Any]:
         **by_category,
         "by_source": by_source,
         "pooled": pooled,
-        **figures.missing(categories, CATEGORIES),
+        **missing,
         **figures.counts(everything),
     }
 

@@ -29,7 +29,7 @@ ROUNDS = 3
 
 
 def write_images(folder: Path) -> list[str]:
-    """JPEGs of quality 90 as large as photographs are (about 60 KB): structure at every scale."""
+    """JPEGs of quality 90 with structure at every scale, as photographs have it."""
     rng = np.random.default_rng(0)
     names = []
     for number in range(COUNT):

@@ -184,7 +184,7 @@ def test_the_others_of_a_broken_image_are_kept_and_the_same_command_ends_it(plac
     assert f"2 of {len(entries)} items are not answered; the others are kept" in printed
     for path, line in zip(broken, (2, 4), strict=True):
         assert f"{path}: cannot be read as an image" in printed
-        assert f"It is the image of {tmp_path / 'winoground' / 'examples.jsonl'}, line {line}." in printed
+        assert f"{tmp_path / 'winoground' / 'examples.jsonl'}, line {line}: {path}: cannot be" in printed
     kept = [json.loads(line)["id"] for line in (tmp_path / "out" / "winoground.jsonl").read_text().splitlines()]
     assert kept == [str(entry["id"]) for number, entry in enumerate(entries) if number not in (1, 3)]
     for path, data in zip(broken, whole, strict=True):
@@ -193,6 +193,24 @@ def test_the_others_of_a_broken_image_are_kept_and_the_same_command_ends_it(plac
     whole_run = tmp_path / "at-once"
     assert main([*flags, "--output", str(whole_run)]) == 0
     assert (whole_run / "winoground.json").read_text() == (tmp_path / "out" / "winoground.json").read_text()
+
+
+def test_texts_that_cannot_be_asked_are_named_and_the_others_are_kept(place, world, tmp_path, capsys):
+    write_benchmarks(world["data"], tmp_path)
+    path = tmp_path / "winoground" / "examples.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    entries[1]["caption_0"] = "a red <image> circle"
+    entries[2]["caption_1"] = "red " * 50_000
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    flags = [*place["flags"], "--data-root", str(tmp_path), "--output", str(tmp_path / "out")]
+    # As an answer, <image> is text like any other under Qwen's templates; in a prompt it would be another image.
+    for protocol, bad in (("likelihood", [2]), ("choice", [1, 2])):
+        assert main([*flags, "--benchmarks", "winoground", "--protocol", protocol, "--overwrite"]) == 1
+        printed = " ".join(capsys.readouterr().out.split())
+        assert (f"{path}, line 2: the prompt" in printed) == (1 in bad)
+        assert f"{path}, line 3: 5" in printed and "tokens, the model reads" in printed
+        kept = [json.loads(line)["id"] for line in (tmp_path / "out" / "winoground.jsonl").read_text().splitlines()]
+        assert kept == [str(entry["id"]) for number, entry in enumerate(entries) if number not in bad]
 
 
 def test_workers_change_nothing(place):

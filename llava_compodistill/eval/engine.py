@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .. import compat
+from ..errors import DataError
 from ..hosts.llava.decoding import continue_sequences
 from ..hosts.llava.host import import_llava, import_llava_train
 from ..hosts.llava.model import llava_core
@@ -123,14 +124,21 @@ class Engine:
         Args:
             requests: of any kinds; those on one image are computed together, wherever they stand.
             done: called with (position, response) as responses come.
-            keep_going: the response to a request whose image cannot be read is the `Unreadable` that says why.
+            keep_going: the response to a request that cannot be asked, or whose image cannot be read, is the DataError
+                that says why.
 
         Raises:
-            Unreadable: for such an image, unless they are kept going.
+            DataError: for such a request, unless the others are to go on.
         """
         use_template(self.version)
-        rows = [self._tokens(index, request) for index, request in enumerate(requests)]
-        responses: list[Any] = [None] * len(requests)
+        rows, responses = [], [None] * len(requests)
+        for index, request in enumerate(requests):
+            try:
+                rows.append(self._tokens(index, request))
+            except DataError as error:
+                if not keep_going:
+                    raise
+                responses[index] = error
         for batch, answers in self._answered(rows):
             for row, response in zip(batch, answers, strict=True):
                 if isinstance(response, Unreadable) and not keep_going:
@@ -188,10 +196,13 @@ class Engine:
         given = isinstance(request, (Likelihood, Continuation))
         ids, labels = self._preprocessed(request, request.answer if given else "?")
         if ids.count(IMAGE_TOKEN_INDEX) != 1:
-            raise ValueError(f"The prompt {request.prompt!r} holds an image token of its own.")
+            raise DataError(f"the prompt {request.prompt[:80]!r} holds an image token of its own.")
         if not given:
             ids = ids[: next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)]
             labels = labels[: len(ids)]
+        longest = getattr(self.model.config, "max_position_embeddings", None) or len(ids)
+        if len(ids) > longest:
+            raise DataError(f"{len(ids)} tokens, the model reads {longest}: {request.prompt[:80]!r}.")
         return Row(index, request, ids, labels, ids.index(IMAGE_TOKEN_INDEX))
 
     def _preprocessed(self, request: Request, answer: str) -> tuple[list[int], list[int]]:

@@ -114,7 +114,7 @@ class Run:
         """Ask the items that are left and append their records, group by group.
 
         Returns:
-            What is wrong with the images of the items that have no record for that, each with file and line.
+            Why items have no record, each with its file and line: an image that cannot be read, or a text.
         """
         wrong: list[str] = []
         groups = [list(group) for _, group in itertools.groupby(left, lambda item: self._group[item.id])]
@@ -128,7 +128,7 @@ class Run:
                     given = [next(responses) for _ in requests]
                     broken = [response for response in given if isinstance(response, DataError)]
                     if broken:
-                        wrong.append(f"{broken[0]} It is the image of {item.place or item.id}.")
+                        wrong.append(f"{item.place or item.id}: {broken[0]}")
                     else:
                         made.append(self.benchmark.record(item, self.protocol, given))
                 records.append(made)

@@ -456,3 +456,44 @@ def test_what_was_read_is_noted_with_its_hash(data):
     many = {data / "MME" / f"{number}.txt": str(number) for number in range(13)}
     assert set(files.named_below(data, many)) == {"MME/*.txt"}
     assert files.named_below(data, many) != files.named_below(data, {**many, data / "MME" / "3.txt": "x"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile files
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"0": "\xff"}', "no UTF-8 text"),
+        (b"[" * 100_000, "no JSON"),
+        (b'{"0": ' + b"1" * 5000 + b"}", "no JSON"),
+        (None, "Is a directory"),
+    ],
+)
+def test_files_of_all_kinds_are_named(data, content, message):
+    for name, file in (("sugarcrepe", "swap_obj.json"), ("bivlc", "bivlc.jsonl"), ("pope", "llava_pope_test.jsonl")):
+        path = data / name / file
+        path.unlink()
+        path.write_bytes(content) if content is not None else path.mkdir()
+        look_at = OURS.get(name) or registered()[name]
+        with pytest.raises((DataError, RecordsError), match=f"{file}.*(?:{message}|no JSON|has no 'question_id')"):
+            look_at.load(data) if name in OURS else look_at.check(data)
+
+
+def test_names_that_no_file_can_have_are_missing(data):
+    name = "x" * 300 + ".png"
+    rewrite(data / "bivlc" / "bivlc.jsonl", lambda entries: [{**entries[0], "image": name}, *entries[1:]])
+    with pytest.raises(DataError, match=r"bivlc: 1 of \d+ images are missing"):
+        load("bivlc", data)
+    questions = data / "pope" / "llava_pope_test.jsonl"
+    rewrite(questions, lambda entries: [{**entry, "image": name} for entry in entries])
+    with pytest.raises(RecordsError, match="line 1: its image .* is missing"):
+        registered()["pope"].check(data)
+
+
+def test_records_hold_half_characters(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with RecordFile(path, RUN, IDS) as records:
+        records.append([{"id": "one", "text": "ä\ud800"}, {"id": "two", "text": "ä"}])
+    assert [record["text"] for record in read_records(path)] == ["ä\ud800", "ä"]
+    assert "ä" in path.read_text(encoding="utf-8").splitlines()[1]

@@ -201,16 +201,37 @@ def test_texts_that_cannot_be_asked_are_named_and_the_others_are_kept(place, wor
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     entries[1]["caption_0"] = "a red <image> circle"
     entries[2]["caption_1"] = "red " * 50_000
+    entries[3]["caption_1"] = "red\ud800"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     flags = [*place["flags"], "--data-root", str(tmp_path), "--output", str(tmp_path / "out")]
     # As an answer, <image> is text like any other under Qwen's templates; in a prompt it would be another image.
-    for protocol, bad in (("likelihood", [2]), ("choice", [1, 2])):
+    for protocol, bad in (("likelihood", [2, 3]), ("choice", [1, 2, 3])):
         assert main([*flags, "--benchmarks", "winoground", "--protocol", protocol, "--overwrite"]) == 1
         printed = " ".join(capsys.readouterr().out.split())
         assert (f"{path}, line 2: the prompt" in printed) == (1 in bad)
-        assert f"{path}, line 3: 5" in printed and "tokens, the model reads" in printed
+        assert f"{path}, line 3: 5" in printed and "tokens with the image, the model reads" in printed
+        assert f"{path}, line 4: " in printed and "half a character" in printed
         kept = [json.loads(line)["id"] for line in (tmp_path / "out" / "winoground.jsonl").read_text().splitlines()]
         assert kept == [str(entry["id"]) for number, entry in enumerate(entries) if number not in bad]
+
+
+def test_a_model_of_nan_has_no_scores(place, tmp_path, capsys):
+    """Neither by likelihoods nor by answers in words."""
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "llava-nan"
+    shutil.copytree(place["root"] / "models" / "llava-teacher", model)
+    for path in model.glob("*.safetensors"):
+        tensors = load_file(path)
+        name = next((name for name in tensors if name.endswith("layers.2.mlp.down_proj.weight")), None)
+        if name:
+            tensors[name][0, 0] = float("nan")
+            save_file(tensors, path, {"format": "pt"})
+    flags = ["eval", "--model-path", str(model), *place["flags"][3:], "--output", str(tmp_path / "out")]
+    for protocol in ("likelihood", "choice", "choice-logits"):
+        assert main([*flags, "--benchmarks", "winoground,rbench", "--protocol", protocol, "--overwrite"]) == 1
+        assert capsys.readouterr().out.count("logits are NaN or infinite: its weights are damaged") == 4
+    assert not list((tmp_path / "out").glob("winoground.json"))
 
 
 def test_workers_change_nothing(place):

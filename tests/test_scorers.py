@@ -229,6 +229,8 @@ def test_coin_flips_give_chance():
         (sugarcrepe, {"id": 7, "subset": "swap_obj"}, "record 7: has no 'choices'"),
         (rbench, {"id": 3, "lists": [1], "text": "yes", "label": "maybe"}, "label 'maybe' must be yes or no"),
         (reefknot, {"id": 3, "task": "chat"}, "task 'chat' must be one of yesno"),
+        (sugarcrepe, {"id": 7, "subset": "swap_obj", "scores": [[float("nan")], [0]]}, "record 7: scores hold NaN"),
+        (winoground, {"id": 7, "scores": [[1, 0], [0, float("nan")]]}, "record 7: scores hold NaN"),
     ],
 )
 def test_records_that_cannot_be_read_are_named(scorer, record, message):

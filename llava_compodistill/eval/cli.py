@@ -26,7 +26,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from ..errors import DataError, MissingData, RecordsError
+from ..errors import DataError, MissingData, NonFiniteModelError, RecordsError, SampleError
 from . import check, protocols, shares
 from .benchmarks import VARIABLE, files, registered
 from .benchmarks.base import Benchmark, EngineBenchmark
@@ -255,8 +255,6 @@ def prepare(args: argparse.Namespace, benchmarks: Sequence[Benchmark]) -> Plan:
 
 
 def own_benchmarks(args: argparse.Namespace, argv: list[str], plan: Plan) -> list[dict[str, Any]]:
-    from ..errors import SampleError
-
     engine, summaries = None, []
     for run in plan.runs:
         started, wrong = time.monotonic(), []
@@ -277,7 +275,7 @@ def own_benchmarks(args: argparse.Namespace, argv: list[str], plan: Plan) -> lis
             for text in wrong[1:_NAMED]:  # the first is in the error of `finish`
                 console.print(text, markup=False, soft_wrap=True)
             summaries.append(run.finish(wrong, verdicts_on(run, args)))
-        except (DataError, RecordsError, SampleError) as error:
+        except (DataError, RecordsError, SampleError, NonFiniteModelError) as error:
             plan.wrong.append(f"{run.benchmark.title}: {error}")
             console.print(str(error), markup=False, soft_wrap=True)
             continue

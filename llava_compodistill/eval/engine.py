@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..errors import DataError
+from ..errors import DataError, NonFiniteModelError
 from ..hosts.llava.decoding import continue_sequences
 from ..hosts.llava.host import import_llava, import_llava_train
 from ..hosts.llava.model import llava_core
@@ -194,15 +194,19 @@ class Engine:
         if not isinstance(request, self.kinds):
             raise ValueError(f"{type(self).__name__} cannot answer {type(request).__name__}.")
         given = isinstance(request, (Likelihood, Continuation))
+        text = request.prompt + (request.answer if given else "")
+        if any("\ud800" <= sign <= "\udfff" for sign in text):
+            raise DataError(f"{text[:80]!r} holds half a character (a lone surrogate), which no tokenizer reads.")
         ids, labels = self._preprocessed(request, request.answer if given else "?")
         if ids.count(IMAGE_TOKEN_INDEX) != 1:
             raise DataError(f"the prompt {request.prompt[:80]!r} holds an image token of its own.")
         if not given:
             ids = ids[: next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)]
             labels = labels[: len(ids)]
-        longest = getattr(self.model.config, "max_position_embeddings", None) or len(ids)
-        if len(ids) > longest:
-            raise DataError(f"{len(ids)} tokens, the model reads {longest}: {request.prompt[:80]!r}.")
+        length = len(ids) - 1 + self.model.get_vision_tower().num_patches  # crops may be more
+        longest = getattr(self.model.config, "max_position_embeddings", None) or length
+        if length > longest:
+            raise DataError(f"{length} tokens with the image, the model reads {longest}: {request.prompt[:80]!r}.")
         return Row(index, request, ids, labels, ids.index(IMAGE_TOKEN_INDEX))
 
     def _preprocessed(self, request: Request, answer: str) -> tuple[list[int], list[int]]:
@@ -325,11 +329,20 @@ class Engine:
             self._weight, self._bias = (
                 None if part is None else part.float() for part in dense_head(head, hidden[:1].to(self.model.dtype))
             )
-        return torch.nn.functional.linear(hidden.float(), self._weight, self._bias)
+        return self._finite(torch.nn.functional.linear(hidden.float(), self._weight, self._bias))
+
+    def _finite(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits; a model that gives NaN would get scores like one that sees nothing."""
+        if not bool(torch.isfinite(logits).all()):
+            raise NonFiniteModelError(
+                f"The model's logits are NaN or infinite: its weights are damaged, or {self.model.dtype} is too narrow "
+                "for them (--dtype float32 or bfloat16)."
+            )
+        return logits
 
     def _likeliest(self, hidden: torch.Tensor, exact: bool = False) -> torch.Tensor:
         """Of the tokens that the tokenizer has: rows that pad the vocabulary cannot be decoded."""
-        logits = self._logits(hidden) if exact else self.model.get_output_embeddings()(hidden)
+        logits = self._logits(hidden) if exact else self._finite(self.model.get_output_embeddings()(hidden))
         return logits[:, : len(self.tokenizer)].argmax(dim=-1)
 
     def _generate(self, rows: list[Row], caches: _Caches) -> list[str]:

@@ -45,7 +45,7 @@ def check_judge(name: str) -> int:
     from transformers import AutoConfig
 
     try:
-        labels = AutoConfig.from_pretrained(name).id2label
+        labels = AutoConfig.from_pretrained(name, trust_remote_code=False).id2label
     except Exception as error:  # OSError, ValueError, and what the hub's client raises
         reason = str(error).strip().split("\n")[0]
         raise DataError(
@@ -113,8 +113,8 @@ def _load(name: str, entailment: int, device: str) -> Callable[[Sequence[tuple[s
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=False).to(device).eval()
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"--judge {name}: cannot be loaded ({reason}).") from None

@@ -34,7 +34,7 @@ def pair_accuracy(record: Record, reading: Reading | None = None) -> float:
         reading: as for `picked_letter`.
     """
     if "scores" in record:
-        true, *false = (row[0] for row in record["scores"])
+        true, *false = (row[0] for row in _scores(record))
         return float(all(true > other for other in false))
     return mean_of(choice_is_right(choice, reading) for choice in field(record, "choices"))
 
@@ -58,8 +58,16 @@ def picked_letter(choice: Record, reading: Reading | None = None) -> int | None:
 
 def two_by_two(record: Record) -> tuple[bool, bool, bool, bool]:
     """Image 0 prefers its caption, image 1 its, caption 0 prefers its image, caption 1 its."""
-    (s00, s01), (s10, s11) = field(record, "scores")
+    (s00, s01), (s10, s11) = _scores(record)
     return s00 > s10, s11 > s01, s00 > s01, s11 > s10
+
+
+def _scores(record: Record) -> list[list[float]]:
+    """[captions][images]; raises RecordError for NaN, which is neither more nor less than anything."""
+    scores = field(record, "scores")
+    if any(value != value for row in scores for value in row):
+        raise RecordError(f"record {record.get('id')}: scores hold NaN: {scores}")
+    return scores
 
 
 def pairwise(record: Record, reading: Reading | None = None) -> float:

@@ -41,7 +41,12 @@ def read_text(path: Path, errors: str = "strict") -> str:
         FileNotFoundError: when it is not there.
         DataError: when it is no UTF-8.
     """
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a folder, or not ours to read
+        raise DataError(f"{path}: {error.strerror}.") from None
     found = _noted.get()
     if found is not None:
         found[path] = hashlib.sha256(data).hexdigest()[:16]
@@ -80,7 +85,7 @@ def read_json(path: Path, how_to_get: str) -> Any:
         raise MissingData(f"{path} is missing: {how_to_get}") from None
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: no JSON ({error}).") from None
 
 
@@ -115,7 +120,7 @@ def read_lines(path: Path, how_to_get: str) -> Iterator[tuple[str, dict[str, Any
         place = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: no JSON ({error}).") from None
         if not isinstance(entry, dict):
             raise DataError(f"{place}: must be an object, is a {type(entry).__name__}.")
@@ -186,7 +191,7 @@ def image_folder(benchmark: str, how_to_get: str, *folders: Path, sample: Any = 
         raise MissingData(f"the images of {benchmark} are in none of {', '.join(map(str, folders))}: {how_to_get}")
     if not isinstance(sample, str):
         return there[0]
-    return next((folder for folder in there if (folder / sample).is_file()), there[0])
+    return next((folder for folder in there if os.path.isfile(folder / sample)), there[0])
 
 
 def checked(items: Sequence[Item], benchmark: str, how_to_get: str) -> list[Item]:
@@ -201,7 +206,8 @@ def checked(items: Sequence[Item], benchmark: str, how_to_get: str) -> list[Item
             raise DataError(f"{item.place}: the id {item.id!r} is that of {seen[item.id]} already.")
         seen[item.id] = item.place
     files = {str(image): item.place for item in reversed(items) for image in item.images}
-    missing = {file: place for file, place in reversed(files.items()) if not Path(file).is_file()}
+    # os.path: a name that is too long for the system is not there, and no error.
+    missing = {file: place for file, place in reversed(files.items()) if not os.path.isfile(file)}
     if missing:
         named = "; ".join(f"{file} of {place}" for file, place in list(missing.items())[:_NAMED])
         more = "; …" if len(missing) > _NAMED else ""

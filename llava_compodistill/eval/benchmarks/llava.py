@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ def read_questions(path: Path, images: Path | None = None) -> list[dict[str, Any
     questions = []
     for number, line in enumerate(lines if lines[-1] else lines[:-1], start=1):
         entry = _entry(path, number, line, ("question_id", "image", "text"))
-        if images is not None and not (images / str(entry["image"])).is_file():
+        if images is not None and not os.path.isfile(images / str(entry["image"])):
             raise RecordsError(f"{path}, line {number}: its image {images / str(entry['image'])} is missing.")
         questions.append(entry)
     if not questions:
@@ -64,7 +65,7 @@ def _entry(path: Path, number: int, line: str, fields: Sequence[str]) -> dict[st
     try:
         entry = json.loads(line)
         missing = [name for name in fields if name not in entry]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise RecordsError(f"{path}, line {number}: no JSON object ({error}).") from None
     if missing:
         raise RecordsError(f"{path}, line {number}: has no {missing[0]!r}, only {', '.join(entry)}.")

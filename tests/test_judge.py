@@ -122,3 +122,7 @@ def test_the_command_with_and_without_a_judge(nli, world, tmp_path, capsys):
     tasks = [figures[task]["accuracy"] for task in ("yesno", "multichoice", "vqa")]
     assert figures["rscore"] == pytest.approx(sum(tasks) / 3) and judged["value"] == plain["value"]
     assert judged["judge"]["judge"] == "nli" and len(verdicts) == figures["vqa"]["items"]
+    # With a process a device: each answers its share, and the answers are judged once, together.
+    assert main([*flags, "--judge", str(nli), "--processes", "2", "--overwrite"]) == 0
+    again = json.loads((tmp_path / "out" / "reefknot.json").read_text())
+    assert again["figures"] == figures and again["judge"] == judged["judge"]

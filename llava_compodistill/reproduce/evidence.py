@@ -153,6 +153,6 @@ def curve_sections(
         path = draw_curves(
             found, "relation types, validation split (%)", {"chance": 50.0}, root / f"{study.name}-curves.png"
         )
-        title = f"{study.title}: accuracy over steps"
+        title = f"Accuracy over steps: {study.title.split(': ', 1)[-1]}"
         sections.append(f"## {title}\n\n![{title}]({path.name})\n")
     return sections

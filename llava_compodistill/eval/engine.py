@@ -82,9 +82,7 @@ class Engine:
         self.model, self.tokenizer, self.version, self.batch_size = llava_core(model), tokenizer, version, batch_size
         config = self.model.config
         self._crops = "anyres" in (getattr(config, "image_aspect_ratio", None) or "")
-        # Another template's padding token may be this one's end token, which the collator's mask would then hide.
-        prepare_tokenizer(tokenizer, use_template(version))
-        self._preprocess = import_llava_train().preprocess
+        self._prepare()
         self._process_images = import_llava("llava.mm_utils").process_images
         self._weight: torch.Tensor | None = None  # the head's, widened when it is first needed
         self._marker = "<image>"
@@ -143,6 +141,12 @@ class Engine:
     # -----------------------------------------------------------------------------------------------------------------
     # Tokens and images
     # -----------------------------------------------------------------------------------------------------------------
+    def _prepare(self) -> None:
+        """What `_tokens` needs: LLaVA's training code, which it takes the prompts from."""
+        # Another template's padding token may be this one's end token, which the collator's mask would then hide.
+        prepare_tokenizer(self.tokenizer, use_template(self.version))
+        self._preprocess = import_llava_train().preprocess
+
     def _tokens(self, index: int, request: Request) -> Row:
         """The sequence of a request: with its answer where it has one, else up to where an answer would begin."""
         if not isinstance(request, self.kinds):
@@ -278,23 +282,34 @@ class Engine:
         return self.model.get_output_embeddings()(hidden)[:, : len(self.tokenizer)].argmax(dim=-1)
 
     def _generate(self, rows: list[Row], caches: _Caches) -> list[str]:
+        end = [self.tokenizer.eos_token_id]
+        answers, _ = self._continued(rows, caches, lambda states, step: self._likeliest(states), end)
+        return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+
+    def _continued(
+        self,
+        rows: list[Row],
+        caches: _Caches,
+        choose: Callable[[torch.Tensor, int], torch.Tensor],
+        ends: Sequence[int],
+    ) -> tuple[list[list[int]], list[bool]]:
+        """The rows' answers as `continue_sequences` gives them."""
         model, device = self.model, self.model.device
         hidden, cache, lengths = self._forward(rows, caches)
         count = len(rows)
         # The rows' padding lies between their prompts and their answers, and must not be seen.
         prompt = torch.arange(hidden.shape[1], device=device)[None] < lengths[:, None]
         mask = torch.cat([torch.ones(count, caches.length, device=device, dtype=torch.bool), prompt], dim=1).long()
-        answers, _ = continue_sequences(
+        return continue_sequences(
             model,
             hidden[torch.arange(count, device=device), lengths - 1],
             cache,
             mask,
             caches.length + lengths,
-            lambda states, step: self._likeliest(states),
-            self.tokenizer.eos_token_id,
+            choose,
+            ends,
             torch.tensor([row.request.max_new_tokens for row in rows], device=device),
         )
-        return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
 
 
 class _Caches:

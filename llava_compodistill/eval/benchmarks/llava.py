@@ -28,12 +28,16 @@ def read_questions(path: Path, images: Path | None = None) -> list[dict[str, Any
     one's image is there.
 
     Raises:
-        RecordsError: for a line that is none, or whose image is missing, with its number.
+        RecordsError: for a line that is none, or whose text or image will not do, with its number.
     """
     lines = _text(path).split("\n")
     questions = []
     for number, line in enumerate(lines if lines[-1] else lines[:-1], start=1):
         entry = _entry(path, number, line, ("question_id", "image", "text"))
+        if not isinstance(entry["text"], str) or "<image>" in entry["text"]:
+            raise RecordsError(
+                f"{path}, line {number}: its text must be a question without <image>, is {entry['text']!r}."
+            )
         if images is not None and not (images / str(entry["image"])).is_file():
             raise RecordsError(f"{path}, line {number}: its image {images / str(entry['image'])} is missing.")
         questions.append(entry)

@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda")
     parser.add_argument("--processes", type=_positive, help="number of parallel processes (default: one per GPU)")
     parser.add_argument("--hub", action="store_true", help="get SugarCrepe, BiVLC, Winoground from the hub if missing")
+    parser.add_argument("--engine", action="store_true", help="ask LLaVA's six in batches, with LLaVA's own prompts")
     parser.add_argument("--overwrite", action="store_true", help="ask again what was answered already")
     parser.add_argument("--share", help=argparse.SUPPRESS)  # K/N: how a process is told its part of the items
     return parser
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--data-root {args.data_root}: there is no such folder. It holds the benchmarks' own folders."
         )
     args.devices = shares.devices(args.device, args.processes)
-    args.dtype = shares.dtype_for(args.devices, args.dtype)
+    args.dtype_given, args.dtype = args.dtype, shares.dtype_for(args.devices, args.dtype)
     # Everything is read and checked before a model is: a missing image shows now, not after hours.
     plan = prepare(args, [known[name] for name in names])
     if args.share:
@@ -133,6 +134,7 @@ def evaluate(args: argparse.Namespace, argv: list[str], plan: Plan) -> list[dict
         console.rule(benchmark.title)
         options = {"conv_mode": args.conv_mode, "model_base": args.model_base, "model_name": args.name}
         options |= {"devices": args.devices, "overwrite": args.overwrite}
+        options |= {"engine": args.engine, "batch_size": args.batch_size, "dtype": args.dtype_given}
         try:
             summary = run_llava_benchmark(benchmark.name, args.model_path, args.data_root, folder(args), **options)
             summaries.append(summary)
@@ -154,7 +156,7 @@ class Plan:
 
     Attributes:
         runs: of the benchmarks that the engine asks.
-        theirs: those that LLaVA's modules ask.
+        theirs: those that LLaVA's modules ask, or the engine in their place (`vqa_loader`).
         absent: why others are left out: nobody has got their files.
         wrong: what is wrong with others, so that they are not, or not wholly, evaluated.
     """

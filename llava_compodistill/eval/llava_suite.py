@@ -1,4 +1,5 @@
-"""LLaVA's own benchmarks through scripts/eval/*.sh: its modules ask and score; this makes records and summaries."""
+"""LLaVA's own benchmarks through scripts/eval/*.sh: its module asks, or `vqa_loader` in its place, and its modules
+score; this makes records and summaries."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from ..about import commit, folder
 from ..errors import DataError
 from .benchmarks import registered
 from .benchmarks.llava import LlavaBenchmark, read_answers
+from .llava_answers import LLAVA
 from .records import write_lines
 from .run import notes_on
 from .shares import stopped_together
@@ -39,11 +41,16 @@ def run_llava_benchmark(
     model_name: str | None = None,
     devices: Sequence[str | None] = (),
     overwrite: bool = False,
+    engine: bool = False,
+    batch_size: int = 16,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Run scripts/eval/NAME.sh, which asks LLaVA's module and ends with `summarize`; returns the summary.
 
     Args:
         devices: CUDA_VISIBLE_DEVICES of each process, None for the CPU; none leave it to the script.
+        engine: ask through `vqa_loader` in the module's place, `batch_size` questions at a time.
+        dtype: of the engine's model; by default that of LLaVA's module.
 
     Raises:
         DataError: when the script fails.
@@ -51,6 +58,7 @@ def run_llava_benchmark(
     settings = {"EVAL_DATA": str(data), "CONV_MODE": conv_mode, "PYTHON": sys.executable, "OUTPUT": str(output)}
     settings |= {"OVERWRITE": str(int(overwrite)), "TABLE": "0", "MODEL_BASE": model_base or ""}
     settings |= {"MODEL_NAME": model_name or ""}
+    settings |= {"ENGINE": str(int(engine)), "BATCH_SIZE": str(batch_size), "DTYPE": dtype or ""}
     if devices:
         settings["CUDA_VISIBLE_DEVICES"] = ",".join("-1" if name is None else name for name in devices)
     command = ["bash", str(folder("scripts") / "eval" / f"{name}.sh"), model_path]
@@ -101,6 +109,7 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
     summary = {
         "benchmark": name,
         "protocol": "LLaVA's",
+        "asked_by": made_with.get("asked_by", LLAVA),
         **{key: made_with[key] for key in ("model", "weights", "template", "fingerprint")},
         "items": len(records),
         "headline": benchmark.headline,

@@ -8,16 +8,21 @@ scripts/eval/*.sh call it with ENGINE=1.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import shortuuid
+from tqdm import tqdm
+
 from ..errors import CompoDistillError, DataError, RecordsError, TemplateError
 from .benchmarks.llava import read_questions
 from .checkpoint import check_checkpoint, check_template
 from .records import write_lines
+from .requests import Answer
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -99,13 +104,6 @@ def ask(
     Raises:
         DataError: for an image that cannot be read; what was answered is in the file.
     """
-    import json
-
-    import shortuuid
-    from tqdm import tqdm
-
-    from .requests import Answer
-
     requests = [Answer(str(images / question["image"]), question["text"], longest) for question in questions]
     entries: dict[int, dict[str, Any]] = {}
     # Line by line: a kill loses nothing that was answered.
@@ -139,9 +137,9 @@ def run(args: argparse.Namespace) -> None:
             f"--temperature {args.temperature:g}: the engine decodes greedily (0). LLaVA's own module can sample: "
             "llava-compodistill run llava.eval.model_vqa_loader."
         )
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise DataError(f"--{name.replace('batch_', 'batch-')} {getattr(args, name)}: must be 1 or more.")
+    for flag, value in (("--max_new_tokens", args.max_new_tokens), ("--batch-size", args.batch_size)):
+        if value < 1:
+            raise DataError(f"{flag} {value}: must be 1 or more.")
     questions = chunk(read_questions(args.question_file, args.image_folder), args.num_chunks, args.chunk_idx)
     check_checkpoint(args.model_path, args.model_base)
     try:

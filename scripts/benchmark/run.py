@@ -8,7 +8,8 @@ Suites
     profile  the operators above 2 % of our step
     compile  our step with and without torch.compile
     sight    the sight guard's share of a run, in CPU time on a CPU
-    eval     items a second of the evaluation engine against one question at a time, on the miniature
+    eval     items a second of the evaluation engine against one question at a time, and against LLaVA's module, on the
+             miniature
 
 All rivals of a suite run in one process on the same inputs. Each is first held against a float64 (op, head) or the
 usual (step) computation; what fails gets no time. Presets give the sizes: `paper` (Qwen1.5-4B and 1.8B, SigLIP so400m,

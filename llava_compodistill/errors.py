@@ -61,5 +61,9 @@ class NonFiniteLossError(CompoDistillError, RuntimeError):
     """A loss term, a gradient or a weight became NaN or infinite."""
 
 
+class NonFiniteModelError(CompoDistillError, RuntimeError):
+    """What a model gives is NaN or infinite, so that it has no answers to score."""
+
+
 class BlindError(CompoDistillError, RuntimeError):
     """The loss of a run does not depend on its images."""

@@ -74,6 +74,7 @@ def write(folder, name, made, **changes):
         "model": folder.name,
         "items": len(made),
         "fingerprint": "same",
+        "pins": {"protocol": "some", "prompt": "USER: <image>\n{question}", "dtype": "float32"},
         "headline": benchmark.headline,
         "value": figures[benchmark.headline],
         "figures": figures,
@@ -185,8 +186,6 @@ def test_what_cannot_be_compared(tmp_path):
     other = write(tmp_path / "b", "sugarcrepe", made, fingerprint="other")
     with pytest.raises(DataError, match="about other questions"):
         compare([path, other])
-    with pytest.raises(DataError, match="its protocol is 'choice', that of"):
-        compare([path, write(tmp_path / "f", "sugarcrepe", made, protocol="choice")])
     with pytest.raises(DataError, match="300 records of 299"):
         compare([write(tmp_path / "c", "sugarcrepe", made, items=299)])
     with pytest.raises(DataError, match="its records give"):
@@ -195,6 +194,29 @@ def test_what_cannot_be_compared(tmp_path):
     (tmp_path / "e" / "x.json").write_text("{}")
     with pytest.raises(DataError, match="x.json: no summary"):
         compare([tmp_path / "e" / "x.json"])
+
+
+def test_what_was_made_in_another_way_is_refused_unless_asked_for(tmp_path, capsys):
+    made = records("sugarcrepe")
+    path = write(tmp_path / "a", "sugarcrepe", made)
+    pins = {"protocol": "some", "prompt": "USER: <image>\n{question} ASSISTANT:", "dtype": "bfloat16"}
+    other = write(tmp_path / "b", "sugarcrepe", made, pins=pins)
+    with pytest.raises(
+        DataError, match=r"prompt: 'USER: .* ASSISTANT:', not 'USER: .*dtype: 'bfloat16', not 'float32'"
+    ):
+        compare([path, other])
+    assert [row["differ"] for row in compare([path, path], 50)] == [[], []]
+    rows = compare([path, other], 50, anyway=True)
+    assert rows[0]["differ"] == [] and [text.split(":")[0] for text in rows[1]["differ"]] == ["prompt", "dtype"]
+    older = write(tmp_path / "c", "sugarcrepe", made, pins=None)
+    with pytest.raises(DataError, match="earlier versions did not write.*--anyway"):
+        compare([older, older])
+    picture = str(tmp_path / "c.png")
+    flags = [str(tmp_path / "a"), str(tmp_path / "b"), "--samples", "50", "--output", picture]
+    assert main(["compare", *flags]) == 2 and "was made in another way" in capsys.readouterr().err
+    assert main(["compare", *flags, "--anyway"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "b*" in printed and "* SugarCrepe, b: made in another way than a: prompt:" in printed
 
 
 def test_command(tmp_path, capsys):

@@ -261,3 +261,34 @@ def test_bfloat16_models_answer_as_in_float32_up_to_rounding(engine, images):
     assert np.allclose(np.hstack(found), np.hstack(expected), atol=0.2)
     assert not np.array_equal(np.hstack(found), np.hstack(expected))
     assert narrow._weight.dtype == torch.float32
+
+
+def test_letters_that_tie_at_16_bits_are_told_apart(engine, images):
+    """The rows of "Yes" and "No" in the head differ by less than bfloat16 resolves in a logit."""
+    model = copy.deepcopy(engine.model).to(torch.bfloat16)
+    half = Engine(model, engine.tokenizer, version=VERSION, batch_size=4)
+    first, second = (engine.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("Yes", "No"))
+    low, high = sorted((first, second))
+    states = []
+    half._likeliest = lambda hidden, exact=False: (states.append(hidden), Engine._likeliest(half, hidden, exact))[1]
+    requests = [Answer(image, PROMPTS[1], 1, exact=exact) for image in images for exact in (True, False)]
+    half.run(requests)
+    states = torch.cat(states).float()
+    direction = states.mean(dim=0)
+    direction = 40 * direction / direction.square().sum()  # a logit of about 40, above all others
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        head[low] = head[high] = direction.to(torch.bfloat16)
+        # A hundredth more in one place, which adds some thousandths to the logits of all images.
+        share = (direction * states).min(dim=0).values
+        place = int(torch.where(share < 0.6, share, -1.0).argmax())
+        assert share[place] > 0.1
+        head[high, place] *= 1.01
+    half = Engine(model, engine.tokenizer, version=VERSION, batch_size=4)
+    answers = half.run(requests)
+    names = {engine.tokenizer.decode([token]).strip(): token for token in (low, high)}
+    assert [names[text] for text in answers[::2]] == [high] * 3  # in float32
+    assert [names[text] for text in answers[1::2]] == [low] * 3  # a tie, which argmax gives to the first
+    by_logits = half.run([FirstWord(image, PROMPTS[1], ("Yes", "No")) for image in images])
+    order = 1 if high == second else -1
+    assert all(order * (values[1] - values[0]) > 0 for values in by_logits)  # as `choice-logits` has always decided

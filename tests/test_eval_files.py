@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import shutil
 import sys
+import zipfile
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from llava_compodistill.errors import DataError, RecordsError
-from llava_compodistill.eval.benchmarks import reefknot, registered
+from llava_compodistill.eval.benchmarks import files, reefknot, registered
 from llava_compodistill.eval.benchmarks.base import EngineBenchmark
 from llava_compodistill.eval.benchmarks.sade import CATEGORIES
 from llava_compodistill.eval.benchmarks.sugarcrepe import SUBSETS
@@ -64,7 +68,7 @@ def test_every_format_is_read(data, name):
 
 @pytest.mark.parametrize("name", OURS)
 def test_nothing_there_says_how_to_get_it(tmp_path, name):
-    with pytest.raises(DataError, match=name) as error:
+    with pytest.raises(DataError, match=name.split("-")[0]) as error:
         load(name, tmp_path)
     assert OURS[name].how_to_get[:20] in str(error.value)
 
@@ -122,7 +126,9 @@ def test_broken_files_are_named(data):
     before = load("rbench", data)
     ids = json.loads(listed.read_text())
     listed.write_text(json.dumps([*ids, ids[0], 123456]))  # twice, and taken out again
-    assert load("rbench", data) == before
+    for item, earlier in zip(load("rbench", data), before, strict=True):
+        again = [3] if item.id == str(ids[0]) else []
+        assert sorted(item.fields["lists"]) == sorted([*earlier.fields["lists"], *again])
     listed.write_text("[123456]")
     with pytest.raises(DataError, match="ids_3.json: none of its 1 questions is in"):
         load("rbench", data)
@@ -250,9 +256,27 @@ def test_the_fingerprint_knows_what_is_asked_and_not_where_it_lies(data, world, 
 # ---------------------------------------------------------------------------------------------------------------------
 # The hub, which a stand-in plays
 # ---------------------------------------------------------------------------------------------------------------------
+def winoground_files(root, count):
+    """Winoground's data set as it lies on the hub, below a folder: its own examples and zip, without columns."""
+    (root / "data").mkdir(parents=True)
+    entries = []
+    with zipfile.ZipFile(root / "data" / "images.zip", "w") as archive:
+        for number in range(count):
+            entries.append({"id": number, "caption_0": "a b", "caption_1": "b a", "collapsed_tag": "Object"})
+            for place in (0, 1):
+                entries[-1][f"image_{place}"] = f"ex_{number}_img_{place}"
+                file = io.BytesIO()
+                Image.new("RGB", (8, 8), ("red", "blue")[place]).save(file, "PNG")
+                archive.writestr(f"images/ex_{number}_img_{place}.png", file.getvalue())
+        archive.writestr("__MACOSX/images/._ex_0_img_0.png", b"?")
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (root / "data" / "examples.jsonl").write_text(lines)
+    return root
+
+
 @pytest.fixture
-def hub(monkeypatch):
-    """A `datasets` module that knows three repositories."""
+def hub(monkeypatch, tmp_path):
+    """`datasets` and `huggingface_hub` modules that know three benchmarks."""
     picture = Image.new("L", (8, 8), 99)
     rows = {
         f"HuggingFaceM4/SugarCrepe_{subset}": [{"image": picture, "tested_labels": [f"true {subset}", "false"]}] * 2
@@ -260,9 +284,15 @@ def hub(monkeypatch):
     }
     both = {"caption": "a", "negative_caption": "b", "type": "swap", "subtype": "obj"}
     rows["imirandam/BiVLC"] = [{"image": picture, "negative_image": picture, **both}] * 3
-    four = {"image_0": picture, "image_1": picture, "caption_0": "a b", "caption_1": "b a", "tag": "Object"}
-    rows["facebook/winoground"] = [{"id": number, **four} for number in range(4)]
+    files = {"facebook/winoground": winoground_files(tmp_path / "winoground-on-the-hub", 4)}
     asked = []
+
+    def hf_hub_download(repository, name, repo_type):
+        assert repo_type == "dataset"
+        asked.append(repository)
+        if repository not in files:
+            raise RuntimeError(f"{repository} is gated.\nmore")
+        return str(files[repository] / name)
 
     def load_dataset(repository, split):
         assert split == "test"
@@ -272,7 +302,8 @@ def hub(monkeypatch):
         return rows[repository]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    return SimpleNamespace(rows=rows, asked=asked)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hf_hub_download))
+    return SimpleNamespace(rows=rows, files=files, asked=asked)
 
 
 @pytest.mark.parametrize(("name", "count"), [("sugarcrepe", 14), ("bivlc", 3), ("winoground", 4)])
@@ -286,7 +317,7 @@ def test_the_hub_s_data_is_written_in_the_local_layout(hub, tmp_path, name, coun
 
 
 def test_what_the_hub_refuses_is_explained_and_leaves_nothing_half_written(hub, tmp_path, monkeypatch):
-    del hub.rows["facebook/winoground"], hub.rows["HuggingFaceM4/SugarCrepe_swap_obj"]
+    del hub.files["facebook/winoground"], hub.rows["HuggingFaceM4/SugarCrepe_swap_obj"]
     with pytest.raises(DataError, match="facebook/winoground is gated. .*hf auth login"):
         fetch(OURS["winoground"], tmp_path)
     assert not (tmp_path / "winoground" / "examples.jsonl").exists()
@@ -326,18 +357,143 @@ def test_the_datasets_package_itself(tmp_path, monkeypatch):
     repository(
         "imirandam/BiVLC", [{**both, "image": pictures[0], "negative_image": pictures[1]}], ("image", "negative_image")
     )
-    four = {"caption_0": "a b", "caption_1": "b a", "tag": "Object", "image_0": pictures[0], "image_1": pictures[1]}
-    repository("facebook/winoground", [{"id": n, **four} for n in range(2)], ("image_0", "image_1"))
     for subset in SUBSETS:
         repository(
             f"HuggingFaceM4/SugarCrepe_{subset}",
             [{"image": pictures[0], "tested_labels": ["true", "false"]}],
             ("image",),
         )
-    for name, count in (("bivlc", 1), ("winoground", 2), ("sugarcrepe", 7)):
+    for name, count in (("bivlc", 1), ("sugarcrepe", 7)):
         fetch(OURS[name], tmp_path / "eval")
         items = load(name, tmp_path / "eval")
         assert len(items) == count
     first = load("bivlc", tmp_path / "eval")[0]
     assert [Image.open(image).getpixel((0, 0)) for image in first.images] == [(255, 0, 0), (0, 0, 255)]
     assert load("sugarcrepe", tmp_path / "eval")[0].captions == ("true", "false")
+    # The same files, downloaded by hand: the hub is not asked.
+    for place in ("BiVLC", "bivlc/BiVLC"):
+        own = tmp_path / place.replace("/", "-")
+        shutil.copytree(tmp_path / "imirandam" / "BiVLC", own / place)
+        fetch(OURS["bivlc"], own, online=False)
+        assert load("bivlc", own)[0].captions == first.captions
+
+
+def test_what_nobody_has_downloaded_is_left_alone_without_the_hub(tmp_path):
+    for name in OURS:
+        fetch(OURS[name], tmp_path, online=False)
+    assert not any(tmp_path.rglob("*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As the authors' downloads lie on disk
+# ---------------------------------------------------------------------------------------------------------------------
+def moved(data, root, pairs):
+    """Some of what `write_benchmarks` wrote, under other names; what is below `root` then."""
+    for old, new in pairs:
+        (root / new).parent.mkdir(parents=True, exist_ok=True)
+        if (data / old).is_symlink():
+            (root / new).symlink_to((data / old).resolve())
+        else:
+            shutil.copytree(data / old, root / new, symlinks=True)
+    return root
+
+
+def strip(root, name):
+    """Take a link to the images out of a copied folder."""
+    (root / name).unlink()
+
+
+@pytest.mark.parametrize("home", ["sugarcrepe", "sugar-crepe", "sugar-crepe-main"])
+@pytest.mark.parametrize("images", ["data/coco/images/val2017", "coco/images/val2017"])
+def test_sugarcrepe_as_its_repository_has_it(data, tmp_path, home, images):
+    root = tmp_path / "mine"
+    moved(data, root, [("sugarcrepe", f"{home}/data"), ("sugarcrepe/images", f"{home}/{images}")])
+    strip(root, f"{home}/data/images")
+    assert [item.asked() for item in load("sugarcrepe", root)] == [item.asked() for item in load("sugarcrepe", data)]
+
+
+@pytest.mark.parametrize("images", ["image/validation", "images"])
+@pytest.mark.parametrize("name", ["rbench", "rbench-box", "rbench-mask"])
+def test_rbench_as_its_download_lies(data, tmp_path, name, images):
+    root = tmp_path / "mine"
+    moved(data, root, [("rbench", "R-Bench/data_filterd"), ("rbench/images", f"R-Bench/{images}")])
+    strip(root, "R-Bench/data_filterd/images")
+    (root / "R-Bench" / "images").mkdir(exist_ok=True)  # an empty folder is not where the images are
+    found = load(name, root)
+    assert [item.prompt for item in found] == [item.prompt for item in load(name, data)]
+    assert all(item.max_new_tokens == 128 for item in found)
+
+
+def test_reefknot_and_visual_genome_as_they_are_unpacked(data, tmp_path):
+    root = tmp_path / "mine"
+    moved(data, root, [("reefknot", "Reefknot/Dataset"), ("reefknot/VG_100K", "VG_dataset/VG_100K")])
+    strip(root, "Reefknot/Dataset/VG_100K")
+    assert [item.asked() for item in load("reefknot", root)] == [item.asked() for item in load("reefknot", data)]
+
+
+def test_winoground_as_it_lies_on_the_hub(tmp_path):
+    winoground_files(tmp_path / "winoground", 3)
+    fetch(OURS["winoground"], tmp_path, online=False)
+    items = load("winoground", tmp_path)
+    assert [item.id for item in items] == ["0", "1", "2"] and items[0].fields == {"tag": "Object"}
+    assert [Image.open(image).getpixel((0, 0)) for image in items[0].images] == [(255, 0, 0), (0, 0, 255)]
+    (tmp_path / "other" / "winoground").mkdir(parents=True)
+    (tmp_path / "other" / "winoground" / "images.zip").write_bytes(b"no zip")
+    shutil.copy(tmp_path / "winoground" / "data" / "examples.jsonl", tmp_path / "other" / "winoground")
+    with pytest.raises(DataError, match="images.zip: cannot be unpacked"):
+        fetch(OURS["winoground"], tmp_path / "other", online=False)
+
+
+def test_what_was_read_is_noted_with_its_hash(data):
+    with files.noted() as read:
+        load("rbench", data)
+    named = files.named_below(data, read)
+    assert list(named) == [
+        "rbench/image-level_filterd.json", *(f"rbench/nocaps_image-level_rel_ids_{n}.json" for n in range(1, 6))
+    ]  # fmt: skip
+    path = data / "rbench" / "image-level_filterd.json"
+    assert named["rbench/image-level_filterd.json"] == hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    many = {data / "MME" / f"{number}.txt": str(number) for number in range(13)}
+    assert set(files.named_below(data, many)) == {"MME/*.txt"}
+    assert files.named_below(data, many) != files.named_below(data, {**many, data / "MME" / "3.txt": "x"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile files
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"0": "\xff"}', "no UTF-8 text"),
+        (b"[" * 100_000, "no JSON"),
+        (b'{"0": ' + b"1" * 5000 + b"}", "no JSON"),
+        (None, "Is a directory"),
+    ],
+)
+def test_files_of_all_kinds_are_named(data, content, message):
+    for name, file in (("sugarcrepe", "swap_obj.json"), ("bivlc", "bivlc.jsonl"), ("pope", "llava_pope_test.jsonl")):
+        path = data / name / file
+        path.unlink()
+        path.write_bytes(content) if content is not None else path.mkdir()
+        look_at = OURS.get(name) or registered()[name]
+        with pytest.raises((DataError, RecordsError), match=f"{file}.*(?:{message}|no JSON|has no 'question_id')"):
+            look_at.load(data) if name in OURS else look_at.check(data)
+
+
+def test_names_that_no_file_can_have_are_missing(data):
+    name = "x" * 300 + ".png"
+    rewrite(data / "bivlc" / "bivlc.jsonl", lambda entries: [{**entries[0], "image": name}, *entries[1:]])
+    with pytest.raises(DataError, match=r"bivlc: 1 of \d+ images are missing"):
+        load("bivlc", data)
+    questions = data / "pope" / "llava_pope_test.jsonl"
+    rewrite(questions, lambda entries: [{**entry, "image": name} for entry in entries])
+    with pytest.raises(RecordsError, match="line 1: its image .* is missing"):
+        registered()["pope"].check(data)
+
+
+def test_records_hold_half_characters(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with RecordFile(path, RUN, IDS) as records:
+        records.append([{"id": "one", "text": "ä\ud800"}, {"id": "two", "text": "ä"}])
+    assert [record["text"] for record in read_records(path)] == ["ä\ud800", "ä"]
+    assert "ä" in path.read_text(encoding="utf-8").splitlines()[1]

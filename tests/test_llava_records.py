@@ -175,15 +175,19 @@ def test_an_empty_answer_that_pope_takes_for_a_yes_is_wrong_here_and_said(data, 
     assert f"{summary['items']} answers are empty or cannot be read, and count as wrong" in summary["note"]
 
 
-def test_an_empty_answer_is_never_right(tmp_path):
-    """LLaVA's processor takes articles away: nothing would be what ten people answered."""
+@pytest.mark.parametrize(
+    ("text", "strict", "official"), [("", 0, 1), (" ", 0, 1), ("A", 1, 1), ("the", 1, 1), ("b", 0, 0)]
+)
+def test_a_blank_answer_is_never_right(tmp_path, text, strict, official):
+    """LLaVA's processor takes articles away on both sides: where ten people answered "a", nothing is right to it."""
     folder = tmp_path / "textvqa"
     folder.mkdir()
     labels = {"data": [{"image_id": "i", "question": "Which letter?", "answers": ["a"] * 10}]}
     (folder / "TextVQA_0.5.1_val.json").write_text(json.dumps(labels))
-    for text in ("", "A", "the"):
-        (record,) = textvqa.records(tmp_path, [{"question_id": "i", "prompt": "Which letter?\nShort.", "text": text}])
-        assert record["value"] == 0.0
+    records = textvqa.records(tmp_path, [{"question_id": "i", "prompt": "Which letter?\nShort.", "text": text}])
+    assert textvqa.score(records)["accuracy"] == 100 * strict
+    assert textvqa.score(records, textvqa.OFFICIAL)["accuracy"] == 100 * official
+    assert float(textvqa.sums(records).headline()) == 100 * strict
 
 
 def test_a_scorer_that_fails_is_no_end_where_records_count(data, world, tmp_path, monkeypatch, capsys):

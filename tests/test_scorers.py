@@ -130,9 +130,12 @@ def test_reefknot_by_hand():
     assert found["multichoice"]["accuracy"] == 50 and found["multichoice"]["unparsable"] == 1
     assert found["multichoice"]["cognitive"] == {"accuracy": 50, "items": 2}
     assert found["vqa"]["accuracy"] == 100 and found["vqa"]["hallucination_rate"] == 0
-    assert found["rscore"] == pytest.approx((50 + 50 + 100) / 3)
-    strict = reefknot(common, judge=lambda text, label: text == label)
-    assert strict["vqa"]["accuracy"] == 0 and strict["rscore"] == pytest.approx(100 / 3)
+    assert found["yesno_f1"] == found["yesno"]["f1"] == pytest.approx(200 / 3)
+    # Without a judge there is no rscore: the label's words in the answer are another measure.
+    assert "rscore" not in found and found["rscore_verbatim"] == pytest.approx((50 + 50 + 100) / 3)
+    judged = reefknot([*common[:-1], {**common[-1], "verdict": False}])
+    assert judged["vqa"]["accuracy"] == 0 and judged["rscore"] == pytest.approx(100 / 3)
+    assert "rscore_verbatim" not in judged
 
 
 @pytest.mark.parametrize(
@@ -198,7 +201,7 @@ def sheets(answer_of):
         "reefknot": reefknot(
             {"id": n, "task": "yesno", "relation_type": "perception", "label": label, "text": yes_no(label)}
             for n, label in enumerate(labels)
-        )["rscore"],
+        )["yesno"]["accuracy"],
     }  # fmt: skip
 
 
@@ -226,6 +229,8 @@ def test_coin_flips_give_chance():
         (sugarcrepe, {"id": 7, "subset": "swap_obj"}, "record 7: has no 'choices'"),
         (rbench, {"id": 3, "lists": [1], "text": "yes", "label": "maybe"}, "label 'maybe' must be yes or no"),
         (reefknot, {"id": 3, "task": "chat"}, "task 'chat' must be one of yesno"),
+        (sugarcrepe, {"id": 7, "subset": "swap_obj", "scores": [[float("nan")], [0]]}, "record 7: scores hold NaN"),
+        (winoground, {"id": 7, "scores": [[1, 0], [0, float("nan")]]}, "record 7: scores hold NaN"),
     ],
 )
 def test_records_that_cannot_be_read_are_named(scorer, record, message):
@@ -234,4 +239,4 @@ def test_records_that_cannot_be_read_are_named(scorer, record, message):
 
 
 def test_nothing_to_score():
-    assert sugarcrepe([])["overall"] is None and reefknot([])["rscore"] is None and rbench([])["f1"] is None
+    assert sugarcrepe([])["overall"] is None and reefknot([])["yesno_f1"] is None and rbench([])["f1"] is None

@@ -109,13 +109,13 @@ def test_a_stopped_run_keeps_its_answers_and_goes_on(place, asked, tmp_path, mon
     part = Path(arguments[arguments.index("--answers-file") + 1])
     run = AsLlava.run
 
-    def stopped(self, requests, done):
+    def stopped(self, requests, done, **options):
         def some(number, text):
             if len(read(part)) == 7:  # on the disk already: a kill would leave them, too
                 raise KeyboardInterrupt
             done(number, text)
 
-        return run(self, requests, some)
+        return run(self, requests, some, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(AsLlava, "run", stopped)
@@ -162,8 +162,9 @@ def test_the_command_hands_its_flags_on(place, tmp_path, monkeypatch):
     common += ["--device", "cpu", "--benchmarks", "pope"]
     assert cli.main([*common]) == 1
     assert (asked["pope"]["engine"], asked["pope"]["dtype"]) == (False, None)
-    assert cli.main([*common, "--engine", "--batch-size", "5", "--dtype", "float16"]) == 1
+    assert cli.main([*common, "--engine", "--batch-size", "5", "--dtype", "float16", "--image-workers", "3"]) == 1
     assert [asked["pope"][name] for name in ("engine", "batch_size", "dtype")] == [True, 5, "float16"]
+    assert asked["pope"]["image_workers"] == 3
 
 
 @needs_teacher

@@ -150,6 +150,7 @@ def random_model(world, tmp_path_factory) -> Path:
         ),
         ({"--max_new_tokens": "0"}, "--max_new_tokens 0: must be 1 or more"),
         ({"--batch-size": "-1"}, "--batch-size -1: must be 1 or more"),
+        ({"--image-workers": "-1"}, "--image-workers -1: must be 0 or more"),
         ({"--chunk-idx": "1"}, "--chunk-idx 1: 17 questions in 1 chunks"),
         ({"--question-file": "none.jsonl"}, "none.jsonl: No such file"),
         ({"--image-folder": "nowhere"}, "line 1: its image nowhere/0.png is missing"),
@@ -174,11 +175,12 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
 
 
 def test_a_question_with_an_image_of_its_own_is_named(random_model, questions, tmp_path, capsys):
-    for text in ("Is <image> red?", 7):
+    for text in ("Is <image> red?", 7, "half \ud83d"):
         path = write(tmp_path / "q.jsonl", [questions.asked[0], {**questions.asked[1], "text": text}])
         assert main(flags(random_model, path, questions.images, tmp_path / "a.jsonl", "qwen_1_5")) == 2
         said = capsys.readouterr().err
-        assert f"q.jsonl, line 2: its text must be a question without <image>, is {text!r}" in said
+        assert "q.jsonl, line 2: its text must be a question without <image> and without half a character" in said
+        assert f"is {text!r}." in said
 
 
 def test_a_broken_image_is_named_and_what_was_answered_is_kept(random_model, questions, tmp_path, capsys):
@@ -186,8 +188,10 @@ def test_a_broken_image_is_named_and_what_was_answered_is_kept(random_model, que
     shutil.copytree(questions.images, images)
     (images / "2.png").write_text("junk")
     answers = tmp_path / "a.jsonl"
-    assert main([*flags(random_model, questions.path, images, answers, "qwen_1_5"), "--batch-size", "1"]) == 2
-    assert "2.png: cannot be read as an image" in capsys.readouterr().err
+    assert main([*flags(random_model, questions.path, images, answers, "qwen_1_5"), "--image-workers", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "5 of 17 questions have no answer, the others are kept: " in said
+    assert "2.png: cannot be read as an image" in said
     assert {line["question_id"] % 3 for line in read(answers)} == {0, 1}
 
 

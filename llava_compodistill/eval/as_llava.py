@@ -8,6 +8,7 @@ training, and templates in the style of v0 are written another way there.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from ..errors import CheckpointError, DataError
 from ..hosts.llava.host import import_llava
-from .engine import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Engine, Row
+from .engine import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Engine, Row, check_text
+from .pictures import Unreadable
 from .requests import Answer, Request
 
 #: Settings of generate() by which a greedy answer would be another one, and the values with which they do nothing.
@@ -62,24 +64,28 @@ class AsLlava(Engine):
     def _tokens(self, index: int, request: Request) -> Row:
         if not isinstance(request, self.kinds):
             raise ValueError(f"{type(self).__name__} cannot answer {type(request).__name__}.")
+        check_text(request.prompt)
         conversation = self._conversation.copy()
         conversation.append_message(conversation.roles[0], f"{self._marker}\n{request.prompt}")
         conversation.append_message(conversation.roles[1], None)
         ids = self._tokenize(conversation.get_prompt(), self.tokenizer, IMAGE_TOKEN_INDEX)
         if ids.count(IMAGE_TOKEN_INDEX) != 1:
-            raise ValueError(f"The prompt {request.prompt!r} holds an image token of its own.")
+            raise DataError(f"the prompt {request.prompt[:80]!r} holds an image token of its own.")
         return Row(index, request, ids, [IGNORE_INDEX] * len(ids), ids.index(IMAGE_TOKEN_INDEX))
 
-    def _generate(self, rows: list[Row], caches: Any) -> list[str]:
-        answers = self._answer_tokens([self._cut(row, caches.length) for row in rows], caches)
-        return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+    def _generate(self, rows: list[Row], caches: Any) -> list[str | Unreadable]:
+        asked = [self._cut(row, caches.length) for row in rows]
+        left = [row for row in asked if isinstance(row, Row)]
+        answers = iter(self._answer_tokens(left, caches) if left else [])
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        return [row if isinstance(row, Unreadable) else decode(next(answers)).strip() for row in asked]
 
     def _answer_tokens(self, rows: list[Row], caches: Any) -> list[list[int]]:
         """What generate() returns for each row, its end token included."""
         said: list[torch.Tensor] = []
 
         def choose(states: torch.Tensor, step: int) -> torch.Tensor:
-            scores = self.model.get_output_embeddings()(states).float()
+            scores = self._finite(self.model.get_output_embeddings()(states)).float()
             if self._penalty is not None and said:
                 scores = self._penalty(torch.stack(said, dim=1), scores)
             scores[:, self._never] = -torch.inf
@@ -92,21 +98,19 @@ class AsLlava(Engine):
             for number, (tokens, whole) in enumerate(zip(answers, stopped, strict=True))
         ]
 
-    def _cut(self, row: Row, before: int) -> Row:
-        """A row as LLaVA's merge leaves it, which cuts off what goes beyond the longest sequence of training.
+    def _cut(self, row: Row, before: int) -> Row | Unreadable:
+        """A row as LLaVA's merge leaves it, which cuts off what goes beyond the longest sequence of training; an error
+        where nothing of the question would be left.
 
         Args:
             before: how many positions the image and what comes before it take.
-
-        Raises:
-            DataError: when nothing of the question would be left.
         """
         longest = getattr(self.model.config, "tokenizer_model_max_length", None)
-        if longest is None or before + len(row.behind) <= longest:
+        if longest is None or before + max(len(row.behind), 2) <= longest:
             return row
         room = longest - before
-        if room <= 1:  # the image itself may have been cut
-            raise DataError(
+        if room <= 1:  # the image itself may have been cut, to one position less than the longest sequence
+            return Unreadable(
                 f"{row.request.image}: the image fills the {longest} positions of tokenizer_model_max_length (the "
                 f"checkpoint's config.json), and nothing is left for the question {row.request.prompt!r}."
             )

@@ -13,15 +13,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
-from ..errors import DataError, MissingData, RecordsError
-from . import protocols, shares
-from .benchmarks import VARIABLE, registered
-from .benchmarks.base import Benchmark
+from ..errors import DataError, MissingData, NonFiniteModelError, RecordsError, SampleError
+from . import check, protocols, shares
+from .benchmarks import VARIABLE, files, registered
+from .benchmarks.base import Benchmark, EngineBenchmark
 from .benchmarks.llava import LlavaBenchmark
 from .checkpoint import TEMPLATES, check_checkpoint, check_template, template_of
 from .hub import fetch
+from .judge import Verdicts, check_judge, judge
 from .llava_suite import run_llava_benchmark
 from .records import made_with, read_records
 from .run import Run
@@ -31,12 +42,14 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 console = Console()
+#: At most so many unreadable images are named on the screen.
+_NAMED = 3
 
 
 def build_parser() -> argparse.ArgumentParser:
     known = ",".join(registered())
     parser = argparse.ArgumentParser(prog="llava-compodistill eval", description=__doc__)
-    parser.add_argument("--model-path", required=True, help="checkpoint folder")
+    parser.add_argument("--model-path", help="checkpoint folder")
     parser.add_argument("--model-base", help="base model of a LoRA checkpoint")
     parser.add_argument(
         "--benchmarks",
@@ -59,6 +72,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", type=_device, help="cuda, cuda:N or cpu (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda")
     parser.add_argument("--processes", type=_positive, help="number of parallel processes (default: one per GPU)")
+    parser.add_argument(
+        "--image-workers",
+        type=_positive_or_0,
+        help="processes that read images ahead of the model, each model's (default: up to 8 on cuda, 0 on the CPU)",
+    )
+    parser.add_argument(
+        "--judge",
+        metavar="MODEL",
+        help="model of natural-language inference (name or folder) that judges Reefknot's open answers; without it "
+        "there is no rscore",
+    )
+    parser.add_argument("--check", action="store_true", help="only say which benchmarks' files are there; no model")
     parser.add_argument("--hub", action="store_true", help="get SugarCrepe, BiVLC, Winoground from the hub if missing")
     parser.add_argument("--engine", action="store_true", help="ask LLaVA's six in batches, with LLaVA's own prompts")
     parser.add_argument("--overwrite", action="store_true", help="ask again what was answered already")
@@ -69,6 +94,12 @@ def build_parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"must be a number of 1 or more, is {text!r}")
+    return int(text)
+
+
+def _positive_or_0(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a number of 0 or more, is {text!r}")
     return int(text)
 
 
@@ -91,19 +122,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {near[0]}?" if near else ""
         console.print(f"--benchmarks: unknown {', '.join(unknown)}; there are {', '.join(known)}.{hint}")
         return 2
+    chosen = [known[name] for name in names]
+    if not args.data_root.is_dir() and not args.hub:
+        raise DataError(
+            f"--data-root {args.data_root}: there is no such folder. It holds the benchmarks' own folders."
+        )
+    if args.check:
+        return check_data(args, chosen)
+    if not args.model_path:
+        console.print("--model-path is missing: the checkpoint's folder. (--check needs none.)", soft_wrap=True)
+        return 2
+    if args.judge:
+        if not any(isinstance(benchmark, EngineBenchmark) and benchmark.judged for benchmark in chosen):
+            console.print(
+                f"--judge: none of {', '.join(names)} has answers for a judge; reefknot has.", soft_wrap=True
+            )
+            return 2
+        check_judge(args.judge)
     check_checkpoint(args.model_path, args.model_base)
     if not args.conv_mode:
         args.conv_mode = template_of(args.model_path, lambda text: console.print(text, markup=False, soft_wrap=True))
     if args.conv_mode not in TEMPLATES.values():
         check_template(args.conv_mode)
-    if not args.data_root.is_dir() and not args.hub:
-        raise DataError(
-            f"--data-root {args.data_root}: there is no such folder. It holds the benchmarks' own folders."
-        )
     args.devices = shares.devices(args.device, args.processes)
     args.dtype_given, args.dtype = args.dtype, shares.dtype_for(args.devices, args.dtype)
     # Everything is read and checked before a model is: a missing image shows now, not after hours.
-    plan = prepare(args, [known[name] for name in names])
+    plan = prepare(args, chosen)
     if args.share:
         return ask_share(args, plan)
     for text in plan.absent:
@@ -127,6 +171,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bool(plan.wrong))
 
 
+def check_data(args: argparse.Namespace, chosen: Sequence[Benchmark]) -> int:
+    """`--check`: 0 when all that is asked for is there."""
+    found = []
+    with console.status("reading the benchmarks' files"):
+        for benchmark in chosen:
+            found.append(check.look(benchmark, args.data_root, lambda one: unpacked(args, one)))
+    check.show(found, args.data_root, console)
+    return int(any(entry.state != "complete" for entry in found))
+
+
+def unpacked(args: argparse.Namespace, benchmark: EngineBenchmark) -> None:
+    """Write a benchmark's files from a download that lies there, or with --hub from the hub."""
+    if benchmark.hub is not None and not args.share:
+        fetch(benchmark, args.data_root, console.print, online=args.hub)
+
+
 def evaluate(args: argparse.Namespace, argv: list[str], plan: Plan) -> list[dict[str, Any]]:
     """Everything that is planned; what fails goes into `plan.wrong`."""
     summaries = own_benchmarks(args, argv, plan)
@@ -135,6 +195,7 @@ def evaluate(args: argparse.Namespace, argv: list[str], plan: Plan) -> list[dict
         options = {"conv_mode": args.conv_mode, "model_base": args.model_base, "model_name": args.name}
         options |= {"devices": args.devices, "overwrite": args.overwrite}
         options |= {"engine": args.engine, "batch_size": args.batch_size, "dtype": args.dtype_given}
+        options |= {"image_workers": args.image_workers}
         try:
             summary = run_llava_benchmark(benchmark.name, args.model_path, args.data_root, folder(args), **options)
             summaries.append(summary)
@@ -180,10 +241,11 @@ def prepare(args: argparse.Namespace, benchmarks: Sequence[Benchmark]) -> Plan:
             protocol = args.protocol
             if args.benchmarks == "all" and protocol not in benchmark.protocols:
                 protocol = None  # its own first one; the table says which
-            if args.hub and benchmark.hub is not None and not args.share:
-                fetch(benchmark, args.data_root, console.print)
-            items = benchmark.load(args.data_root)
-            run = Run(benchmark, items, about, folder(args), protocol, args.caption_prompt)
+            unpacked(args, benchmark)
+            with files.noted() as read:
+                items = benchmark.load(args.data_root)
+            hashes = files.named_below(args.data_root, read)
+            run = Run(benchmark, items, about, folder(args), protocol, args.caption_prompt, hashes)
             if not (args.share or args.overwrite):
                 run.begin()
             plan.runs.append(run)
@@ -195,11 +257,9 @@ def prepare(args: argparse.Namespace, benchmarks: Sequence[Benchmark]) -> Plan:
 
 
 def own_benchmarks(args: argparse.Namespace, argv: list[str], plan: Plan) -> list[dict[str, Any]]:
-    from ..errors import SampleError
-
     engine, summaries = None, []
     for run in plan.runs:
-        started = time.monotonic()
+        started, wrong = time.monotonic(), []
         try:
             left = run.begin(args.overwrite)
             with progress() as bars:
@@ -213,9 +273,11 @@ def own_benchmarks(args: argparse.Namespace, argv: list[str], plan: Plan) -> lis
                     run.begin()  # joins the shares
                 elif left:
                     engine = engine or load(args)
-                    run.ask(engine, left, run.path, advance)
-            summaries.append(run.finish())
-        except (DataError, RecordsError, SampleError) as error:
+                    wrong = run.ask(engine, left, run.path, advance)
+            for text in wrong[1:_NAMED]:  # the first is in the error of `finish`
+                console.print(text, markup=False, soft_wrap=True)
+            summaries.append(run.finish(wrong, verdicts_on(run, args)))
+        except (DataError, RecordsError, SampleError, NonFiniteModelError) as error:
             plan.wrong.append(f"{run.benchmark.title}: {error}")
             console.print(str(error), markup=False, soft_wrap=True)
             continue
@@ -226,6 +288,19 @@ def own_benchmarks(args: argparse.Namespace, argv: list[str], plan: Plan) -> lis
         del engine
         free_memory()  # LLaVA's modules run in processes of their own, on the same GPU
     return summaries
+
+
+def verdicts_on(run: Run, args: argparse.Namespace) -> Verdicts | None:
+    """What --judge says of the answers; None where it has nothing to say, or they are not all there."""
+    records = read_records(run.path) if args.judge and run.benchmark.judged else []
+    if len(records) < len(run.items):
+        return None
+    asked = run.benchmark.judged(records)
+    device = args.device or ("cpu" if args.devices[0] is None else "cuda")
+    with progress() as bars:
+        bar = bars.add_task(f"{run.benchmark.title}, judged", total=len(asked))
+        path = run.path.with_name(f"{run.benchmark.name}.judge.jsonl")
+        return judge(args.judge, asked, path, device, lambda count: bars.advance(bar, count))
 
 
 def _rate(items: int, seconds: float) -> str:
@@ -256,7 +331,9 @@ def ask_share(args: argparse.Namespace, plan: Plan) -> int:
     done = {record["id"] for record in read_records(run.path)}
     left = run.share([item for item in run.items if item.id not in done], number, count)
     if left:
-        run.ask(load(args), left, shares.share_path(run.path, number, count))
+        wrong = run.ask(load(args), left, shares.share_path(run.path, number, count))
+        for text in wrong[:_NAMED]:
+            print(text, file=sys.stderr)  # what it prints to standard output nobody sees
     return 0
 
 
@@ -280,9 +357,27 @@ def load(args: argparse.Namespace) -> Engine:
         device=args.device,
         dtype=args.dtype,
         batch_size=args.batch_size,
+        image_workers=image_workers(args),
     )
 
 
+def image_workers(args: argparse.Namespace) -> int:
+    """--image-workers, or as many as `pictures` takes by itself."""
+    from .pictures import workers_by_default
+
+    if args.image_workers is not None:
+        return args.image_workers
+    return workers_by_default(args.devices[0] is not None, int(args.share.split("/")[1]) if args.share else 1)
+
+
 def progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+
+
+class _Rate(ProgressColumn):
+    """Items a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f}/s" if speed else "", style="progress.data.speed")

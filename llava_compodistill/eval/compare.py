@@ -18,6 +18,7 @@ from scipy import stats
 from ..errors import DataError
 from .benchmarks import get, registered
 from .benchmarks.sums import Sums
+from .pins import differences
 from .records import read_records
 from .summaries import read_summary
 
@@ -64,8 +65,13 @@ def paired_p(first: Sums, second: Sums, samples: int, seed: int = 0) -> float:
     return float(result.pvalue)
 
 
-def compare(summaries: Sequence[Path], samples: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
+def compare(
+    summaries: Sequence[Path], samples: int = 2000, seed: int = 0, anyway: bool = False
+) -> list[dict[str, Any]]:
     """Compare one benchmark's summaries; their records lie beside them.
+
+    Args:
+        anyway: go on where they were made in different ways (`pins`), and say in what they `differ`.
 
     Returns:
         For each, in order: name, value, `low` and `high` (95 %), and against the first `difference`, its interval and
@@ -82,11 +88,13 @@ def compare(summaries: Sequence[Path], samples: int = 2000, seed: int = 0) -> li
     for path, summary in zip(summaries, loaded, strict=True):
         if summary["fingerprint"] != first["fingerprint"]:
             raise DataError(f"{path} is about other questions than {summaries[0]}: they cannot be compared.")
-        for name in ("protocol", "caption_prompt"):
-            if summary.get(name) != first.get(name):
-                raise DataError(
-                    f"{path}: its {name} is {summary.get(name)!r}, that of {summaries[0]} {first.get(name)!r}."
-                )
+    apart = [[], *(differences(first.get("pins"), summary.get("pins")) for summary in loaded[1:])]
+    for path, differ in zip(summaries, apart, strict=True):
+        if differ and not anyway:
+            raise DataError(
+                f"{path} was made in another way than {summaries[0]}: {'; '.join(differ)}. --anyway compares them all "
+                "the same, and says so."
+            )
     models = []
     for path, summary in zip(summaries, loaded, strict=True):
         records = read_records(path.with_suffix(".jsonl"))
@@ -105,10 +113,9 @@ def compare(summaries: Sequence[Path], samples: int = 2000, seed: int = 0) -> li
         low, high = np.percentile(drawn[number], [2.5, 97.5])
         result = {"benchmark": summary["benchmark"], "headline": summary["headline"], "protocol": summary["protocol"]}
         result |= {"summary": str(path), "model": summary["model"], "value": summary["value"]}
-        result |= {"low": float(low), "high": float(high)}
+        result |= {"low": float(low), "high": float(high), "differ": apart[number]}
         if number:
-            apart = drawn[number] - drawn[0]
-            low, high = np.percentile(apart, [2.5, 97.5])
+            low, high = np.percentile(drawn[number] - drawn[0], [2.5, 97.5])
             p = paired_p(models[0], models[number], samples, seed)
             result |= {"difference": summary["value"] - first["value"]}
             result |= {"difference_low": float(low), "difference_high": float(high), "p": p}
@@ -124,12 +131,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--samples", type=int, default=2000, help="of the bootstrap and the permutation test (default: %(default)s)"
     )
+    parser.add_argument(
+        "--anyway", action="store_true", help="compare summaries that were made in different ways, and say in what"
+    )
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="bar chart (default: %(default)s)")
     args = parser.parse_args(argv)
     groups = grouped(args.summaries)
-    compared = {name: compare(paths, args.samples) for name, paths in groups.items()}
+    compared = {name: compare(paths, args.samples, anyway=args.anyway) for name, paths in groups.items()}
     names = short_names([Path(result["summary"]) for result in next(iter(compared.values()))])
     console.print(table(compared, names))
+    for rows in compared.values():
+        for row, name in zip(rows, names, strict=True):
+            if row["differ"]:
+                text = f"* {get(row['benchmark']).title}, {name}: made in another way than {names[0]}: "
+                console.print(text + "; ".join(row["differ"]), markup=False, soft_wrap=True)
     draw(compared, names, args.output)
     console.print(f"picture: {args.output}")
     return 0
@@ -186,7 +201,7 @@ def table(compared: dict[str, list[dict[str, Any]]], names: Sequence[str]) -> Ta
         result.add_column(column, justify="right", no_wrap=True)
     for benchmark, rows in compared.items():
         for number, (row, name) in enumerate(zip(rows, names, strict=True)):
-            cells = [get(benchmark).title if not number else "", name]
+            cells = [get(benchmark).title if not number else "", name + ("*" if row["differ"] else "")]
             cells.append(f"{row['value']:.1f} [{row['low']:.1f}, {row['high']:.1f}]")
             if number:
                 around = f"[{row['difference_low']:.1f}, {row['difference_high']:.1f}]"

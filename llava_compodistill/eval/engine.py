@@ -7,22 +7,26 @@ behind it. LLaVA's own evaluation runs every question by itself, image included.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .. import compat
-from ..errors import DataError
+from ..errors import DataError, NonFiniteModelError
 from ..hosts.llava.decoding import continue_sequences
 from ..hosts.llava.host import import_llava, import_llava_train
 from ..hosts.llava.model import llava_core
 from ..hosts.llava.templates import prepare_tokenizer, use_template
 from ..record.head import dense_head
+from .marks import Picture, open_picture
+from .pictures import MakePixels, Pictures, Pixels, Unreadable
 from .requests import Answer, Continuation, FirstWord, Likelihood, Request
 
 logger = logging.getLogger(__name__)
@@ -63,7 +67,11 @@ class Engine:
         batch_size: sequences at a time, behind the images' prefixes as well as the images themselves; halved when the
             GPU's memory does not hold as many. Models that cut an image into crops (anyres) read one image at a time,
             since their prefixes are of unequal length.
-        open_image: a request's `image` -> picture in RGB; by default it is a file.
+        open_image: a request's `image` -> picture in RGB; by default it is a file, or a file with marks.
+        image_workers: processes that read the images of `expecting` ahead of the model.
+
+    Attributes:
+        pictures: makes the images' pixels.
     """
 
     #: What it can answer, in the order in which the requests on a group of images are computed.
@@ -76,32 +84,63 @@ class Engine:
         *,
         version: str,
         batch_size: int = 32,
-        open_image: Callable[[str], Any] | None = None,
+        open_image: Callable[[Any], Any] | None = None,
+        image_workers: int = 0,
     ):
-        self.open_image = open_image or _open
         self.model, self.tokenizer, self.version, self.batch_size = llava_core(model), tokenizer, version, batch_size
         config = self.model.config
         self._crops = "anyres" in (getattr(config, "image_aspect_ratio", None) or "")
         self._prepare()
-        self._process_images = import_llava("llava.mm_utils").process_images
+        process = import_llava("llava.mm_utils").process_images
+        processor = self.model.get_vision_tower().image_processor
+        make = MakePixels(process, processor, config, self.model.dtype, open_image or open_picture)
+        self.pictures = Pictures(make, image_workers, ahead=2 * batch_size)
         self._weight: torch.Tensor | None = None  # the head's, widened when it is first needed
         self._marker = "<image>"
         if getattr(config, "mm_use_im_start_end", False):
             self._marker = "<im_start><image><im_end>"
 
+    @contextlib.contextmanager
+    def expecting(self, pictures: Iterable[Picture]) -> Iterator[None]:
+        """In here `run` will be asked about these pictures, in this order: they are read ahead."""
+        self.pictures.expect(pictures)
+        try:
+            yield
+        finally:
+            self.pictures.close()
+
     @torch.inference_mode()
-    def run(self, requests: Sequence[Request], done: Callable[[int, Any], None] | None = None) -> list[Any]:
+    def run(
+        self,
+        requests: Sequence[Request],
+        done: Callable[[int, Any], None] | None = None,
+        *,
+        keep_going: bool = False,
+    ) -> list[Any]:
         """Answer requests, in order: each with what its class says.
 
         Args:
             requests: of any kinds; those on one image are computed together, wherever they stand.
             done: called with (position, response) as responses come.
+            keep_going: the response to a request that cannot be asked, or whose image cannot be read, is the DataError
+                that says why.
+
+        Raises:
+            DataError: for such a request, unless the others are to go on.
         """
         use_template(self.version)
-        rows = [self._tokens(index, request) for index, request in enumerate(requests)]
-        responses: list[Any] = [None] * len(requests)
+        rows, responses = [], [None] * len(requests)
+        for index, request in enumerate(requests):
+            try:
+                rows.append(self._tokens(index, request))
+            except DataError as error:
+                if not keep_going:
+                    raise
+                responses[index] = error
         for batch, answers in self._answered(rows):
             for row, response in zip(batch, answers, strict=True):
+                if isinstance(response, Unreadable) and not keep_going:
+                    raise response
                 responses[row.index] = response
                 if done is not None:
                     done(row.index, response)
@@ -110,10 +149,17 @@ class Engine:
     def _answered(self, rows: list[Row]) -> Iterator[tuple[list[Row], list[Any]]]:
         """Rows in batches, with their responses."""
         for group, caches in self._prefixes(rows):
+            broken = [row for row in group if row.request.image in caches.broken]
+            yield broken, [caches.broken[row.request.image] for row in broken]
+            group = [row for row in group if row.request.image not in caches.broken]
             for kind in self.kinds:
                 chosen = sorted((r for r in group if isinstance(r.request, kind)), key=lambda row: len(row.behind))
-                answer = self._generate if kind is Answer else self._log_probabilities
-                yield from self._in_batches(chosen, lambda batch, do=answer, kept=caches: do(batch, kept))
+                if kind is not Answer:
+                    yield from self._in_batches(chosen, partial(self._log_probabilities, caches=caches))
+                    continue
+                for exact in (False, True):
+                    alike = [row for row in chosen if row.request.exact == exact]
+                    yield from self._in_batches(alike, partial(self._generate, caches=caches))
 
     def _in_batches(
         self, things: list[T], work: Callable[[list[T]], R], most: int | None = None
@@ -152,12 +198,17 @@ class Engine:
         if not isinstance(request, self.kinds):
             raise ValueError(f"{type(self).__name__} cannot answer {type(request).__name__}.")
         given = isinstance(request, (Likelihood, Continuation))
+        check_text(request.prompt + (request.answer if given else ""))
         ids, labels = self._preprocessed(request, request.answer if given else "?")
         if ids.count(IMAGE_TOKEN_INDEX) != 1:
-            raise ValueError(f"The prompt {request.prompt!r} holds an image token of its own.")
+            raise DataError(f"the prompt {request.prompt[:80]!r} holds an image token of its own.")
         if not given:
             ids = ids[: next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)]
             labels = labels[: len(ids)]
+        length = len(ids) - 1 + self.model.get_vision_tower().num_patches  # crops may be more
+        longest = getattr(self.model.config, "max_position_embeddings", None) or length
+        if length > longest:
+            raise DataError(f"{length} tokens with the image, the model reads {longest}: {request.prompt[:80]!r}.")
         return Row(index, request, ids, labels, ids.index(IMAGE_TOKEN_INDEX))
 
     def _preprocessed(self, request: Request, answer: str) -> tuple[list[int], list[int]]:
@@ -170,22 +221,23 @@ class Engine:
         _, labels = self._preprocessed(row.request, word)
         return next(label for label in labels if label != IGNORE_INDEX)
 
-    def _pixels(self, images: Sequence[str]) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
-        """The tower's input for each image, and the pictures' sizes."""
-        processor = self.model.get_vision_tower().image_processor
-        pictures = [self.open_image(name) for name in images]
-        pixels = [self._process_images([picture], processor, self.model.config)[0] for picture in pictures]
-        return pixels, [picture.size for picture in pictures]
+    def _pixels(self, images: Sequence[Picture]) -> list[Pixels]:
+        """The tower's input for each image; raises Unreadable for one that cannot be read."""
+        made = self.pictures.take(images)
+        for pixels in made:
+            if isinstance(pixels, Unreadable):
+                raise pixels
+        return made
 
     # -----------------------------------------------------------------------------------------------------------------
     # Prefixes
     # -----------------------------------------------------------------------------------------------------------------
     def _prefixes(self, rows: list[Row]) -> Iterator[tuple[list[Row], _Caches]]:
         """Rows in groups of images, with the keys and values of what stands before their own tokens."""
-        groups: dict[tuple[tuple[int, ...], str], list[Row]] = defaultdict(list)
+        groups: dict[tuple[tuple[int, ...], Picture], list[Row]] = defaultdict(list)
         for row in rows:
             groups[row.before, row.request.image].append(row)
-        by_text: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        by_text: dict[tuple[int, ...], list[Picture]] = defaultdict(list)
         for before, image in groups:
             by_text[before].append(image)
         for before, images in by_text.items():
@@ -193,17 +245,21 @@ class Engine:
             for batch, caches in self._in_batches(images, lambda batch, text=before: self._read(text, batch), most):
                 yield [row for image in batch for row in groups[before, image]], caches
 
-    def _read(self, before: tuple[int, ...], images: list[str]) -> _Caches:
+    def _read(self, before: tuple[int, ...], images: list[Picture]) -> _Caches:
         model = self.model
-        pixels, sizes = self._pixels(images)
+        made = dict(zip(images, self.pictures.take(images), strict=True))
+        broken = {image: pixels for image, pixels in made.items() if isinstance(pixels, Unreadable)}
+        images = [image for image in images if image not in broken]
+        if not images:
+            return _Caches([], {}, 0, broken)
         # One token more, which is taken off again: a sequence of one is a decoding step for LLaVA, and left as it is.
         ids = torch.tensor([[*before, IMAGE_TOKEN_INDEX, 0]] * len(images), device=model.device)
         merge = model.prepare_inputs_labels_for_multimodal
-        pictures = torch.stack(pixels).to(model.device, model.dtype)
-        embeds = merge(ids, None, None, None, None, pictures, sizes)[4][:, :-1]
+        pictures = torch.stack([made[image].values for image in images]).to(model.device, model.dtype)
+        embeds = merge(ids, None, None, None, None, pictures, [made[image].size for image in images])[4][:, :-1]
         outputs = model.get_model()(inputs_embeds=embeds, use_cache=True)
         numbers = {image: number for number, image in enumerate(images)}
-        return _Caches(compat.read_cache(outputs.past_key_values), numbers, embeds.shape[1])
+        return _Caches(compat.read_cache(outputs.past_key_values), numbers, embeds.shape[1], broken)
 
     def _forward(self, rows: list[Row], caches: _Caches):
         """(last hidden states [R, N, D], past_key_values, lengths [R]) of the rows' own tokens, padded on the right,
@@ -275,15 +331,25 @@ class Engine:
             self._weight, self._bias = (
                 None if part is None else part.float() for part in dense_head(head, hidden[:1].to(self.model.dtype))
             )
-        return torch.nn.functional.linear(hidden.float(), self._weight, self._bias)
+        return self._finite(torch.nn.functional.linear(hidden.float(), self._weight, self._bias))
 
-    def _likeliest(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _finite(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits; a model that gives NaN would get scores like one that sees nothing."""
+        if not bool(torch.isfinite(logits).all()):
+            raise NonFiniteModelError(
+                f"The model's logits are NaN or infinite: its weights are damaged, or {self.model.dtype} is too narrow "
+                "for them (--dtype float32 or bfloat16)."
+            )
+        return logits
+
+    def _likeliest(self, hidden: torch.Tensor, exact: bool = False) -> torch.Tensor:
         """Of the tokens that the tokenizer has: rows that pad the vocabulary cannot be decoded."""
-        return self.model.get_output_embeddings()(hidden)[:, : len(self.tokenizer)].argmax(dim=-1)
+        logits = self._logits(hidden) if exact else self._finite(self.model.get_output_embeddings()(hidden))
+        return logits[:, : len(self.tokenizer)].argmax(dim=-1)
 
     def _generate(self, rows: list[Row], caches: _Caches) -> list[str]:
-        end = [self.tokenizer.eos_token_id]
-        answers, _ = self._continued(rows, caches, lambda states, step: self._likeliest(states), end)
+        end, exact = [self.tokenizer.eos_token_id], rows[0].request.exact
+        answers, _ = self._continued(rows, caches, lambda states, step: self._likeliest(states, exact), end)
         return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
 
     def _continued(
@@ -312,23 +378,25 @@ class Engine:
         )
 
 
+def check_text(text: str) -> None:
+    """Raise DataError for a text that tokenizers fail on."""
+    if any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise DataError(f"{text[:80]!r} holds half a character (a lone surrogate), which no tokenizer reads.")
+
+
 class _Caches:
-    """Keys and values of several images' prefixes."""
+    """Keys and values of several images' prefixes, and the images that are `broken`."""
 
-    def __init__(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], numbers: dict[str, int], length: int):
-        self.pairs, self.numbers, self.length = pairs, numbers, length
+    def __init__(
+        self,
+        pairs: list[tuple[torch.Tensor, torch.Tensor]],
+        numbers: dict[Picture, int],
+        length: int,
+        broken: dict[Picture, Unreadable],
+    ):
+        self.pairs, self.numbers, self.length, self.broken = pairs, numbers, length, broken
 
-    def of(self, images: list[str]) -> Any:
+    def of(self, images: list[Picture]) -> Any:
         """A cache with one row for each of the images named, copied: a forward may write into it."""
         index = torch.tensor([self.numbers[image] for image in images], device=self.pairs[0][0].device)
         return compat.make_cache([(keys[index], values[index]) for keys, values in self.pairs])
-
-
-def _open(path: str) -> Any:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:  # what PIL raises for a broken file, too
-        raise DataError(f"{path}: cannot be read as an image ({error}).") from error

@@ -14,16 +14,19 @@ from typing import Any
 
 from rich.console import Console
 
-from ..about import commit, folder
+from ..about import __version__, commit, folder
 from ..errors import DataError
 from .benchmarks import registered
-from .benchmarks.llava import LlavaBenchmark, read_answers
+from .benchmarks.files import named_below, noted
+from .benchmarks.llava import LlavaBenchmark, read_answers, read_questions
 from .llava_answers import LLAVA
+from .pins import pins
 from .records import write_lines
 from .run import notes_on
 from .shares import stopped_together
 from .summaries import show
 
+PROTOCOL = "LLaVA's"
 #: What scripts/eval/common.sh says of a scorer that ended with an error.
 SCORER_FAILED = "The scorer failed"
 #: Scorers print two or three digits.
@@ -44,6 +47,7 @@ def run_llava_benchmark(
     engine: bool = False,
     batch_size: int = 16,
     dtype: str | None = None,
+    image_workers: int | None = None,
 ) -> dict[str, Any]:
     """Run scripts/eval/NAME.sh, which asks LLaVA's module and ends with `summarize`; returns the summary.
 
@@ -51,6 +55,7 @@ def run_llava_benchmark(
         devices: CUDA_VISIBLE_DEVICES of each process, None for the CPU; none leave it to the script.
         engine: ask through `vqa_loader` in the module's place, `batch_size` questions at a time.
         dtype: of the engine's model; by default that of LLaVA's module.
+        image_workers: of each engine.
 
     Raises:
         DataError: when the script fails.
@@ -59,6 +64,7 @@ def run_llava_benchmark(
     settings |= {"OVERWRITE": str(int(overwrite)), "TABLE": "0", "MODEL_BASE": model_base or ""}
     settings |= {"MODEL_NAME": model_name or ""}
     settings |= {"ENGINE": str(int(engine)), "BATCH_SIZE": str(batch_size), "DTYPE": dtype or ""}
+    settings |= {"IMAGE_WORKERS": "" if image_workers is None else str(image_workers)}
     if devices:
         settings["CUDA_VISIBLE_DEVICES"] = ",".join("-1" if name is None else name for name in devices)
     command = ["bash", str(folder("scripts") / "eval" / f"{name}.sh"), model_path]
@@ -88,10 +94,15 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
     """
     benchmark = registered(LlavaBenchmark)[name]
     made_with = json.loads(answers.with_name(answers.name + ".run.json").read_text(encoding="utf-8"))
+    asked_by = made_with.get("asked_by", LLAVA)
     given = read_answers(answers)
-    records = benchmark.records(data, given)
+    with noted() as read:
+        if (data / benchmark.questions).is_file():  # answers may be counted elsewhere than where they were given
+            read_questions(data / benchmark.questions)
+        records = benchmark.records(data, given)
     labelled = benchmark.score is not None and bool({"label", "value"} & records[0].keys())
-    figures = benchmark.score(records) if labelled and benchmark.score else {}
+    scored = benchmark.scored(records, PROTOCOL) if labelled else {"value": None, "figures": {}, "readings": {}}
+    figures = scored["figures"]
     reported = benchmark.read_printed(printed)
     figures["empty"] = sum(not entry["text"].strip() for entry in given)
     notes = []
@@ -108,16 +119,26 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
     notes += notes_on(figures)
     summary = {
         "benchmark": name,
-        "protocol": "LLaVA's",
-        "asked_by": made_with.get("asked_by", LLAVA),
+        "protocol": PROTOCOL,
+        "asked_by": asked_by,
         **{key: made_with[key] for key in ("model", "weights", "template", "fingerprint")},
         "items": len(records),
+        "pins": pins(
+            PROTOCOL,
+            made_with["template"],
+            named_below(data, read),
+            {name: entry["rule"] for name, entry in scored["readings"].items()},
+            [made_with.get("max_new_tokens", 128)],
+            dtype=made_with.get("dtype"),
+            asked_by=asked_by,
+        ),
         "headline": benchmark.headline,
+        **scored,
         "value": figures.get(benchmark.headline, reported.get(benchmark.headline)),
-        "figures": figures,
         "printed": reported,
         "note": " ".join(notes),
-        "paper": benchmark.paper_figures(),
+        "paper": benchmark.paper_figures(PROTOCOL),
+        "version": __version__,
         "commit": commit(),
     }
     write_lines(output / f"{name}.jsonl", records)

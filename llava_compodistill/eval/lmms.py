@@ -17,6 +17,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
+from ..errors import DataError
 from .checkpoint import check_checkpoint, template_of
 from .loading import load_engine
 from .requests import Answer, Continuation, Request
@@ -58,8 +59,7 @@ class LlavaCompoDistill(lmms):
         check_checkpoint(pretrained, model_base)
         template = conv_template or template_of(pretrained, logger.warning)
         options = {"model_base": model_base, "device": device, "dtype": dtype, "batch_size": int(batch_size)}
-        self.engine = load_engine(pretrained, template, **options)
-        self.engine.open_image = self._open
+        self.engine = load_engine(pretrained, template, **options, open_image=self._open)
         self._visuals: dict[str, tuple[Any, tuple]] = {}
 
     @property
@@ -110,7 +110,7 @@ class LlavaCompoDistill(lmms):
         visual, place = self._visuals[name]
         images = [image for image in visual(self._doc(*place)) or [] if image is not None]
         if len(images) != 1 or not hasattr(images[0], "convert"):
-            raise ValueError(f"{name}: llava_compodistill reads one image a question, this has {len(images)} visuals.")
+            raise DataError(f"{name}: llava_compodistill reads one image a question, this has {len(images)} visuals.")
         return images[0].convert("RGB")
 
     def _run(self, asked: list[Request]) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -20,8 +20,8 @@ def load_engine(
     model_base: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
-    batch_size: int = 16,
     kind: type[E] = Engine,
+    **options: Any,
 ) -> E:
     """Load a LLaVA checkpoint of any kind that LLaVA's builder and the plugin know.
 
@@ -31,6 +31,7 @@ def load_engine(
         device: cuda, cuda:N or cpu; by default cuda where there is one.
         dtype: float32, bfloat16 or float16; by default bfloat16 on cuda and float32 elsewhere.
         kind: of engine.
+        options: of the engine.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -41,4 +42,4 @@ def load_engine(
     name = import_llava("llava.mm_utils").get_model_name_from_path(model_path)
     loader = import_llava("llava.model.builder").load_pretrained_model
     tokenizer, model, _, _ = loader(model_path, model_base, name, device=device, torch_dtype=torch_dtype)
-    return kind(model.eval(), tokenizer, version=template, batch_size=batch_size)
+    return kind(model.eval(), tokenizer, version=template, **options)

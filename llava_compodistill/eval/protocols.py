@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .reading import letter
+from .reading import Reading, first_word_letter, letter
 from .requests import Answer, FirstWord, Likelihood, Request
 
 if TYPE_CHECKING:
@@ -29,8 +29,23 @@ ORDERS = ([0, 1], [1, 0])
 LETTERS = ("A", "B")
 MATCHING = ("likelihood", "yes")
 CHOOSING = ("choice", "choice-logits")
-#: Longest answer of a choice, in tokens: a letter may come after a few words.
-MAX_NEW_TOKENS = 16
+#: Longest answer of a choice, in tokens, as the paper's authors have it: a letter may come after a few words.
+MAX_NEW_TOKENS = 32
+#: How the protocols without an answer in words decide.
+RULES = {
+    "likelihood": "the caption with the higher mean log-probability per token is chosen; a tie is wrong",
+    "yes": 'the caption with the higher log P("Yes") is chosen; a tie is wrong',
+    "choice-logits": "the letter with the higher log-probability is chosen, in float32; a tie is wrong",
+}
+#: How the letters of `choice` are read.
+LETTER_READINGS = (
+    Reading("strict", "the first capital A or B that stands by itself; nothing else is a letter"),
+    Reading(
+        "official",
+        "the first word of the answer that is A or B in any case, articles included, as in the authors' code",
+        letter=first_word_letter,
+    ),
+)
 
 
 def requests(item: Item, protocol: str, caption_prompt: str = CAPTION_PROMPT) -> list[Request]:
@@ -56,7 +71,7 @@ def requests(item: Item, protocol: str, caption_prompt: str = CAPTION_PROMPT) ->
             a, b = (item.captions[index] for index in order)
             prompt = CHOICE_PROMPT.format(a=a, b=b)
             if protocol == "choice":
-                asked.append(Answer(image, prompt, MAX_NEW_TOKENS))
+                asked.append(Answer(image, prompt, MAX_NEW_TOKENS, exact=True))
             else:
                 asked.append(FirstWord(image, prompt, LETTERS))
     return asked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class RecordFile:
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write records through to the disk."""
         for record in records:
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._file.write(_line(record))
             self.done[record["id"]] = record
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -129,8 +130,16 @@ def check_run(path: Path, run: dict[str, Any], way_out: str, unsaid: dict[str, A
     known = {"model"} if run.get("weights") else set()
     changed = [name for name in run if before.get(name) != run[name] and name not in known]
     if changed:
-        apart = "; ".join(f"{_WORDS.get(name, name)} {before.get(name)!r}, not {run[name]!r}" for name in changed)
+        apart = "; ".join(_apart(name, before.get(name), run[name]) for name in changed)
         raise RecordsError(f"{path} holds records of another run: {apart}. {way_out}")
+
+
+def _apart(name: str, before: Any, now: Any) -> str:
+    """How two values of a run's part differ; of two objects only what differs in them."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return "; ".join(_apart(f"{name}.{key}", before.get(key), now.get(key)) for key in names)
+    return f"{_WORDS.get(name, name)} {before!r}, not {now!r}"
 
 
 def write_run(path: Path, run: dict[str, Any]) -> None:
@@ -183,8 +192,14 @@ def write_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
     """Write JSON lines, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
+    part.write_text("".join(map(_line, entries)), encoding="utf-8")
     part.replace(path)
+
+
+def _line(record: dict[str, Any]) -> str:
+    """A record as a line; readable, unless it holds half a character, which UTF-8 cannot."""
+    text = json.dumps(record, ensure_ascii=False)
+    return (text if text.isascii() or not re.search("[\ud800-\udfff]", text) else json.dumps(record)) + "\n"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

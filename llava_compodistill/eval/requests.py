@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .marks import Picture
+
 
 @dataclass(frozen=True)
 class Likelihood:
     """How likely is `answer`? Answered by the mean log-probability of its tokens, the end token included, in nats."""
 
-    image: str
+    image: Picture
     prompt: str
     answer: str
 
@@ -18,7 +20,7 @@ class Likelihood:
 class Continuation:
     """As `Likelihood`; answered by (mean log-probability, whether the answer is what would be decoded greedily)."""
 
-    image: str
+    image: Picture
     prompt: str
     answer: str
 
@@ -27,18 +29,23 @@ class Continuation:
 class FirstWord:
     """Which of `words` would an answer begin with? Answered by the log-probability of the first token of each."""
 
-    image: str
+    image: Picture
     prompt: str
     words: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What does the model answer? Answered by text, decoded greedily."""
+    """What does the model answer? Answered by text, decoded greedily.
 
-    image: str
+    Attributes:
+        exact: the likeliest token is looked for in float32: at 16 bits the logits of "A" and "B" often tie.
+    """
+
+    image: Picture
     prompt: str
     max_new_tokens: int = 64
+    exact: bool = False
 
 
 Request = Likelihood | Continuation | FirstWord | Answer

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..about import commit
-from ..errors import RecordsError
+from ..about import __version__, commit
+from ..errors import DataError, RecordsError
 from . import shares
 from .benchmarks.base import EngineBenchmark, Item
+from .pins import pins
 from .protocols import CAPTION_PROMPT, CHOOSING, MATCHING
+from .protocols import MAX_NEW_TOKENS as LONGEST_CHOICE
 from .records import RecordFile, fingerprint
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .judge import Verdicts
+    from .marks import Picture
 
 
 def protocol_for(benchmark: EngineBenchmark, wanted: str | None) -> str:
@@ -49,6 +53,7 @@ class Run:
         items: what `benchmark.load` gave.
         made_with: `records.made_with` of the model; going on with the records of another is an error.
         protocol: one of the benchmark's; its first by default.
+        files: hashes of the benchmark's files, for the pins.
 
     Attributes:
         at_once: items are asked in groups of so many, by their place in the benchmark: what is computed together does
@@ -63,6 +68,7 @@ class Run:
         output: Path,
         protocol: str | None = None,
         caption_prompt: str = CAPTION_PROMPT,
+        files: Mapping[str, str] | None = None,
     ):
         self.benchmark, self.items, self.output = benchmark, list(items), output
         self.protocol, self.caption_prompt = protocol_for(benchmark, protocol), caption_prompt
@@ -79,6 +85,15 @@ class Run:
         }
         if self.protocol == "likelihood":
             self.about["caption_prompt"] = caption_prompt
+        self.about["pins"] = pins(
+            self.protocol,
+            made_with["template"],
+            files or {},
+            {reading.name: reading.rule for reading in benchmark.readings_under(self.protocol)},
+            [LONGEST_CHOICE] if self.protocol == "choice" else [item.max_new_tokens for item in items],
+            caption_prompt=caption_prompt,
+            dtype=made_with.get("dtype"),
+        )
 
     def begin(self, overwrite: bool = False) -> list[Item]:
         """Join what earlier processes left; returns the items that are left to ask.
@@ -95,38 +110,71 @@ class Run:
 
     def ask(
         self, engine: Engine, left: Sequence[Item], path: Path, progress: Callable[[int], None] = lambda items: None
-    ) -> None:
-        """Ask the items that are left and append their records, group by group."""
-        with RecordFile(path, self.about, self.ids) as records:
-            for _, group in itertools.groupby(left, lambda item: self._group[item.id]):
-                items = list(group)
-                asked = [self.benchmark.requests(item, self.protocol, self.caption_prompt) for item in items]
-                responses = iter(engine.run([request for requests in asked for request in requests]))
-                records.append(
-                    self.benchmark.record(item, self.protocol, [next(responses) for _ in requests])
-                    for item, requests in zip(items, asked, strict=True)
-                )
-                progress(len(items))
+    ) -> list[str]:
+        """Ask the items that are left and append their records, group by group.
 
-    def finish(self) -> dict[str, Any]:
+        Returns:
+            Why items have no record, each with its file and line: an image that cannot be read, or a text.
+        """
+        wrong: list[str] = []
+        groups = [list(group) for _, group in itertools.groupby(left, lambda item: self._group[item.id])]
+        with RecordFile(path, self.about, self.ids) as records, engine.expecting(_images(groups)):
+            for items in groups:
+                asked = [self.benchmark.requests(item, self.protocol, self.caption_prompt) for item in items]
+                flat = [request for requests in asked for request in requests]
+                responses = iter(engine.run(flat, keep_going=True))
+                made = []
+                for item, requests in zip(items, asked, strict=True):
+                    given = [next(responses) for _ in requests]
+                    broken = [response for response in given if isinstance(response, DataError)]
+                    if broken:
+                        wrong.append(f"{item.place or item.id}: {broken[0]}")
+                    else:
+                        made.append(self.benchmark.record(item, self.protocol, given))
+                records.append(made)
+                progress(len(items))
+        return wrong
+
+    def finish(self, wrong: Sequence[str] = (), verdicts: Verdicts | None = None) -> dict[str, Any]:
         """Score the records; returns the summary, also written to OUTPUT/NAME.json.
 
         It depends on the records alone: a resumed run has the same.
+
+        Args:
+            wrong: what `ask` gave: why items have no record.
+            verdicts: a judge's, on answers that the benchmark lets one decide on.
+
+        Raises:
+            RecordsError: for items without a record.
         """
         with RecordFile(self.path, self.about, self.ids) as records:
             missing = len(self.ids) - len(records.done)
             if missing:
-                raise RecordsError(f"{self.path}: {missing} of {len(self.ids)} items are not answered.")
-            figures = self.benchmark.score([records.done[key] for key in self.ids])
+                why = f" {wrong[0]}" + (f" {len(wrong) - 1} more are like it." if wrong[1:] else "") if wrong else ""
+                raise RecordsError(
+                    f"{self.path}: {missing} of {len(self.ids)} items are not answered; the others are kept, and the "
+                    f"same command asks what is left.{why}"
+                )
+            made = [records.done[key] for key in self.ids]
+        if verdicts is not None:
+            made = [{**record, **verdicts.of(record["id"])} for record in made]
+        scored = self.benchmark.scored(made, self.protocol)
         summary = {
             **self.about,
             "headline": self.benchmark.headline,
-            "value": figures.get(self.benchmark.headline),
-            "figures": figures,
-            "note": " ".join(notes_on(figures)),
-            "paper": self.benchmark.paper_figures(),
+            **scored,
+            "judge": verdicts.judge if verdicts is not None else None,
+            "note": " ".join([*notes_on(scored["figures"]), *self.benchmark.remarks(scored["figures"])]),
+            "paper": self.benchmark.paper_figures(self.protocol),
+            "version": __version__,
             "commit": commit(),
         }
         text = json.dumps(summary, indent=1) + "\n"
         (self.output / f"{self.benchmark.name}.json").write_text(text, encoding="utf-8")
         return summary
+
+
+def _images(groups: Sequence[Sequence[Item]]) -> Iterator[Picture]:
+    """The images of groups of items in the order in which the engine reads them: once a group."""
+    for items in groups:
+        yield from dict.fromkeys(image for item in items for image in item.images)

@@ -45,14 +45,14 @@ class WholeSequences(Engine):
         return self._collated([self._tokens(index, request) for index, request in enumerate(requests)])[0]
 
     def _collated(self, rows: list[Row]) -> tuple[dict[str, torch.Tensor], list[tuple[int, int]]]:
-        pixels, sizes = self._pixels([row.request.image for row in rows])
+        pixels = self._pixels([row.request.image for row in rows])
         batch = self._collate(
             [
-                {"input_ids": torch.tensor(row.ids), "labels": torch.tensor(row.labels), "image": image}
+                {"input_ids": torch.tensor(row.ids), "labels": torch.tensor(row.labels), "image": image.values}
                 for row, image in zip(rows, pixels, strict=True)
             ]
         )
-        return {name: value.to(self.model.device) for name, value in batch.items()}, sizes
+        return {name: value.to(self.model.device) for name, value in batch.items()}, [image.size for image in pixels]
 
     def _answered(self, rows: list[Row]) -> Iterator[tuple[list[Row], list[Any]]]:
         for kind in self.kinds:

@@ -22,42 +22,70 @@ AVERAGES = ("VQA average", "CR average")
 SHORT = ("teacher", "SFT", "CompoD.")
 
 
+#: How sure it is that the paper's figure is of the kind of ours (`Benchmark.paper_kind`), in the table.
+MARKS = {"published": "", "inferred": "*", "unknown": "?"}
+LEGEND = {
+    "inferred": "* the paper does not say how it counts; no other way fits its figures",
+    "unknown": "? the paper does not say how it counts, so that the figures may be of different kinds",
+}
+
+
 def show(summaries: Sequence[dict[str, Any]], name: str, console: Console) -> None:
     """The table, and below it what the summaries have to note."""
     console.print(table(summaries, name))
+    kinds = {get(summary["benchmark"]).paper_kind for summary in summaries if summary["paper"]}
+    for kind, text in LEGEND.items():
+        if kind in kinds:
+            console.print(text, markup=False, soft_wrap=True)
     for summary in summaries:
+        if summary.get("judge"):
+            text = f"rscore is by the judge {summary['judge']['judge']}, which is not the authors'."
+            console.print(f"{get(summary['benchmark']).title}: {text}", markup=False, soft_wrap=True)
         if summary.get("note"):
             console.print(f"{get(summary['benchmark']).title}: {summary['note']}", markup=False, soft_wrap=True)
 
 
 def table(summaries: Sequence[dict[str, Any]], name: str) -> Table:
-    """The model's figures beside the paper's; its two averages where all that they are made of is there."""
+    """The model's figures beside the paper's; its two averages where all that they are made of is there.
+
+    Beside the paper's figure stands ours by the rule of the benchmark's authors, which the paper's evaluator follows
+    ("official"); where that differs from the default, stricter one, both are there.
+    """
     plain = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 0, 0, 1), "title_justify": "left"}
     result = Table(title=f"{name}: scores in %, beside the paper's at full size (arXiv 2510.12184)", **plain)
     for column in ("benchmark", "figure", "protocol"):
         result.add_column(column, no_wrap=True)
-    for column in ("here", *(f"paper:\n{model}" for model in SHORT)):
+    for column in ("strict", "here", *(f"paper:\n{model}" for model in SHORT)):
         result.add_column(column, justify="right", no_wrap=True)
     for summary in summaries:
-        name = summary["benchmark"]
-        title = get(name).title
-        paper = [f"{value:.1f}" for value in summary["paper"].values()]
-        figure = summary["headline"] + (" of a part" if "missing" in summary["figures"] else "")
-        result.add_row(title, figure, summary["protocol"], percent(summary["value"]), *paper)
+        benchmark = get(summary["benchmark"])
+        mark = MARKS[benchmark.paper_kind]
+        paper = [f"{value:.1f}{mark}" for value in summary["paper"].values()]
+        figure = summary["headline"] + (" (part)" if "missing" in summary["figures"] else "")
+        strict = percent(summary["value"]) if "strict" in summary.get("readings", {}) else ""
+        result.add_row(benchmark.title, figure, summary["protocol"], strict, percent(official(summary)), *paper)
+        for name in benchmark.beside:
+            if summary["figures"].get(name) is not None:
+                result.add_row("", name, summary["protocol"], percent(summary["figures"][name]), "")
     whole = [summary for summary in summaries if summary["value"] is not None and "missing" not in summary["figures"]]
-    found = {summary["benchmark"]: summary for summary in whole}
+    found = {summary["benchmark"]: summary for summary in whole if summary["paper"]}
     for title in AVERAGES:
         names = [name for name, benchmark in registered().items() if benchmark.average == title]
         if not set(names) <= set(found):
-            continue  # an average of fewer would not be the paper's
+            continue  # an average of fewer, or of figures of another kind, would not be the paper's
         papers = [mean(found[name]["paper"][model] for name in names) for model in PAPER_MODELS]
+        mark = "?" if any(get(name).paper_kind == "unknown" for name in names) else ""
         result.add_section()
-        here = percent(mean(found[name]["value"] for name in names))
+        here = percent(mean(official(found[name]) or 0.0 for name in names))
         used = {found[name]["protocol"] for name in names}
-        result.add_row(
-            title, "", used.pop() if len(used) == 1 else "mixed", here, *(f"{value:.1f}" for value in papers)
-        )
+        protocol = used.pop() if len(used) == 1 else "mixed"
+        result.add_row(title, "", protocol, "", here, *(f"{value:.1f}{mark}" for value in papers))
     return result
+
+
+def official(summary: dict[str, Any]) -> float | None:
+    """The headline by the rule of the benchmark's authors."""
+    return summary.get("readings", {}).get("official", {}).get("value", summary["value"])
 
 
 def percent(value: float | None) -> str:

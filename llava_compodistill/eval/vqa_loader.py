@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float16 on cuda, as LLaVA's module"
     )
+    parser.add_argument("--image-workers", type=int, help="processes that read images ahead of the model")
     return parser
 
 
@@ -93,7 +94,8 @@ def ask(
     """Ask questions and write LLaVA's answers.
 
     Questions on one image are asked together, so the answers come in another order than the questions; each is in the
-    file as soon as it is there, and at the end the file has the questions' order.
+    file as soon as it is there, and at the end the file has the questions' order. A question whose image cannot be read
+    does not stop the others.
 
     Args:
         questions: with question_id, image and text.
@@ -102,14 +104,17 @@ def ask(
         longest: most tokens of an answer.
 
     Raises:
-        DataError: for an image that cannot be read; what was answered is in the file.
+        DataError: when questions are left without an answer; names the first.
     """
     requests = [Answer(str(images / question["image"]), question["text"], longest) for question in questions]
     entries: dict[int, dict[str, Any]] = {}
     # Line by line: a kill loses nothing that was answered.
     with answers.open("w", buffering=1, encoding="utf-8") as file, tqdm(total=len(questions), desc=model_name) as bar:
 
-        def write(number: int, text: str) -> None:
+        def write(number: int, text: str | DataError) -> None:
+            bar.update()
+            if isinstance(text, DataError):
+                return
             question = questions[number]
             entries[number] = {
                 "question_id": question["question_id"],
@@ -120,10 +125,13 @@ def ask(
                 "metadata": {},
             }
             file.write(json.dumps(entries[number]) + "\n")
-            bar.update()
 
-        engine.run(requests, done=write)
-    write_lines(answers, (entries[number] for number in range(len(questions))))
+        with engine.expecting(dict.fromkeys(request.image for request in requests)):
+            responses = engine.run(requests, done=write, keep_going=True)
+    write_lines(answers, (entries[number] for number in sorted(entries)))
+    wrong = [response for response in responses if isinstance(response, DataError)]
+    if wrong:
+        raise DataError(f"{len(wrong)} of {len(questions)} questions have no answer, the others are kept: {wrong[0]}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -140,6 +148,8 @@ def run(args: argparse.Namespace) -> None:
     for flag, value in (("--max_new_tokens", args.max_new_tokens), ("--batch-size", args.batch_size)):
         if value < 1:
             raise DataError(f"{flag} {value}: must be 1 or more.")
+    if (args.image_workers or 0) < 0:
+        raise DataError(f"--image-workers {args.image_workers}: must be 0 or more.")
     questions = chunk(read_questions(args.question_file, args.image_folder), args.num_chunks, args.chunk_idx)
     check_checkpoint(args.model_path, args.model_base)
     try:
@@ -153,14 +163,18 @@ def run(args: argparse.Namespace) -> None:
     from ..hosts.llava.host import import_llava
     from .as_llava import AsLlava
     from .loading import load_engine
+    from .pictures import workers_by_default
 
+    on_gpu = torch.cuda.is_available()
+    workers = args.image_workers
     model_name = import_llava("llava.mm_utils").get_model_name_from_path(args.model_path)
     engine = load_engine(
         args.model_path,
         template_for(model_name, args.conv_mode),
         model_base=args.model_base,
-        dtype=args.dtype or ("float16" if torch.cuda.is_available() else "float32"),
+        dtype=args.dtype or ("float16" if on_gpu else "float32"),
         batch_size=args.batch_size,
+        image_workers=workers_by_default(on_gpu, args.num_chunks) if workers is None else workers,
         kind=AsLlava,
     )
     ask(engine, questions, args.image_folder, args.answers_file, model_name, args.max_new_tokens)

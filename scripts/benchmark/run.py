@@ -10,6 +10,7 @@ Suites
     sight    the sight guard's share of a run, in CPU time on a CPU
     eval     items a second of the evaluation engine against one question at a time, and against LLaVA's module, on the
              miniature
+    images   the share of the time that an evaluation waits for images, by workers
 
 All rivals of a suite run in one process on the same inputs. Each is first held against a float64 (op, head) or the
 usual (step) computation; what fails gets no time. Presets give the sizes: `paper` (Qwen1.5-4B and 1.8B, SigLIP so400m,
@@ -45,6 +46,7 @@ sys.path.insert(0, str(ROOT))  # the checkout's package, so that the commit in t
 
 import evaluation  # noqa: E402
 import head as head_suite  # noqa: E402
+import images as image_suite  # noqa: E402
 import op as op_suite  # noqa: E402
 import sight as sight_suite  # noqa: E402
 import step as step_suite  # noqa: E402
@@ -52,7 +54,7 @@ from measure import machine, write_csv  # noqa: E402
 from pair import Pair  # noqa: E402
 from presets import PRESETS, Preset  # noqa: E402
 
-SUITES = ("op", "head", "step", "fit", "profile", "compile", "sight", "eval")
+SUITES = ("op", "head", "step", "fit", "profile", "compile", "sight", "eval", "images")
 console = Console()
 
 
@@ -117,6 +119,9 @@ def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Na
     with tempfile.TemporaryDirectory() as folder:
         if suite == "eval":
             yield from evaluation.run(folder, device, args.seconds)
+            return
+        if suite == "images":
+            yield from image_suite.run(folder, device, args.seconds)
             return
         with console.status("building models with random weights"):
             pair = Pair(preset.pair, device, Path(folder), checkpointing=not args.no_checkpointing)

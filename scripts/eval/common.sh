@@ -12,6 +12,7 @@
 #                  model_vqa_loader: 0
 #   BATCH_SIZE     with ENGINE=1, questions at a time: 16
 #   DTYPE          with ENGINE=1, float32, bfloat16 or float16: what LLaVA's module takes, float16 on a GPU
+#   IMAGE_WORKERS  with ENGINE=1, processes that read images for each GPU: up to 8, none on the CPU
 #   OVERWRITE      1 asks again what this checkpoint has answered: 0
 #   OUTPUT         folder of records and summaries: CKPT/eval
 #   PYTHON         the interpreter: python
@@ -89,7 +90,8 @@ ask() {
     fi
     how="in $shares process(es)"
     if [[ ${ENGINE:-0} == 1 ]]; then
-        module=(llava_compodistill.eval.vqa_loader --batch-size "${BATCH_SIZE:-16}" ${DTYPE:+--dtype "$DTYPE"})
+        module=(llava_compodistill.eval.vqa_loader --batch-size "${BATCH_SIZE:-16}" ${DTYPE:+--dtype "$DTYPE"}
+            ${IMAGE_WORKERS:+--image-workers "$IMAGE_WORKERS"})
         how+=", through the engine"
     fi
     echo "$left questions to ask under the template $template, $how"

@@ -10,8 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from .compositional import KINDS
-from .llava_benchmarks import link, write_lines, write_llava_benchmarks
+from .llava_benchmarks import RELATION, link, write_lines, write_llava_benchmarks
+from .world import GRID
 
 #: Which type of the world's captions stands for a category of SADE.
 _SADE = {"relation": "replace_rel", "attribute": "swap_att", "atomic": "replace_obj", "negate": "add_att"}
@@ -19,8 +22,8 @@ _LETTERS = "ABCD"
 
 
 def write_benchmarks(data: Path, output: Path, split: str = "val") -> dict[str, int]:
-    """Write OUTPUT/{sugarcrepe,sade,bivlc,winoground,rbench,reefknot} and LLaVA's own six from the folder that
-    `write_dataset` filled.
+    """Write OUTPUT/{sugarcrepe,sade,bivlc,winoground,rbench,reefknot} (rbench with boxes and masks) and LLaVA's six
+    from the folder that `write_dataset` filled.
 
     Returns:
         How many items each benchmark has.
@@ -43,9 +46,10 @@ def write_benchmarks(data: Path, output: Path, split: str = "val") -> dict[str, 
         "bivlc": _bivlc(output / "bivlc", subsets),
         "winoground": _winoground(output / "winoground", subsets),
         "rbench": _rbench(output / "rbench", relations),
+        **_rbench_instances(output / "rbench", relations, _scenes(data, f"relation_{split}")),
         "reefknot": _reefknot(output / "reefknot", relations, questions, subsets),
     }
-    for name in counts:
+    for name in ("sugarcrepe", "sade", "bivlc", "winoground", "rbench", "reefknot"):
         link(output / name / ("VG_100K" if name == "reefknot" else "images"), images)
     return counts | write_llava_benchmarks(output, images, relations, questions)
 
@@ -78,7 +82,10 @@ def _sade(folder: Path, subsets: dict[str, list[dict]]) -> int:
     for first, second in _couples(subsets["swap_obj"]):
         images, captions = [first["filename"], second["filename"]], [first["caption"], second["caption"]]
         entries.append({"category": "comprehensive", "images": images, "captions": captions})
-    numbered = [{"id": number, "source": "miniature", **entry} for number, entry in enumerate(entries)]
+    # Two sources, as half of SADE's categories have.
+    numbered = [
+        {"id": number, "source": f"miniature {number // 2 % 2 + 1}", **entry} for number, entry in enumerate(entries)
+    ]
     return write_lines(folder / "sade.jsonl", numbered)
 
 
@@ -129,11 +136,57 @@ def _rbench(folder: Path, relations: list[dict]) -> int:
         for number, question in enumerate(relations)
     ]
     _write(folder / "image-level_filterd.json", json.dumps(entries, indent=1))
+    _lists(folder, "nocaps_image-level_rel_ids", entries)
+    return len(entries)
+
+
+def _lists(folder: Path, name: str, entries: list[dict]) -> None:
     for number in range(1, 6):
         # Couples stay together, so that every list is balanced; each list leaves out another fifth.
         ids = [entry["question_id"] for entry in entries if entry["question_id"] // 2 % 5 != number - 1]
-        _write(folder / f"nocaps_image-level_rel_ids_{number}.json", json.dumps(ids))
-    return len(entries)
+        _write(folder / f"{name}_{number}.json", json.dumps(ids))
+
+
+def _rbench_instances(folder: Path, relations: list[dict], scenes: dict[str, list[dict]]) -> dict[str, int]:
+    """The same questions with the cells of the two objects as boxes and as masks of 3 x 3 pixels."""
+    entries = []
+    for number, question in enumerate(relations):
+        named = RELATION.match(question["text"])
+        assert named is not None, question["text"]
+        cells = [_cell(scenes[question["image"]], named[group]) for group in (1, 3)]
+        boxes = [[col / GRID, row / GRID, (col + 1) / GRID, (row + 1) / GRID] for row, col in cells]
+        entries.append(
+            {
+                "question_id": number,
+                "image": question["image"],
+                "text": question["text"],
+                "label": question["answer"].lower(),
+                "subject": named[1],
+                "object": named[3],
+                "sub_box": boxes[0],
+                "obj_box": boxes[1],
+            }
+        )
+        mask = Image.new("L", (GRID, GRID))
+        for value, (row, col) in enumerate(cells, start=1):
+            mask.putpixel((col, row), value)
+        path = folder / "instance_mask" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mask.save(path)
+    _write(folder / "instance-level_filterd.json", json.dumps(entries, indent=1))
+    _lists(folder, "instance-level_ids", entries)
+    return {"rbench-box": len(entries), "rbench-mask": len(entries)}
+
+
+def _cell(objects: list[dict], name: str) -> tuple[int, int]:
+    """(row, column) of the object of a scene that a question calls by colour and shape."""
+    (found,) = (entry for entry in objects if f"{entry['color']} {entry['shape']}" == name)
+    return found["row"], found["col"]
+
+
+def _scenes(data: Path, stream: str) -> dict[str, list[dict]]:
+    """Image -> what is in it."""
+    return {entry["image"]: entry["objects"] for entry in _read_lines(data / "scenes" / f"{stream}.jsonl")}
 
 
 def _reefknot(folder: Path, relations: list[dict], questions: list[dict], subsets: dict[str, list[dict]]) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 #: Real files end with "\nAnswer the question using a single word or phrase.", which these models have never read;
 #: LLaVA's eval_textvqa wants two lines.
 _SECOND_LINE = "\n"
-_RELATION = re.compile(r"Is the (\S+ \S+) (.+) the (\S+ \S+)\?")
+RELATION = re.compile(r"Is the (\S+ \S+) (.+) the (\S+ \S+)\?")
 _POPE = ("adversarial", "popular", "random")
 
 
@@ -81,7 +81,7 @@ def _mme(folder: Path, images: Path, relations: list[dict]) -> int:
     link(root / "position" / "images", images)
     asked = []
     for number, question in enumerate(relations):
-        turned = _RELATION.fullmatch(question["text"])
+        turned = RELATION.fullmatch(question["text"])
         if turned is None:
             raise ValueError(f"{question['text']!r} is no question on a relation.")
         first, relation, second = turned.groups()

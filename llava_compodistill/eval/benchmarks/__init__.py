@@ -15,7 +15,7 @@ from .base import Benchmark
 VARIABLE = "COMPODISTILL_BENCHMARKS"
 #: Order of the tables: the paper's. Benchmarks that are not named here follow in the order they were registered.
 ORDER = (
-    "sugarcrepe", "sade", "bivlc", "winoground", "rbench", "reefknot",
+    "sugarcrepe", "sade", "bivlc", "winoground", "rbench", "rbench-box", "rbench-mask", "reefknot",
     "vqav2", "gqa", "vizwiz", "textvqa", "mme", "pope",
 )  # fmt: skip
 _registry: dict[str, Benchmark] = {}

@@ -19,7 +19,7 @@ from statistics import mean as mean_of
 from typing import Any
 
 from ...errors import RecordError
-from ..reading import letter_is_doubtful, yes_or_no
+from ..reading import Reading, letter_is_doubtful, yes_or_no
 
 Record = Mapping[str, Any]
 
@@ -27,35 +27,60 @@ Record = Mapping[str, Any]
 # ---------------------------------------------------------------------------------------------------------------------
 # Captions matched with images
 # ---------------------------------------------------------------------------------------------------------------------
-def pair_accuracy(record: Record) -> float:
-    """Whether the true caption (0) beats every other on image 0; over `choices`, the share of orders that pick it."""
+def pair_accuracy(record: Record, reading: Reading | None = None) -> float:
+    """Whether the true caption (0) beats every other on image 0; over `choices`, the share of orders that pick it.
+
+    Args:
+        reading: as for `picked_letter`.
+    """
     if "scores" in record:
-        true, *false = (row[0] for row in record["scores"])
+        true, *false = (row[0] for row in _scores(record))
         return float(all(true > other for other in false))
-    return mean_of(float(_picked(choice) == choice.get("image", 0)) for choice in field(record, "choices"))
+    return mean_of(choice_is_right(choice, reading) for choice in field(record, "choices"))
 
 
-def _picked(choice: Record) -> int | None:
-    return None if choice["picked"] is None else choice["options"][choice["picked"]]
+def choice_is_right(choice: Record, reading: Reading | None = None) -> float:
+    """Whether one of `choices` picks the image's own caption."""
+    picked = picked_letter(choice, reading)
+    return float(picked is not None and choice["options"][picked] == choice.get("image", 0))
+
+
+def picked_letter(choice: Record, reading: Reading | None = None) -> int | None:
+    """The number of the letter that one of `choices` picked, None where there is none.
+
+    Args:
+        reading: reads it anew, where the model answered in words.
+    """
+    if reading is None or "text" not in choice:
+        return choice["picked"]
+    return reading.letter(choice["text"], len(choice["options"]))
 
 
 def two_by_two(record: Record) -> tuple[bool, bool, bool, bool]:
     """Image 0 prefers its caption, image 1 its, caption 0 prefers its image, caption 1 its."""
-    (s00, s01), (s10, s11) = field(record, "scores")
+    (s00, s01), (s10, s11) = _scores(record)
     return s00 > s10, s11 > s01, s00 > s01, s11 > s10
 
 
-def pairwise(record: Record) -> float:
+def _scores(record: Record) -> list[list[float]]:
+    """[captions][images]; raises RecordError for NaN, which is neither more nor less than anything."""
+    scores = field(record, "scores")
+    if any(value != value for row in scores for value in row):
+        raise RecordError(f"record {record.get('id')}: scores hold NaN: {scores}")
+    return scores
+
+
+def pairwise(record: Record, reading: Reading | None = None) -> float:
     """The share of an item's two image-to-text choices that are right."""
-    return mean_of(map(float, two_by_two(record)[:2])) if "scores" in record else pair_accuracy(record)
+    return mean_of(map(float, two_by_two(record)[:2])) if "scores" in record else pair_accuracy(record, reading)
 
 
-def four_way(records: Sequence[Record]) -> dict[str, Any]:
+def four_way(records: Sequence[Record], reading: Reading | None = None) -> dict[str, Any]:
     """`group`, `i2t`, `t2i` (chance 16.7 / 25 / 25), `pairwise` and the four one-sided accuracies (chance 50) of
     items of two captions and two images; `pairwise` alone of `choices`."""
     if all("scores" not in record for record in records):
         # Letters are chosen for one image at a time: text-to-image would need both images in one prompt.
-        return {"pairwise": percent(map(pair_accuracy, records))}
+        return {"pairwise": percent(pair_accuracy(record, reading) for record in records)}
     sides = [two_by_two(record) for record in records]
     names = ("i2t_image_0", "i2t_image_1", "t2i_caption_0", "t2i_caption_1")
     return {
@@ -67,13 +92,14 @@ def four_way(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def counts(records: Iterable[Record]) -> dict[str, int]:
+def counts(records: Iterable[Record], reading: Reading | None = None) -> dict[str, int]:
     """How many items there are and, of `choices`, how many letters could not be read or may be an article."""
     records = list(records)
     choices = [choice for record in records for choice in record.get("choices", ())]
     found = {"items": len(records)}
     if choices:
-        found["unparsable"] = sum(choice["picked"] is None for choice in choices)
+        read = [picked_letter(choice, reading) for choice in choices]
+        found["unparsable"] = read.count(None)
         found["doubtful_letters"] = sum(letter_is_doubtful(choice.get("text", "")) for choice in choices)
     return found
 
@@ -81,9 +107,13 @@ def counts(records: Iterable[Record]) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers in words
 # ---------------------------------------------------------------------------------------------------------------------
-def yes_no_figures(records: Sequence[Record]) -> dict[str, Any]:
-    """Accuracy, precision, recall, F1 and the share of "yes", in %; yes is the positive answer."""
-    pairs = [(yes_or_no(field(record, "text")), is_yes(record)) for record in records]
+def yes_no_figures(records: Sequence[Record], read: Callable[[str], bool | None] = yes_or_no) -> dict[str, Any]:
+    """Accuracy, precision, recall, F1 and the share of "yes", in %; yes is the positive answer.
+
+    Args:
+        read: answer -> yes, no, or None where it is neither, and wrong.
+    """
+    pairs = [(read(field(record, "text")), is_yes(record)) for record in records]
     hits = sum(answer is True and label for answer, label in pairs)
     answered, true = sum(answer is True for answer, _ in pairs), sum(label for _, label in pairs)
     precision, recall = _ratio(hits, answered), _ratio(hits, true)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +18,58 @@ from .base import Item
 
 #: At most so many missing images are named.
 _NAMED = 3
+#: Of a folder with more files than this, one hash is noted.
+_MANY = 12
+_noted: contextvars.ContextVar[dict[Path, str] | None] = contextvars.ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[dict[Path, str]]:
+    """In here what is read is noted: file -> 16 hex digits of its SHA-256."""
+    found: dict[Path, str] = {}
+    token = _noted.set(found)
+    try:
+        yield found
+    finally:
+        _noted.reset(token)
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """A file's text, noted.
+
+    Raises:
+        FileNotFoundError: when it is not there.
+        DataError: when it is no UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a folder, or not ours to read
+        raise DataError(f"{path}: {error.strerror}.") from None
+    found = _noted.get()
+    if found is not None:
+        found[path] = hashlib.sha256(data).hexdigest()[:16]
+    try:
+        return data.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: no UTF-8 text ({error}).") from None
+
+
+def named_below(root: Path, found: Mapping[Path, str]) -> dict[str, str]:
+    """What `noted` found as {path below the root: hash}; of a folder with many files {folder/*.suffix: one hash}."""
+    many: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(found):
+        many[f"{Path(os.path.relpath(path.parent, root)).as_posix()}/*{path.suffix}"].append(found[path])
+    named = {}
+    for path in sorted(found):
+        name = Path(os.path.relpath(path, root)).as_posix()
+        group = f"{Path(name).parent.as_posix()}/*{path.suffix}"
+        if len(many[group]) > _MANY:
+            named[group] = hashlib.sha256("".join(many[group]).encode()).hexdigest()[:16]
+        else:
+            named[name] = found[path]
+    return named
 
 
 def read_json(path: Path, how_to_get: str) -> Any:
@@ -22,10 +80,12 @@ def read_json(path: Path, how_to_get: str) -> Any:
         DataError: when it is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = read_text(path)
     except FileNotFoundError:
         raise MissingData(f"{path} is missing: {how_to_get}") from None
-    except ValueError as error:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: no JSON ({error}).") from None
 
 
@@ -51,7 +111,7 @@ def read_lines(path: Path, how_to_get: str) -> Iterator[tuple[str, dict[str, Any
         DataError: for a line that is no object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(path).split("\n")
     except FileNotFoundError:
         raise MissingData(f"{path} is missing: {how_to_get}") from None
     for number, line in enumerate(lines, start=1):
@@ -60,7 +120,7 @@ def read_lines(path: Path, how_to_get: str) -> Iterator[tuple[str, dict[str, Any
         place = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: no JSON ({error}).") from None
         if not isinstance(entry, dict):
             raise DataError(f"{place}: must be an object, is a {type(entry).__name__}.")
@@ -99,17 +159,39 @@ def yes_no_label(entry: Any, place: str) -> str:
     return label
 
 
-def image_folder(benchmark: str, how_to_get: str, *folders: Path) -> Path:
-    """The first of the folders that exists.
+def home(data: Path, name: str) -> Path:
+    """The folder of a benchmark below the data root: NAME, or what a clone or download of it is called (R-Bench,
+    sugar-crepe-main); DATA/NAME where there is none."""
+    if (data / name).is_dir() or not data.is_dir():
+        return data / name
+    found = sorted(folder for folder in data.iterdir() if folder.is_dir() and _plain(folder.name) == _plain(name))
+    return found[0] if found else data / name
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_ ]", "", re.sub(r"-(main|master)$", "", name.lower()))
+
+
+def folder_with(file: str, folder: Path, *parts: str) -> Path:
+    """The folder, or the first of its parts, in which a file lies; the folder where there is none."""
+    return next((place for place in (folder, *(folder / part for part in parts)) if (place / file).exists()), folder)
+
+
+def image_folder(benchmark: str, how_to_get: str, *folders: Path, sample: Any = None) -> Path:
+    """The first of the folders in which an image lies, else the first that exists.
+
+    Args:
+        sample: the name of one of the images.
 
     Raises:
-        MissingData: when none does.
+        MissingData: when none exists.
     """
-    for folder in folders:
-        if folder.is_dir():
-            return folder
-    looked = ", ".join(map(str, folders))
-    raise MissingData(f"the images of {benchmark} are in none of {looked}: {how_to_get}")
+    there = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+    if not there:
+        raise MissingData(f"the images of {benchmark} are in none of {', '.join(map(str, folders))}: {how_to_get}")
+    if not isinstance(sample, str):
+        return there[0]
+    return next((folder for folder in there if os.path.isfile(folder / sample)), there[0])
 
 
 def checked(items: Sequence[Item], benchmark: str, how_to_get: str) -> list[Item]:
@@ -123,8 +205,9 @@ def checked(items: Sequence[Item], benchmark: str, how_to_get: str) -> list[Item
         if item.id in seen:
             raise DataError(f"{item.place}: the id {item.id!r} is that of {seen[item.id]} already.")
         seen[item.id] = item.place
-    files = {image: item.place for item in reversed(items) for image in item.images}
-    missing = {file: place for file, place in reversed(files.items()) if not Path(file).is_file()}
+    files = {str(image): item.place for item in reversed(items) for image in item.images}
+    # os.path: a name that is too long for the system is not there, and no error.
+    missing = {file: place for file, place in reversed(files.items()) if not os.path.isfile(file)}
     if missing:
         named = "; ".join(f"{file} of {place}" for file, place in list(missing.items())[:_NAMED])
         more = "; …" if len(missing) > _NAMED else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 from ...errors import MissingData, RecordsError
 from .base import Benchmark
+from .files import read_text
 
 Answers = list[dict[str, Any]]
 Records = list[dict[str, Any]]
@@ -34,11 +36,13 @@ def read_questions(path: Path, images: Path | None = None) -> list[dict[str, Any
     questions = []
     for number, line in enumerate(lines if lines[-1] else lines[:-1], start=1):
         entry = _entry(path, number, line, ("question_id", "image", "text"))
-        if not isinstance(entry["text"], str) or "<image>" in entry["text"]:
+        text = entry["text"]
+        if not isinstance(text, str) or "<image>" in text or re.search("[\ud800-\udfff]", text):
             raise RecordsError(
-                f"{path}, line {number}: its text must be a question without <image>, is {entry['text']!r}."
+                f"{path}, line {number}: its text must be a question without <image> and without half a character (a "
+                f"lone surrogate), is {text!r}."
             )
-        if images is not None and not (images / str(entry["image"])).is_file():
+        if images is not None and not os.path.isfile(images / str(entry["image"])):
             raise RecordsError(f"{path}, line {number}: its image {images / str(entry['image'])} is missing.")
         questions.append(entry)
     if not questions:
@@ -58,7 +62,7 @@ def read_answers(path: Path) -> Answers:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8", "replace")
+        return read_text(path, "replace")
     except OSError as error:
         raise RecordsError(f"{path}: {error.strerror}.") from None
 
@@ -67,7 +71,7 @@ def _entry(path: Path, number: int, line: str, fields: Sequence[str]) -> dict[st
     try:
         entry = json.loads(line)
         missing = [name for name in fields if name not in entry]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise RecordsError(f"{path}, line {number}: no JSON object ({error}).") from None
     if missing:
         raise RecordsError(f"{path}, line {number}: has no {missing[0]!r}, only {', '.join(entry)}.")
@@ -126,6 +130,7 @@ class LlavaBenchmark(Benchmark):
         records: (data root, LLaVA's answers in the order of the questions) -> a record each, with its label where the
             labels lie on this machine.
         read_printed: what LLaVA's or the official scorer prints -> figures; empty while there is no score.
+        verify: (data root) looks at labels and the like before anything is asked; raises DataError.
         converter: writes the file for its scorer or server.
     """
 
@@ -135,6 +140,7 @@ class LlavaBenchmark(Benchmark):
     labels: str = ""
     records: Callable[[Path, Answers], Records] = plain_records
     read_printed: Callable[[str], dict[str, float]] = lambda text: {}
+    verify: Callable[[Path], None] = lambda data: None
     converter: Converter | None = None
 
     def check(self, data: Path) -> None:
@@ -143,8 +149,10 @@ class LlavaBenchmark(Benchmark):
         Raises:
             MissingData: when its files are not there at all.
             RecordsError: for a wrong question or a missing image, with file and line.
+            DataError: for labels of another version.
         """
         for path in (data / self.questions, data / self.images, data / self.needs):
             if not path.exists():
                 raise MissingData(f"{path} is missing: see LLaVA's docs/Evaluation.md (its eval.zip goes to {data}).")
         read_questions(data / self.questions, data / self.images)
+        self.verify(data)

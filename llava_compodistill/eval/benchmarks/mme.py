@@ -14,6 +14,7 @@ from ...errors import DataError
 from ..reading import yes_no_other
 from . import figures, register
 from .base import Record
+from .files import read_text
 from .llava import Answers, LlavaBenchmark, Records, plain_records
 from .sums import Sums, numbered
 
@@ -48,7 +49,7 @@ def records(data: Path, answers: Answers) -> Records:
 
 def _read_labels(path: Path) -> dict[str, str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except FileNotFoundError:
         raise DataError(f"{path} is missing: it has the labels of an image of MME.") from None
     labels = {}

@@ -10,55 +10,78 @@ from statistics import mean
 from typing import Any
 
 from ...errors import DataError
-from ..reading import yes_or_no
+from ..reading import Reading, yes_unless_no
 from . import figures, register
 from .base import Record
+from .files import read_text
 from .llava import Answers, LlavaBenchmark, Records, plain_records, read_questions
 from .sums import Sums, mean_f1
 
 QUESTIONS = "pope/llava_pope_test.jsonl"
 
 
+STRICT = Reading("strict", "yes unless the first sentence holds No, not or no; an empty answer is wrong, and no yes")
+OFFICIAL = Reading(
+    "official", "yes unless the first sentence holds No, not or no; an empty answer is a yes", yes_unless_no
+)
+#: The lists that LLaVA's questions belong to.
+_COMMIT = "e3e3926 of github.com/AoiDragon/POPE"
+
+
 def records(data: Path, answers: Answers) -> Records:
     """Labels: DATA/pope/coco/coco_pope_CATEGORY.json, one a line, in the order of the category's questions (as LLaVA's
     eval_pope takes them); the questions have the categories."""
-    categories = [entry.get("category") for entry in read_questions(data / QUESTIONS)]
-    labels: dict[str, list[str]] = {}
-    for category in dict.fromkeys(categories):
-        path = data / "pope" / "coco" / f"coco_pope_{category}.json"
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            labels[category] = [json.loads(line)["label"] for line in lines]
-        except FileNotFoundError:
-            raise DataError(f"{path} is missing: it has the labels of the category {category!r}.") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: must hold one {{label}} a line ({error}).") from None
-        if len(lines) != categories.count(category):
-            raise DataError(f"{path}: {len(lines)} labels for {categories.count(category)} questions.")
-    places = {category: iter(values) for category, values in labels.items()}
+    categories = _categories(data)
+    places = {category: iter(values) for category, values in _labels(data, categories).items()}
     return [
         {**record, "category": category, "label": next(places[category])}
         for record, category in zip(plain_records(data, answers), categories, strict=True)
     ]
 
 
-def score(records: Iterable[Record]) -> dict[str, Any]:
-    """Yes/no figures of each `category` and their means. As LLaVA's eval_pope has them, but that an empty answer is
-    wrong and no "yes"."""
+def verify(data: Path) -> None:
+    """Whether the labels are those of the questions: POPE's lists have changed since."""
+    _labels(data, _categories(data))
+
+
+def _categories(data: Path) -> list[str]:
+    return [str(entry.get("category")) for entry in read_questions(data / QUESTIONS)]
+
+
+def _labels(data: Path, categories: Sequence[str]) -> dict[str, list[str]]:
+    labels: dict[str, list[str]] = {}
+    for category in dict.fromkeys(categories):
+        path = data / "pope" / "coco" / f"coco_pope_{category}.json"
+        try:
+            lines = read_text(path).splitlines()
+            labels[category] = [json.loads(line)["label"] for line in lines]
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing: it has the labels of the category {category!r}.") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: must hold one {{label}} a line ({error}).") from None
+        if len(lines) != categories.count(category):
+            raise DataError(
+                f"{path}: {len(lines)} labels for {categories.count(category)} questions. LLaVA's questions belong to "
+                f"the lists at commit {_COMMIT} (random has 2,910 there; later lists have 3,000)."
+            )
+    return labels
+
+
+def score(records: Iterable[Record], reading: Reading = STRICT) -> dict[str, Any]:
+    """Yes/no figures of each `category` and their means."""
     records = list(records)
     groups = sorted(figures.grouped(records, "category").items())
-    categories = {name: figures.yes_no_figures(items) for name, items in groups}
+    categories = {name: figures.yes_no_figures(items, reading.yes_no) for name, items in groups}
     by_category = {
         f"{name}_{category}": entry[name]
         for category, entry in categories.items()
         for name in ("f1", "accuracy", "yes_ratio")
     }
-    unparsable = figures.unparsable(records, yes_or_no)
     return {
         **figures.means_of_yes_no(categories.values()),
         **by_category,
         "items": len(records),
-        "unparsable": unparsable,
+        "unparsable": figures.unparsable(records, reading.yes_no),
     }
 
 
@@ -94,8 +117,10 @@ register(
         images="pope/val2014",
         needs="pope/coco",
         records=records,
+        verify=verify,
         score=score,
         sums=sums,
+        readings=(STRICT, OFFICIAL),
         read_printed=read_printed,
     )
 )

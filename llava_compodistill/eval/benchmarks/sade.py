@@ -14,6 +14,8 @@ from .base import EngineBenchmark, Item, Record
 from .sums import Sums, mean_of_means
 
 CATEGORIES = ("comprehensive", "relation", "attribute", "atomic", "negate", "content")
+#: Categories that SADE takes from two data sets: VL-CheckList and ARO-VG, VL-CheckList and ARO-VG, COCO and Flickr30k.
+TWO_SOURCES = ("relation", "attribute", "content")
 HOW_TO_GET = (
     "its references are linked from github.com/TeleeMa/SADE; `llava-compodistill sade` converts each; the images "
     "belong in sade/images/."
@@ -24,7 +26,7 @@ def load(data: Path) -> list[Item]:
     """DATA/sade/sade.jsonl: {id, category, source, image, positive, negatives[]}; for `comprehensive` {id, category,
     source, images[2], captions[2]}; images in DATA/sade/images. (The public files' own keys differ by source; this is
     the form to convert them to.)"""
-    folder = data / "sade"
+    folder = files.home(data, "sade")
     images = files.image_folder("sade", HOW_TO_GET, folder / "images", folder)
     items = []
     for place, entry in files.read_lines(folder / "sade.jsonl", HOW_TO_GET):
@@ -54,20 +56,42 @@ def load(data: Path) -> list[Item]:
 
 def score(records: Iterable[Record]) -> dict[str, Any]:
     """Recall@1 of the true caption among its negatives, by category; `comprehensive` is Winoground's group score.
-    `macro` averages the categories, `micro` the items; `missing` names categories of which there is nothing."""
+
+    A category is the mean over its sources (arXiv 2308.10509, Table 2: "the average performance of two sub-branches"),
+    whose figures `by_source` holds. `macro` averages the categories, `micro` the items. `pooled` has the categories as
+    means over their items, and `macro_pooled` the mean of those. `missing` names categories of which there is nothing,
+    or one source of two.
+    """
     categories = figures.grouped(records, "category", CATEGORIES)
-    by_category = {name: figures.percent(map(hit, items)) for name, items in categories.items()}
     everything = [record for items in categories.values() for record in items]
+    by_source = {
+        name: {source: figures.percent(map(hit, some)) for source, some in _by_source(items).items()}
+        for name, items in categories.items()
+    }
+    by_category = {name: figures.mean(found.values()) for name, found in by_source.items()}
+    pooled = {name: figures.percent(map(hit, items)) for name, items in categories.items()}
+    missing = figures.missing(categories, CATEGORIES)
+    halves = [f"a second source of {name}" for name in TWO_SOURCES if len(by_source.get(name, "12")) < 2]
+    if halves:
+        missing = {"missing": [*missing.get("missing", []), *halves]}
     return {
         "macro": figures.mean(by_category.values()),
         "macro_without_comprehensive": figures.mean(
             value for name, value in by_category.items() if name != "comprehensive"
         ),
+        "macro_pooled": figures.mean(pooled.values()),
         "micro": figures.percent(map(hit, everything)),
         **by_category,
-        **figures.missing(categories, CATEGORIES),
+        "by_source": by_source,
+        "pooled": pooled,
+        **missing,
         **figures.counts(everything),
     }
+
+
+def _by_source(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records that name no source are of one."""
+    return figures.grouped(({"source": "", **record} for record in records), "source")
 
 
 def hit(record: Record) -> float:
@@ -78,8 +102,10 @@ def hit(record: Record) -> float:
 
 
 def sums(records: Sequence[Record]) -> Sums:
-    """The mean over categories."""
-    return mean_of_means(records, hit, lambda record: record["category"])
+    """The mean over categories of the means over their sources."""
+    return mean_of_means(
+        records, hit, lambda record: (record["category"], record.get("source", "")), lambda stratum: stratum[0]
+    )
 
 
 register(
@@ -93,6 +119,7 @@ register(
         sums=sums,
         how_to_get=HOW_TO_GET,
         paper=(75.5, 63.9, 69.4),
+        paper_kind="unknown",
         average="CR average",
     )
 )

@@ -52,12 +52,19 @@ def mean_of_means(
     records: Sequence[Record],
     value_of: Callable[[Record], float],
     stratum_of: Callable[[Record], Hashable] = lambda record: "",
+    group_of: Callable[[Hashable], Hashable] = lambda stratum: stratum,
 ) -> Sums:
-    """The unweighted mean over strata of the mean over items of `value_of`, which is in [0, 1]."""
+    """The unweighted mean over strata of the mean over items of `value_of`, which is in [0, 1].
+
+    Args:
+        group_of: a stratum's group, where the figure is the mean over groups of the means over their strata.
+    """
     values = np.array([value_of(record) for record in records], dtype=float)
     columns = np.stack([values, np.ones(len(values))], axis=1)
-    strata = numbered([stratum_of(record) for record in records])
-    return Sums(strata, columns, lambda sums: 100 * (sums[..., 0] / sums[..., 1]).mean(axis=-1))
+    names = [stratum_of(record) for record in records]
+    groups = [group_of(stratum) for stratum in dict.fromkeys(names)]
+    weights = np.array([1 / (len(set(groups)) * groups.count(group)) for group in groups])
+    return Sums(numbered(names), columns, lambda sums: 100 * (sums[..., 0] / sums[..., 1] * weights).sum(axis=-1))
 
 
 def mean_f1(
@@ -67,14 +74,14 @@ def mean_f1(
 ) -> Sums:
     """The mean over lists of questions of F1, yes being the positive answer: of each list hits, "yes" answers and true
     "yes"; F1 = 2 hits / (answered + true). The share of true "yes" is the benchmark's choice, so that a stratum
-    should hold one label."""
+    should hold one label. A question counts as often as a list names it; in none, it does not count."""
     lists = sorted({name for record in records for name in lists_of(record)}, key=str)
     columns = np.zeros((len(records), 3 * len(lists)))
     for row, record in enumerate(records):
         answered, true = yes_or_no(record["text"]) is True, record["label"] == "yes"
         for place, name in enumerate(lists):
-            if name in lists_of(record):
-                columns[row, 3 * place : 3 * place + 3] = answered and true, answered, true
+            times = list(lists_of(record)).count(name)
+            columns[row, 3 * place : 3 * place + 3] = times * np.array([answered and true, answered, true])
 
     def value(sums: np.ndarray) -> np.ndarray:
         hits, answered, true = (sums.sum(axis=-2)[..., place::3] for place in range(3))

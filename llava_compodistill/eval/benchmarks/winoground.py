@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import protocols
-from ..hub import save_image, write_whole
+from ..hub import Hub, unpack, write_whole
+from ..reading import Reading
 from . import figures, files, register
-from .base import EngineBenchmark, Item, LoadRows, Record
+from .base import EngineBenchmark, Item, Record
 from .sums import Sums, mean_of_means
 
 HOW_TO_GET = (
     "it is facebook/winoground on the Hugging Face hub, gated: accept its terms there and log in (hf auth login), "
-    "then --hub writes this layout."
+    "then --hub gets its examples.jsonl and images.zip; or put these two into winoground/ yourself."
 )
 
 
 def load(data: Path) -> list[Item]:
     """DATA/winoground/examples.jsonl: {id, image_0, image_1, caption_0, caption_1, tag}; images in
     DATA/winoground/images, named as the fields say or with .png behind."""
-    folder = data / "winoground"
+    folder = files.folder_with("examples.jsonl", files.home(data, "winoground"), "data")
     images = files.image_folder("winoground", HOW_TO_GET, folder / "images", folder)
 
     def file(name: str) -> str:
@@ -42,15 +42,15 @@ def load(data: Path) -> list[Item]:
     return files.checked(items, "winoground", HOW_TO_GET)
 
 
-def score(records: Iterable[Record]) -> dict[str, Any]:
+def score(records: Iterable[Record], reading: Reading | None = None) -> dict[str, Any]:
     """`text`, `image` and `group` (chance 25 / 25 / 16.7) and `pairwise`, the accuracy of the single image-to-text
     choices (chance 50), which alone compares with the paper's figure."""
     records = list(records)
-    found = figures.four_way(records)
+    found = figures.four_way(records, reading)
     named = {"pairwise": found["pairwise"]}
     if "group" in found:
         named |= {"text": found["i2t"], "image": found["t2i"], "group": found["group"]}
-    return {**named, **figures.counts(records)}
+    return {**named, **figures.counts(records, reading)}
 
 
 def sums(records: Sequence[Record]) -> Sums:
@@ -58,18 +58,17 @@ def sums(records: Sequence[Record]) -> Sums:
     return mean_of_means(records, figures.pairwise)
 
 
-def from_hub(folder: Path, load_rows: LoadRows) -> None:
-    """One data set, gated."""
-    path = folder / "examples.jsonl"
-    if path.is_file():
+def from_hub(folder: Path, hub: Hub) -> None:
+    """examples.jsonl and images.zip, gated. Its loading script, which `datasets` no longer runs, is not needed."""
+    place = files.folder_with("examples.jsonl", folder, "data")
+    if (place / "examples.jsonl").is_file() and (place / "images").is_dir():
         return
-    entries = []
-    for row in load_rows("facebook/winoground"):
-        entry = {name: row[name] for name in ("id", "caption_0", "caption_1", "tag", "collapsed_tag") if name in row}
-        for name in ("image_0", "image_1"):
-            entry[name] = save_image(row[name], folder / "images" / f"ex_{row['id']}_{name}.png")
-        entries.append(entry)
-    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+    examples, images = (hub.file("facebook/winoground", f"data/{name}") for name in ("examples.jsonl", "images.zip"))
+    if not (place / "images").is_dir():
+        hub.progress(f"{images}, unpacked")
+        unpack(images, place / "images")
+    if not (place / "examples.jsonl").is_file():
+        write_whole(place / "examples.jsonl", examples.read_text(encoding="utf-8"))
 
 
 register(
@@ -81,9 +80,12 @@ register(
         protocols=(*protocols.CHOOSING, *protocols.MATCHING),
         score=score,
         sums=sums,
+        readings=protocols.LETTER_READINGS,
         how_to_get=HOW_TO_GET,
         hub=from_hub,
         paper=(57.8, 47.2, 51.2),
+        paper_protocols=("choice",),
+        paper_kind="inferred",
         average="CR average",
     )
 )

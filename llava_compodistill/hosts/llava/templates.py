@@ -8,7 +8,6 @@ tokenized piece by piece, so the mask is exact by construction, whatever the tok
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,53 +17,11 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import SampleError, TemplateError
+from .conversations import plugin_templates
 
-#: Qwen's own chat template (ChatML), as its instruction models were trained on it.
-QWEN = conversation_lib.Conversation(
-    system="<|im_start|>system\nYou are a helpful assistant.",
-    roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
-    version="qwen_1_5",
-    messages=(),
-    offset=0,
-    sep_style=conversation_lib.SeparatorStyle.MPT,
-    sep="<|im_end|>\n",
-)
-
-#: LLaVA v1's turns with a short system line and the end token of Qwen's base models, which have not learned ChatML.
-QWEN_BASE = conversation_lib.Conversation(
-    system="Answer the questions.",
-    roles=("USER", "ASSISTANT"),
-    version="qwen_base",
-    messages=(),
-    offset=0,
-    sep_style=conversation_lib.SeparatorStyle.TWO,
-    sep=" ",
-    sep2="<|endoftext|>",
-)
-
-#: LLaVA v1's own wording with that end token, which the authors' code trains under.
-QWEN_V1 = dataclasses.replace(QWEN_BASE, system=conversation_lib.conv_vicuna_v1.system, version="qwen_v1")
-
-#: Question and answer with nothing around them, the image first, for base models too small for wrapping.
-QWEN_QA = conversation_lib.Conversation(
-    system="",
-    roles=("", ""),
-    version="qwen_qa",
-    messages=(),
-    offset=0,
-    sep_style=conversation_lib.SeparatorStyle.PLAIN,
-    sep="\nAnswer:",
-    sep2="<|endoftext|>",
-)
-
-TEMPLATES = {
-    "qwen_1_5": QWEN,
-    "qwen_2": QWEN,
-    "qwen_2_5": QWEN,
-    "qwen_base": QWEN_BASE,
-    "qwen_qa": QWEN_QA,
-    "qwen_v1": QWEN_V1,
-}
+#: The plugin's own templates by name.
+TEMPLATES = plugin_templates(conversation_lib)
+QWEN = TEMPLATES["qwen_1_5"]
 
 #: Tokens from which a padding token may be taken, where the tokenizer has them as special tokens: a text cannot
 #: contain those, while an ordinary entry of the vocabulary, as `<unk>` is in Qwen's, may occur in a conversation.

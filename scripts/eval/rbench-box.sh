@@ -1,0 +1,6 @@
+#!/bin/bash
+# R-Bench, instance level: subject and object are marked by boxes. Flags: llava-compodistill eval --help
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+own rbench-box "$@"

@@ -94,8 +94,8 @@ def ask(
     """Ask questions and write LLaVA's answers.
 
     Questions on one image are asked together, so the answers come in another order than the questions; each is in the
-    file as soon as it is there, and at the end the file has the questions' order. A question whose image cannot be read
-    does not stop the others.
+    file as soon as it is there, and at the end the file has the questions' order. A question whose image cannot be
+    read does not stop the others.
 
     Args:
         questions: with question_id, image and text.

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
-pytest.register_assert_rewrite("checks")
+pytest.register_assert_rewrite("checks", "vqa")
 #: The miniature world is not in the wheel: it comes from the checkout that these tests lie in.
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))

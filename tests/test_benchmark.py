@@ -69,7 +69,9 @@ def test_every_variant_has_its_figures(measured):
                 assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
                 assert float(row["extra_mib"]) > 0
     rates = {row["variant"]: float(row["samples_per_s"]) for row in found if row["suite"] == "eval"}
-    assert set(rates) == {"one by one, likelihood", "one by one, generated letters", "ours, likelihood"}
+    likelihoods = {"one by one, likelihood", "one by one, generated letters", "ours, likelihood"}
+    assert set(rates) == likelihoods | {"LLaVA's model_vqa_loader", "ours, the same prompts"}
+    assert [row["parity"] for row in found if row["variant"] == "ours, the same prompts"] == ["0.0e+00"]
     assert any(row["suite"] == "profile" and "%" in row["note"] for row in found)
     assert all(row["device"] and row["torch"] == torch.__version__ and "run.py" in row["command"] for row in found)
 

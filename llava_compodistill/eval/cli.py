@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import re
 import sys
 import time
@@ -93,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="list the benchmarks' files that are present or missing, then exit; no model needed",
     )
     parser.add_argument("--hub", action="store_true", help="get SugarCrepe, BiVLC, Winoground from the hub if missing")
+    parser.add_argument("--engine", action="store_true", help="ask LLaVA's six in batches, with LLaVA's own prompts")
     parser.add_argument("--overwrite", action="store_true", help="ask again what was answered already")
     parser.add_argument("--share", help=argparse.SUPPRESS)  # K/N: how a process is told its part of the items
     return parser
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.conv_mode not in TEMPLATES.values():
         check_template(args.conv_mode)
     args.devices = shares.devices(args.device, args.processes)
-    args.dtype = shares.dtype_for(args.devices, args.dtype)
+    args.dtype_given, args.dtype = args.dtype, shares.dtype_for(args.devices, args.dtype)
     # Everything is read and checked before a model is: a missing image shows now, not after hours.
     plan = prepare(args, chosen)
     if args.share:
@@ -201,6 +201,8 @@ def evaluate(args: argparse.Namespace, argv: list[str], plan: Plan) -> list[dict
         console.rule(benchmark.title)
         options = {"conv_mode": args.conv_mode, "model_base": args.model_base, "model_name": args.name}
         options |= {"devices": args.devices, "overwrite": args.overwrite}
+        options |= {"engine": args.engine, "batch_size": args.batch_size, "dtype": args.dtype_given}
+        options |= {"image_workers": args.image_workers}
         try:
             summary = run_llava_benchmark(benchmark.name, args.model_path, args.data_root, folder(args), **options)
             summaries.append(summary)
@@ -222,7 +224,7 @@ class Plan:
 
     Attributes:
         runs: of the benchmarks that the engine asks.
-        theirs: those that LLaVA's modules ask.
+        theirs: those that LLaVA's modules ask, or the engine in their place (`vqa_loader`).
         absent: why others are left out: nobody has got their files.
         wrong: what is wrong with others, so that they are not, or not wholly, evaluated.
     """
@@ -369,13 +371,12 @@ def load(args: argparse.Namespace) -> Engine:
 
 
 def image_workers(args: argparse.Namespace) -> int:
-    """--image-workers, or the cores that there are for each process, 8 at most; on the CPU the model needs them."""
+    """--image-workers, or as many as `pictures` takes by itself."""
+    from .pictures import workers_by_default
+
     if args.image_workers is not None:
         return args.image_workers
-    if args.devices[0] is None:
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // processes(args)))
+    return workers_by_default(args.devices[0] is not None, processes(args))
 
 
 def processes(args: argparse.Namespace) -> int:

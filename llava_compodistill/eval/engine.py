@@ -92,9 +92,7 @@ class Engine:
         self.model, self.tokenizer, self.version, self.batch_size = llava_core(model), tokenizer, version, batch_size
         config = self.model.config
         self._crops = "anyres" in (getattr(config, "image_aspect_ratio", None) or "")
-        # Another template's padding token may be this one's end token, which the collator's mask would then hide.
-        prepare_tokenizer(tokenizer, use_template(version))
-        self._preprocess = import_llava_train().preprocess
+        self._prepare()
         process = import_llava("llava.mm_utils").process_images
         processor = self.model.get_vision_tower().image_processor
         make = MakePixels(process, processor, config, self.model.dtype, open_image or open_picture)
@@ -191,14 +189,18 @@ class Engine:
     # -----------------------------------------------------------------------------------------------------------------
     # Tokens and images
     # -----------------------------------------------------------------------------------------------------------------
+    def _prepare(self) -> None:
+        """What `_tokens` needs: LLaVA's training code, which it takes the prompts from."""
+        # Another template's padding token may be this one's end token, which the collator's mask would then hide.
+        prepare_tokenizer(self.tokenizer, use_template(self.version))
+        self._preprocess = import_llava_train().preprocess
+
     def _tokens(self, index: int, request: Request) -> Row:
         """The sequence of a request: with its answer where it has one, else up to where an answer would begin."""
         if not isinstance(request, self.kinds):
             raise ValueError(f"{type(self).__name__} cannot answer {type(request).__name__}.")
         given = isinstance(request, (Likelihood, Continuation))
-        text = request.prompt + (request.answer if given else "")
-        if any("\ud800" <= sign <= "\udfff" for sign in text):
-            raise DataError(f"{text[:80]!r} holds half a character (a lone surrogate), which no tokenizer reads.")
+        check_text(request.prompt + (request.answer if given else ""))
         ids, labels = self._preprocessed(request, request.answer if given else "?")
         if ids.count(IMAGE_TOKEN_INDEX) != 1:
             raise DataError(f"the prompt {request.prompt[:80]!r} holds an image token of its own.")
@@ -348,23 +350,40 @@ class Engine:
         return logits[:, : len(self.tokenizer)].argmax(dim=-1)
 
     def _generate(self, rows: list[Row], caches: _Caches) -> list[str]:
+        end, exact = [self.tokenizer.eos_token_id], rows[0].request.exact
+        answers, _ = self._continued(rows, caches, lambda states, step: self._likeliest(states, exact), end)
+        return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+
+    def _continued(
+        self,
+        rows: list[Row],
+        caches: _Caches,
+        choose: Callable[[torch.Tensor, int], torch.Tensor],
+        ends: Sequence[int],
+    ) -> tuple[list[list[int]], list[bool]]:
+        """The rows' answers as `continue_sequences` gives them."""
         model, device = self.model, self.model.device
         hidden, cache, lengths = self._forward(rows, caches)
         count = len(rows)
         # The rows' padding lies between their prompts and their answers, and must not be seen.
         prompt = torch.arange(hidden.shape[1], device=device)[None] < lengths[:, None]
         mask = torch.cat([torch.ones(count, caches.length, device=device, dtype=torch.bool), prompt], dim=1).long()
-        answers, _ = continue_sequences(
+        return continue_sequences(
             model,
             hidden[torch.arange(count, device=device), lengths - 1],
             cache,
             mask,
             caches.length + lengths,
-            lambda states, step: self._likeliest(states, rows[0].request.exact),
-            self.tokenizer.eos_token_id,
+            choose,
+            ends,
             torch.tensor([row.request.max_new_tokens for row in rows], device=device),
         )
-        return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+
+
+def check_text(text: str) -> None:
+    """Raise DataError for a text that tokenizers fail on."""
+    if any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise DataError(f"{text[:80]!r} holds half a character (a lone surrogate), which no tokenizer reads.")
 
 
 class _Caches:

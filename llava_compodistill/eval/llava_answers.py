@@ -1,12 +1,12 @@
-"""What scripts/eval/*.sh do around LLaVA's `model_vqa_loader`: ask what is left, and join the answers.
+"""What scripts/eval/*.sh do around LLaVA's `model_vqa_loader` or ours: ask what is left, and join the answers.
 
-LLaVA's module begins its file anew at every start, so a killed run would lose what it had. Here it is only ever given
-the questions that have no answer yet. An answer is known by its question's id and text: ids alone repeat (MME has two
+Either begins its file anew at every start, so a killed run would lose what it had. Here it is only ever given the
+questions that have no answer yet. An answer is known by its question's id and text: ids alone repeat (MME has two
 questions an image, TextVQA several).
 
     ANSWERS.jsonl           the whole, in the order of the questions, when all are answered
-    ANSWERS.jsonl.run.json  what made them: checkpoint, template, questions
-    ANSWERS/N_I.jsonl       LLaVA's shares, of this start
+    ANSWERS.jsonl.run.json  what made them: checkpoint, template, questions, and what asked
+    ANSWERS/N_I.jsonl       the shares of this start
     ANSWERS/kept.jsonl      what earlier starts answered
     ANSWERS/left.jsonl      the questions of this start
 """
@@ -27,6 +27,8 @@ from .checkpoint import check_checkpoint, template_of
 from .records import check_run, fingerprint, made_with, write_lines, write_run
 
 AGAIN = "MODEL_NAME=… (`eval --name …`) keeps others under another name; OVERWRITE=1 (`eval --overwrite`) asks again."
+#: What asks, where a run does not say it.
+LLAVA = "LLaVA's model_vqa_loader"
 Key = tuple[str, str]
 
 
@@ -53,7 +55,7 @@ def begin(
             path.unlink(missing_ok=True)
     found = _found(asked, questions, [answers, *_parts(folder)])
     if found or answers.is_file():
-        check_run(answers, about, AGAIN)
+        check_run(answers, about, AGAIN, unsaid={"asked_by": LLAVA, "dtype": about.get("dtype")})
     write_run(answers, about)
     left = _unanswered(asked, found)
     if not left and answers.is_file():
@@ -87,6 +89,11 @@ def join(questions: Path, answers: Path) -> int:
     if not any(folder.iterdir()):
         folder.rmdir()
     return len(asked)
+
+
+def asked_by(engine: bool, dtype: str = "") -> str:
+    """What asks, as a run and its summary say it: in another precision a few answers are others."""
+    return LLAVA if not engine else f"engine in {dtype}" if dtype else "engine"
 
 
 def shares(left: int, gpus: int) -> int:
@@ -149,6 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--template", default="", help="default: the checkpoint's, else by the model's type")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--engine", type=int, choices=(0, 1), default=0, help="1: vqa_loader asks, not LLaVA's module")
+    parser.add_argument("--dtype", choices=("", "float32", "bfloat16", "float16"), default="", help="of the engine")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu", help="decides the default precision")
     parser.add_argument("--overwrite", type=int, choices=(0, 1), default=0)
     args = parser.parse_args(argv)
     try:
@@ -160,6 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Standard output is what the script reads.
             template = args.template or template_of(args.model, lambda text: print(text, file=sys.stderr))
             more = {"model_base": args.model_base, "max_new_tokens": args.max_new_tokens}
+            # LLaVA's builder loads in fp16, and `llava-compodistill run` in fp32 where there is no GPU.
+            more["dtype"] = args.dtype or ("float16" if args.device == "cuda" else "float32")
+            more["asked_by"] = asked_by(bool(args.engine), args.dtype)
             about = made_with(args.model, template, **more)
             left = begin(args.questions, args.answers, about, bool(args.overwrite), args.images)
             print(left, shares(left, args.gpus), template)

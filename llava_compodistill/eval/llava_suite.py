@@ -1,4 +1,5 @@
-"""LLaVA's own benchmarks through scripts/eval/*.sh: its modules ask and score; this makes records and summaries."""
+"""LLaVA's own benchmarks through scripts/eval/*.sh: its module asks, or `vqa_loader` in its place, and its modules
+score; this makes records and summaries."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from .benchmarks import registered
 from .benchmarks.files import named_below, noted
 from .benchmarks.llava import LlavaBenchmark, read_answers, read_questions
 from .checkpoint import prompt_of
+from .llava_answers import LLAVA
 from .pins import asking, pins
 from .records import write_lines
 from .run import notes_on
@@ -26,8 +28,6 @@ from .shares import stopped_together
 from .summaries import show
 
 PROTOCOL = "LLaVA's"
-#: What asks where nothing else is said.
-MODULE = "LLaVA's model_vqa_loader"
 #: What scripts/eval/common.sh says of a scorer that ended with an error.
 SCORER_FAILED = "The scorer failed"
 #: Scorers print two or three digits.
@@ -45,11 +45,18 @@ def run_llava_benchmark(
     model_name: str | None = None,
     devices: Sequence[str | None] = (),
     overwrite: bool = False,
+    engine: bool = False,
+    batch_size: int = 16,
+    dtype: str | None = None,
+    image_workers: int | None = None,
 ) -> dict[str, Any]:
     """Run scripts/eval/NAME.sh, which asks LLaVA's module and ends with `summarize`; returns the summary.
 
     Args:
         devices: CUDA_VISIBLE_DEVICES of each process, None for the CPU; none leave it to the script.
+        engine: ask through `vqa_loader` in the module's place, `batch_size` questions at a time.
+        dtype: of the engine's model; by default that of LLaVA's module.
+        image_workers: of each engine.
 
     Raises:
         DataError: when the script fails.
@@ -57,6 +64,8 @@ def run_llava_benchmark(
     settings = {"EVAL_DATA": str(data), "CONV_MODE": conv_mode, "PYTHON": sys.executable, "OUTPUT": str(output)}
     settings |= {"OVERWRITE": str(int(overwrite)), "TABLE": "0", "MODEL_BASE": model_base or ""}
     settings |= {"MODEL_NAME": model_name or ""}
+    settings |= {"ENGINE": str(int(engine)), "BATCH_SIZE": str(batch_size), "DTYPE": dtype or ""}
+    settings |= {"IMAGE_WORKERS": "" if image_workers is None else str(image_workers)}
     if devices:
         settings["CUDA_VISIBLE_DEVICES"] = ",".join("-1" if name is None else name for name in devices)
     command = ["bash", str(folder("scripts") / "eval" / f"{name}.sh"), model_path]
@@ -86,6 +95,7 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
     """
     benchmark = registered(LlavaBenchmark)[name]
     made_with = json.loads(answers.with_name(answers.name + ".run.json").read_text(encoding="utf-8"))
+    asked_by = made_with.get("asked_by", LLAVA)
     given = read_answers(answers)
     with noted() as read:
         if (data / benchmark.questions).is_file():  # answers may be counted elsewhere than where they were given
@@ -113,10 +123,11 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
     summary = {
         "benchmark": name,
         "protocol": PROTOCOL,
+        "asked_by": asked_by,
         **{key: made_with[key] for key in ("model", "weights", "template", "fingerprint")},
         "items": len(records),
         "pins": pins(
-            {"protocol": PROTOCOL, "asked_by": MODULE, **made_with, **asking(PROTOCOL, prompt, limits)},
+            {"protocol": PROTOCOL, "asked_by": asked_by, **made_with, **asking(PROTOCOL, prompt, limits)},
             scored["readings"],
             named_below(data, read),
         ),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from ..hosts.llava import import_llava, register
 from .engine import Engine
+
+E = TypeVar("E", bound=Engine)
 
 
 def load_engine(
@@ -18,8 +20,9 @@ def load_engine(
     model_base: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    kind: type[E] = Engine,
     **options: Any,
-) -> Engine:
+) -> E:
     """Load a LLaVA checkpoint of any kind that LLaVA's builder and the plugin know.
 
     Args:
@@ -27,7 +30,8 @@ def load_engine(
         model_base: base model of a LoRA checkpoint.
         device: cuda, cuda:N or cpu; by default cuda where there is one.
         dtype: float32, bfloat16 or float16; by default bfloat16 on cuda and float32 elsewhere.
-        options: of `Engine`.
+        kind: of engine.
+        options: of the engine.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -38,4 +42,4 @@ def load_engine(
     name = import_llava("llava.mm_utils").get_model_name_from_path(model_path)
     loader = import_llava("llava.model.builder").load_pretrained_model
     tokenizer, model, _, _ = loader(model_path, model_base, name, device=device, torch_dtype=torch_dtype)
-    return Engine(model.eval(), tokenizer, version=template, **options)
+    return kind(model.eval(), tokenizer, version=template, **options)

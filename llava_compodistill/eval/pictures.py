@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import shutil
 import signal
@@ -31,6 +32,13 @@ _SHARED = Path("/dev/shm")
 _PART = 0.5
 #: Images that a worker makes before one of them is taken.
 _EACH = 2
+
+
+def workers_by_default(on_gpu: bool, processes: int) -> int:
+    """How many processes read images for each of some models: the cores that there are for it, 8 at most; none for a
+    model on the CPU, which needs the cores itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // processes)) if on_gpu else 0
 
 
 class Unreadable(DataError):

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import RecordsError
 
 #: A run's parts whose names alone say too little.
-_WORDS = {"weights": "weights that give", "fingerprint": "questions that give"}
+_WORDS = {"weights": "weights that give", "fingerprint": "questions that give", "asked_by": "asked by"}
 #: Bytes read at both ends of a tensor.
 _PIECE = 16 * 1024
 
@@ -109,15 +109,19 @@ def made_with(model: str, template: str, **more: Any) -> dict[str, Any]:
     return {"model": where, "weights": weights_of(model), "template": template, **more}
 
 
-def check_run(path: Path, run: dict[str, Any], way_out: str) -> None:
+def check_run(path: Path, run: dict[str, Any], way_out: str, unsaid: dict[str, Any] | None = None) -> None:
     """Whether the records of a file were made by such a run, as PATH.run.json beside it says.
+
+    Args:
+        way_out: what to do where they were not.
+        unsaid: what holds of runs that were written down before that was said of a run.
 
     Raises:
         RecordsError: when they were not, or nothing says it.
     """
     beside = path.with_name(path.name + ".run.json")
     try:
-        before = json.loads(beside.read_text(encoding="utf-8"))
+        before = {**(unsaid or {}), **json.loads(beside.read_text(encoding="utf-8"))}
     except (FileNotFoundError, ValueError):
         raise RecordsError(
             f"{path}: {beside.name}, which says what made these records, is missing or broken. {way_out}"

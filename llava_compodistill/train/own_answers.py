@@ -283,7 +283,7 @@ class OwnAnswers:
             mask,
             lengths,
             lambda hidden, step: choose_tokens(self._logits(hidden), numbers[:, step], args.on_policy_temperature),
-            self.end,
+            [self.end],
             limits,
         )
         for sample, answer, whole in zip(samples, answers, complete, strict=True):

@@ -1,27 +1,33 @@
-"""Suite eval: items a second of the evaluation engine against one question at a time, on the miniature's SugarCrepe.
+"""Suite eval: items a second of the evaluation engine against one question at a time, on the miniature.
 
-LLaVA's own evaluation generates an answer a question, image included: here the letter of the better caption, asked in
-both orders. The same likelihoods one by one show what sharing images, prefixes and batches gives by itself.
+On SugarCrepe, LLaVA's way is to generate an answer a question, image included: here the letter of the better caption,
+asked in both orders. The same likelihoods one by one show what sharing images, prefixes and batches gives by itself.
+On GQA, LLaVA's own module is run beside ours, which asks the same and must answer the same.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from measure import synchronize
 from PIL import Image
 
-from llava_compodistill.eval import protocols
-from llava_compodistill.eval.benchmarks import sugarcrepe
+from llava_compodistill.eval import protocols, vqa_loader
+from llava_compodistill.eval.benchmarks import get, sugarcrepe
 from llava_compodistill.eval.benchmarks.base import Item
+from llava_compodistill.eval.benchmarks.llava import read_answers, read_questions
 from llava_compodistill.eval.engine import Engine
 from llava_compodistill.eval.sequences import WholeSequences
-from llava_compodistill.hosts.llava import import_llava
+from llava_compodistill.hosts.llava import import_llava, runner
 from miniature import weights
 from miniature.benchmarks import write_benchmarks
 from miniature.dataset import WorldConfig, write_dataset
@@ -35,7 +41,8 @@ ITEMS = 350
 
 def run(folder: str, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
     root = Path(folder)
-    write_dataset(root / "data", WorldConfig.preset("smoke", compositional=ITEMS // 7), progress=False)
+    sizes = {"compositional": ITEMS // 7, "recognition": ITEMS // 7}  # about four questions an image
+    write_dataset(root / "data", WorldConfig.preset("smoke", **sizes), progress=False)
     write_benchmarks(root / "data", root / "eval")
     weights.install(root / "models")
     model, tokenizer = load_for_evaluation(root / "models" / "llava-teacher")
@@ -86,6 +93,59 @@ def run(folder: str, device: torch.device, seconds: float) -> Iterator[dict[str,
         yield {**row, "parity": f"FAILED {apart:.1e}"}
     else:
         yield {**row, "parity": f"{apart:.1e}", "samples_per_s": len(fast) / rate}
+    if (device.type == "cuda") == torch.cuda.is_available():  # both modules take a GPU where there is one
+        yield from beside_llava(root, device, seconds)
+
+
+def beside_llava(root: Path, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    """Questions a second of LLaVA's model_vqa_loader and of ours, in turns; loading the model does not count."""
+    gqa = get("gqa")
+    paths = {"--question-file": root / "eval" / gqa.questions, "--image-folder": root / "eval" / gqa.images}
+    given = {**paths, "--model-path": root / "models" / "llava-teacher", "--conv-mode": VERSION, "--temperature": 0}
+    flags = [str(part) for pair in given.items() for part in pair]
+    questions = read_questions(paths["--question-file"])
+    modules = {
+        "LLaVA's model_vqa_loader": lambda flags: runner.run("llava.eval.model_vqa_loader", flags),
+        "ours, the same prompts": vqa_loader.main,
+    }
+    rates: dict[str, list[float]] = {name: [] for name in modules}
+    texts = {}
+    until = time.perf_counter() + seconds
+    while not texts or time.perf_counter() < until:
+        for name, module in modules.items():
+            answers = root / "answers" / f"{len(name)}.jsonl"
+            took = after_loading(module, [*flags, "--answers-file", str(answers)], device)
+            rates[name].append(len(questions) / took)
+            texts[name] = [answer["text"] for answer in read_answers(answers)]
+    theirs, mine = texts.values()
+    apart = sum(one != other for one, other in zip(theirs, mine, strict=True)) / len(questions)
+    dtype = "float16" if device.type == "cuda" else "float32"
+    note = f"{len(questions)} questions on {len({question['image'] for question in questions})} images"
+    for name, found in rates.items():
+        parity = "-" if name != "ours, the same prompts" else f"{apart:.1e}" if apart < 0.01 else f"FAILED {apart:.1e}"
+        row = {"suite": "eval", "rows": len(questions), "dtype": dtype, "variant": name, "note": note}
+        yield {**row, "samples_per_s": statistics.median(found), "parity": parity}
+
+
+def after_loading(module: Callable[[list[str]], Any], flags: list[str], device: torch.device) -> float:
+    """Seconds that a module takes once its model is there; its progress bar is not shown."""
+    builder = import_llava("llava.model.builder")
+    load, ready = builder.load_pretrained_model, []
+
+    def noting(*args: Any, **options: Any) -> Any:
+        loaded = load(*args, **options)
+        synchronize(device)
+        ready.append(time.perf_counter())
+        return loaded
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(builder, "load_pretrained_model", noting))
+        for layer in (torch.nn.Linear, torch.nn.LayerNorm):  # LLaVA's module switches these off, and for good
+            stack.enter_context(mock.patch.object(layer, "reset_parameters", layer.reset_parameters))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        module(flags)
+    synchronize(device)
+    return time.perf_counter() - ready[0]
 
 
 def timed(call, device: torch.device) -> tuple[Any, float]:

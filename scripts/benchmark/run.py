@@ -8,7 +8,8 @@ Suites
     profile  the operators above 2 % of our step
     compile  our step with and without torch.compile
     sight    the sight guard's share of a run, in CPU time on a CPU
-    eval     items a second of the evaluation engine against one question at a time, on the miniature
+    eval     items a second of the evaluation engine against one question at a time, and against LLaVA's module, on the
+             miniature
     images   the share of the time that an evaluation waits for images, by workers
 
 All rivals of a suite run in one process on the same inputs. Each is first held against a float64 (op, head) or the

@@ -8,6 +8,11 @@
 #   MODEL_BASE     base model of a LoRA checkpoint
 #   MODEL_NAME     what its answers are called; another where two checkpoints' folders have one name: the folder's name
 #   MAX_NEW_TOKENS longest answer: 128
+#   ENGINE         1 asks LLaVA's six through this package's engine, in batches, with the same prompts; 0 through LLaVA's
+#                  model_vqa_loader: 0
+#   BATCH_SIZE     with ENGINE=1, questions at a time: 16
+#   DTYPE          with ENGINE=1, float32, bfloat16 or float16: what LLaVA's module takes, float16 on a GPU
+#   IMAGE_WORKERS  with ENGINE=1, processes that read images for each GPU: up to 8, none on the CPU
 #   OVERWRITE      1 asks again what this checkpoint has answered: 0
 #   OUTPUT         folder of records and summaries: CKPT/eval
 #   PYTHON         the interpreter: python
@@ -60,10 +65,11 @@ every_gpu() { # 0,1,…; 0 where there is none
     echo "${found:-0}"
 }
 
-# ask QUESTIONS IMAGES ANSWERS: LLaVA's model_vqa_loader over all GPUs, for the questions that are not answered yet; the
-# shares are joined in ANSWERS, a .jsonl.
+# ask QUESTIONS IMAGES ANSWERS: LLaVA's model_vqa_loader (ours with ENGINE=1) over all GPUs, for the questions that are
+# not answered yet; the shares are joined in ANSWERS, a .jsonl.
 ask() {
-    local questions=$1 images=$2 answers=$3 index gpus plan left shares template pid running
+    local questions=$1 images=$2 answers=$3 index gpus device plan left shares template pid running how
+    local module=(llava_compodistill.cli run llava.eval.model_vqa_loader)
     need "$questions" "$EVALUATION_MD"
     need "$images" "$EVALUATION_MD"
     mkdir -p "$(dirname "$answers")"
@@ -73,18 +79,26 @@ ask() {
     ! command -v flock >/dev/null || flock -w 10 9 || fail "$answers: another process is answering. Wait for it, or stop it."
     gpus=${CUDA_VISIBLE_DEVICES-$(every_gpu)}
     IFS=',' read -ra gpus <<<"${gpus:--1}"
-    plan=$("$PYTHON" -m llava_compodistill.eval.llava_answers begin \
+    device=cpu
+    [[ ${gpus[0]} == -1 ]] || ! nvidia-smi -L >/dev/null 2>&1 || device=cuda
+    plan=$("$PYTHON" -m llava_compodistill.eval.llava_answers begin --device "$device" \
         --questions "$questions" --images "$images" --answers "$answers" --gpus "${#gpus[@]}" \
         --overwrite "${OVERWRITE:-0}" --model "$CKPT" --model-base "${MODEL_BASE:-}" --template "${CONV_MODE:-}" \
-        --max-new-tokens "${MAX_NEW_TOKENS:-128}") || exit 2
+        --max-new-tokens "${MAX_NEW_TOKENS:-128}" --engine "${ENGINE:-0}" --dtype "${DTYPE:-}") || exit 2
     read -r left shares template <<<"$plan"
     if [[ $left == 0 && -f $answers ]]; then
         echo "Answered before: $answers (OVERWRITE=1, or eval --overwrite, asks again)"
         return
     fi
-    echo "$left questions to ask under the template $template, in $shares process(es)"
+    how="in $shares process(es)"
+    if [[ ${ENGINE:-0} == 1 ]]; then
+        module=(llava_compodistill.eval.vqa_loader --batch-size "${BATCH_SIZE:-16}" ${DTYPE:+--dtype "$DTYPE"}
+            ${IMAGE_WORKERS:+--image-workers "$IMAGE_WORKERS"})
+        how+=", through the engine"
+    fi
+    echo "$left questions to ask under the template $template, $how"
     for ((index = 0; index < shares; index++)); do
-        CUDA_VISIBLE_DEVICES=${gpus[$index]} "$PYTHON" -m llava_compodistill.cli run llava.eval.model_vqa_loader \
+        CUDA_VISIBLE_DEVICES=${gpus[$index]} "$PYTHON" -m "${module[@]}" \
             --model-path "$CKPT" \
             ${MODEL_BASE:+--model-base "$MODEL_BASE"} \
             --question-file "${answers%.jsonl}/left.jsonl" \

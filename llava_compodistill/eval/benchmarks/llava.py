@@ -30,12 +30,18 @@ def read_questions(path: Path, images: Path | None = None) -> list[dict[str, Any
     one's image is there.
 
     Raises:
-        RecordsError: for a line that is none, or whose image is missing, with its number.
+        RecordsError: for a line that is none, or whose text or image will not do, with its number.
     """
     lines = _text(path).split("\n")
     questions = []
     for number, line in enumerate(lines if lines[-1] else lines[:-1], start=1):
         entry = _entry(path, number, line, ("question_id", "image", "text"))
+        text = entry["text"]
+        if not isinstance(text, str) or "<image>" in text or re.search("[\ud800-\udfff]", text):
+            raise RecordsError(
+                f"{path}, line {number}: its text must be a question without <image> and without half a character (a "
+                f"lone surrogate), is {text!r}."
+            )
         if images is not None and not os.path.isfile(images / str(entry["image"])):
             raise RecordsError(f"{path}, line {number}: its image {images / str(entry['image'])} is missing.")
         questions.append(entry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ def continue_sequences(
     mask: torch.Tensor,
     positions: torch.Tensor,
     choose: Callable[[torch.Tensor, int], torch.Tensor],
-    stop: int,
+    ends: Sequence[int],
     limits: torch.Tensor,
 ) -> tuple[list[list[int]], list[bool]]:
-    """Continue R sequences until each has said its end token, or as much as it may.
+    """Continue R sequences until each has said an end token, or as much as it may.
 
     Args:
         core: a LLaVA model.
@@ -28,12 +28,13 @@ def continue_sequences(
         mask: [R, L] int64, 1 where the cache holds a real token: padding may stand anywhere, it is not seen.
         positions: [R], the position of the first new token of each sequence: the number of its real tokens.
         choose: (hidden states [R, D], number of the new token) -> tokens [R].
-        stop: the end token.
+        ends: the end tokens; with none each sequence is as long as it may be.
         limits: [R], the most new tokens of each sequence.
 
     Returns:
-        For each sequence its new tokens without the end token, and whether it has said that.
+        For each sequence its new tokens without the end token, and whether it has said one.
     """
+    stops = torch.tensor(list(ends), dtype=torch.long, device=hidden.device)
     count = len(hidden)
     ended, stopped = (torch.zeros(count, dtype=torch.bool, device=hidden.device) for _ in range(2))
     found: list[torch.Tensor] = []
@@ -41,7 +42,7 @@ def continue_sequences(
     for step in range(most):
         token = choose(hidden, step)
         ended = ended | (step >= limits)
-        stopped = stopped | (~ended & (token == stop))
+        stopped = stopped | (~ended & torch.isin(token, stops))
         ended = ended | stopped
         if bool(ended.all()):
             break

@@ -72,7 +72,8 @@ def test_a_batch_may_be_taken_again_in_parts_and_others_may_come_between(folder)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_cannot_be_read_is_named_and_the_others_go_on(folder, workers):
+def test_an_image_that_cannot_be_read_is_named_and_the_others_go_on(folder, workers, monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval sets it
     asked = [*names(folder, 0), str(folder / "broken.png"), str(folder / "empty.png"), str(folder / "gone.png")]
     asked += names(folder, 1)
     pictures = Pictures(MAKE, workers, ahead=2)
@@ -185,6 +186,15 @@ def test_a_picture_that_comes_again_far_ahead_is_not_leapt_to(folder):
     assert again.size == (10, 8) and pictures._next == 8
     assert [pixels.size[1] for pixels in pictures.take(asked[8:])] == [16, 17, 18, 19, 8]
     pictures.close()
+
+
+def test_a_name_may_stand_for_another_picture_later(folder):
+    pictures = Pictures(MAKE)
+    (name,) = names(folder, 0)
+    assert pictures.take([name])[0].size == (10, 8)
+    os.replace(folder / "5.png", name)
+    pictures.begin()
+    assert pictures.take([name])[0].size == (10, 13)
 
 
 def test_short_shared_memory_means_fewer_workers(folder, monkeypatch, caplog):

@@ -131,6 +131,7 @@ class Engine:
             DataError: for such a request, unless the others are to go on.
         """
         use_template(self.version)
+        self.pictures.begin()
         rows, responses = [], [None] * len(requests)
         for index, request in enumerate(requests):
             try:

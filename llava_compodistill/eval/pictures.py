@@ -115,6 +115,11 @@ class Pictures:
         self.close()
         self._expected = list(pictures) if self.workers else []
 
+    def begin(self) -> None:
+        """Forget what is held where nothing is expected: a picture's name may stand for another one by now."""
+        if not self._expected:
+            self._held = {}
+
     def take(self, pictures: Sequence[Picture]) -> list[Pixels | Unreadable]:
         """The pixels of a batch. They are held for a while: a batch that is too large comes again in parts."""
         started = time.perf_counter()

@@ -150,24 +150,24 @@ class Pictures:
 
     def _following(self) -> Pixels | Unreadable:
         """The next of the expected pictures."""
-        try:
-            if self._made is None:
+        picture = self._expected[self._next]
+        if self._made is None:
+            try:
                 self._made = _Ahead(self._loader(self._expected[self._next :], self.workers), self._room())
+            except OSError as error:  # too many open files, no more processes
+                logger.warning("Images are read without workers from here on (%s).", error)
+                self.workers = 0
+                return self.make(picture)
+        try:
             return self._made.next()
-        except RuntimeError as error:  # a worker was killed, by a decoder or for want of memory
-            logger.warning("A worker that reads images has died (%s).", str(error).split("\n")[0])
-        except OSError as error:  # too many open files, no more processes
-            logger.warning("Images are read without workers from here on (%s).", error)
-            self._stop()
-            self.workers = 0
-            return self.make(self._expected[self._next])
+        except Exception as error:  # a RuntimeError, or what a connection that breaks off raises
+            logger.warning("A worker that reads images has died (%s).", str(error).split("\n")[0] or repr(error))
         # One picture at a time shows whether it is this one; the workers begin anew behind it.
         self._stop()
-        picture = self._expected[self._next]
         one = _Ahead(self._loader([picture], 1), 1)
         try:
             return one.next()
-        except RuntimeError:
+        except Exception:
             return Unreadable(f"{picture}: cannot be read as an image (it kills the process that opens it).")
         finally:
             one.stop()
@@ -238,7 +238,7 @@ class _Ahead:
                 return
 
     def next(self) -> Pixels | Unreadable:
-        """The next, waiting for it; raises RuntimeError when a worker has died."""
+        """The next, waiting for it; raises what the loader raises when a worker has died."""
         made = self._queue.get()
         if isinstance(made, Exception) and not isinstance(made, Unreadable):
             raise made

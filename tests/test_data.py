@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 from factory import save_tower
 from PIL import Image
 from test_records import GPT, HUMAN, TEXT, record, save_images
@@ -93,6 +94,15 @@ def test_a_decompression_bomb_is_a_bad_sample(world, images, tmp_path, monkeypat
     assert data[1]["input_ids"].tolist() == data[0]["input_ids"].tolist()
     data.data_args.bad_samples = "error"
     with pytest.raises(DataError, match="'bomb'.*DecompressionBombError"):
+        data[1]
+
+
+def test_pixels_that_are_not_numbers_name_the_sample(world, images, tmp_path, monkeypatch):
+    """As a processor with a standard deviation of 0 gives them."""
+    data = dataset(world, images, tmp_path, [record("b.png"), record(id="the one")])
+    assert bool(torch.isfinite(data[1]["image"]).all())
+    monkeypatch.setattr(data.data_args.image_processor, "image_std", [0.0, 0.0, 0.0])
+    with pytest.raises(DataError, match="sample 'the one' .*pixels are NaN or infinite"):
         data[1]
 
 
@@ -241,6 +251,7 @@ def test_too_few_teacher_layers_is_refused(stage):
         ({"student_layers": "1;2"}, "--student_layers '1;2': a list of layers reads like 8,9,10"),
         ({"student_layers": "2,9"}, r"layers \[2, 9\] are outside a model with 4 layers"),
         ({"calibration_batches": 0}, "--calibration_batches 0"),
+        ({"fp16": True}, "(?i)fp16.* (on a CPU|can only be used)"),
         ({"version": "qwen"}, "'qwen' is no conversation template .*Known: .*qwen_1_5"),
         ({"mm_projector_type": "taf", "name": "sft"}, "--mm_projector_type taf without a teacher needs"),
         ({"name": "dpt", "lora_enable": True}, "--stage dpt trains the adapter alone: --lora_enable"),

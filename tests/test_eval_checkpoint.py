@@ -131,12 +131,14 @@ def test_a_template_that_nobody_knows_is_refused_before_anything_is_asked(tmp_pa
 def _write_records(data, model, template, answered):
     """Winoground's records, answered before by this checkpoint: nothing is left to ask."""
     from llava_compodistill.eval.benchmarks import files, get
+    from llava_compodistill.eval.checkpoint import prompt_of
     from llava_compodistill.eval.records import RecordFile, made_with
     from llava_compodistill.eval.run import Run
 
     with files.noted() as read:
         items = get("winoground").load(data)
     about = made_with(str(model), template, model_base=None, dtype="float32")
-    run = Run(get("winoground"), items, about, model / "eval", files=files.named_below(data, read))
+    hashes, prompt = files.named_below(data, read), prompt_of(str(model), template)
+    run = Run(get("winoground"), items, about, model / "eval", files=hashes, prompt=prompt)
     with RecordFile(run.path, run.about, run.ids) as records:
         records.append({"id": item.id, **answered} for item in items)

@@ -378,6 +378,27 @@ def test_the_datasets_package_itself(tmp_path, monkeypatch):
         assert load("bivlc", own)[0].captions == first.captions
 
 
+def test_a_download_of_one_subset_is_not_taken_for_the_others(hub, tmp_path, monkeypatch):
+    """Nor is anybody's parquet file in a folder called data."""
+    mine = tmp_path / "mine"
+    for place in ("sugarcrepe/data", "data"):
+        (mine / place).mkdir(parents=True)
+        (mine / place / "test-00000-of-00001.parquet").write_bytes(b"?")
+    for name in ("sugarcrepe", "bivlc", "winoground"):
+        fetch(OURS[name], mine, online=False)
+    assert not list(mine.rglob("*.json*"))
+    hub.rows["imirandam/BiVLC"] = [{"image": Image.new("L", (8, 8)), "caption": "a"}]
+    with pytest.raises(DataError, match="bivlc: the data set has no column 'negative_image'"):
+        fetch(OURS["bivlc"], mine)
+
+
+def test_the_hub_does_not_stand_in_for_the_authors_own_files(hub, data):
+    root = data / "mine"
+    moved(data, root, [("sugarcrepe", "sugar-crepe/data")])
+    fetch(OURS["sugarcrepe"], root)
+    assert not hub.asked and len(load("sugarcrepe", root)) == len(load("sugarcrepe", data))
+
+
 def test_what_nobody_has_downloaded_is_left_alone_without_the_hub(tmp_path):
     for name in OURS:
         fetch(OURS[name], tmp_path, online=False)

@@ -82,7 +82,7 @@ def test_verdicts_are_kept_and_made_anew_for_another_judge_or_other_answers(nli,
 
 
 def test_what_is_no_judge_is_refused(nli, tmp_path):
-    assert check_judge(str(nli)) == 1
+    assert check_judge(str(nli)) == (1, "")
     with pytest.raises(DataError, match="--judge .*nothing: no folder or name of a model"):
         check_judge(str(tmp_path / "nothing"))
     config = json.loads((nli / "config.json").read_text())
@@ -110,7 +110,7 @@ def test_the_command_with_and_without_a_judge(nli, world, tmp_path, capsys):
     assert "rscore  " not in capsys.readouterr().out  # no row of the table
     plain = json.loads((tmp_path / "out" / "reefknot.json").read_text())
     assert "rscore" not in plain["figures"] and plain["judge"] is None
-    assert "No judge of the open answers was named" in plain["note"]
+    assert "No judge was given" in plain["note"]
     assert main([*flags, "--judge", str(nli)]) == 0
     printed = capsys.readouterr().out
     assert "rscore" in printed and "by the judge nli, which is not the authors'" in " ".join(printed.split())
@@ -122,3 +122,7 @@ def test_the_command_with_and_without_a_judge(nli, world, tmp_path, capsys):
     tasks = [figures[task]["accuracy"] for task in ("yesno", "multichoice", "vqa")]
     assert figures["rscore"] == pytest.approx(sum(tasks) / 3) and judged["value"] == plain["value"]
     assert judged["judge"]["judge"] == "nli" and len(verdicts) == figures["vqa"]["items"]
+    # With a process a device: each answers its share, and the answers are judged once, together.
+    assert main([*flags, "--judge", str(nli), "--processes", "2", "--overwrite"]) == 0
+    again = json.loads((tmp_path / "out" / "reefknot.json").read_text())
+    assert again["figures"] == figures and again["judge"] == judged["judge"]

@@ -171,7 +171,10 @@ def test_an_empty_answer_that_pope_takes_for_a_yes_is_wrong_here_and_said(data, 
     printed = "Category: random, # samples: 4\nAccuracy: 0.5\nF1 score: 0.667\nYes ratio: 1.0\n"
     summary = summarize("pope", answers, data, tmp_path, printed)
     assert summary["value"] == 0 and summary["figures"]["empty"] == summary["items"]
-    assert "printed f1 66.70; counted from the records it is 0.00" in summary["note"]
+    # What the scorer prints is held against the reading that is the authors'.
+    assert summary["readings"]["official"]["value"] == pytest.approx(200 / 3) and "printed" not in summary["note"]
+    wrong = summarize("pope", answers, data, tmp_path, printed.replace("0.667", "0.5"))
+    assert "printed f1 50.00; counted from the records it is 66.67" in wrong["note"]
     assert f"{summary['items']} answers are empty or cannot be read, and count as wrong" in summary["note"]
 
 

@@ -26,6 +26,7 @@ from llava_compodistill.hosts.llava.loader import (  # noqa: E402
     dispatching_loader,
     load_extra_weights,
     load_model,
+    read_tensors,
     read_weights,
 )
 
@@ -241,6 +242,28 @@ def test_weights_without_biases_are_noticed(checkpoints, tmp_path):
     )
     with pytest.raises(CheckpointError, match="q_proj.bias"):
         load_model(str(path))
+
+
+def test_biases_that_the_architecture_has_not_are_noticed(checkpoints, tmp_path):
+    """A Qwen checkpoint whose config.json says Llama: without its biases it would be another model."""
+    path = tmp_path / "llava-other"
+    shutil.copytree(checkpoints["qwen2"], path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "llava_llama"}))
+    with pytest.raises(CheckpointError, match="weights that a LlavaLlama.* has no place for, such as .*_proj.bias"):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no pickle"])
+def test_a_damaged_file_of_weights_is_named(dpt_path, world, tmp_path, damage):
+    path = tmp_path / "damaged" / "mm_projector.bin"
+    shutil.copytree(dpt_path, path.parent)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match="mm_projector.bin cannot be read"):
+        load(path.parent, str(world["qwen-student"]))
+    (tmp_path / "adapter_model.safetensors").write_bytes(damage(b"12345678{}"))
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors cannot be read"):
+        read_tensors(str(tmp_path), "adapter_model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

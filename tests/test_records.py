@@ -163,6 +163,14 @@ BAD = {
     "two markers": (record(turns=[HUMAN, GPT, HUMAN, GPT]), "2 <image> markers for one image"),
     "several images": (record(["a.png", "b.png"]), "image must be one file name"),
     "missing image": (record("none.png"), r"missing image: .*none\.png"),
+    "a marker in an answer": (
+        record(turns=[TEXT, {**GPT, "value": "an <image>"}]),
+        "<image> in an answer, where it would be learned as text",
+    ),
+    "two answers": (record(turns=[HUMAN, GPT, GPT]), "turns that do not alternate: human, gpt, gpt"),
+    "two answers and no question": (record(turns=[GPT, GPT]), "turns that do not alternate: gpt, gpt"),
+    "two questions": (record(turns=[HUMAN, TEXT, GPT]), "turns that do not alternate: human, human, gpt"),
+    "an answer to nothing": (record(turns=[GPT]), "no answer from gpt"),
     "half a character": (record(turns=[HUMAN, {**GPT, "value": "\ud83d"}]), "a turn with half a character"),
 }
 

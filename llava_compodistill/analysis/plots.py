@@ -202,18 +202,20 @@ def draw_overlays(rows: Sequence[tuple[str, Any, Mapping[str, np.ndarray]]], ref
 
 
 def draw_curves(
-    found: Mapping[str, Sequence[Sequence[Sequence[float]]]], axis_label: str, chance: float, path: Path
+    found: Mapping[str, Sequence[Sequence[Sequence[float]]]],
+    axis_label: str,
+    levels: Mapping[str, float],
+    path: Path,
 ) -> Path:
     """Accuracy over training steps: a curve for each model, its mean over seeds, and each seed as a thin line.
 
     Args:
         found: by model, for each seed its [steps, accuracy in %] in order.
         axis_label: what the accuracy is of.
-        chance: drawn as a dotted line.
+        levels: {name: accuracy}, drawn as dotted lines: chance, the teacher.
     """
     figure, axes = _new(width=6.4, height=4.0)
     axis = axes[0][0]
-    axis.axhline(chance, color="0.5", linestyle=":", linewidth=1)
     for color, (model, curves) in zip(COLORS, found.items(), strict=False):
         for curve in curves:
             axis.plot(*zip(*curve, strict=True), color=color, alpha=0.25, linewidth=0.8)
@@ -222,8 +224,13 @@ def draw_curves(
         axis.plot(shared, means, "o-", color=color, linewidth=2, markersize=4, label=f"{model} (n = {len(curves)})")
     axis.set_xlabel("optimizer steps, all stages")
     axis.set_ylabel(axis_label)
-    axis.set_ylim(min(chance - 10, axis.get_ylim()[0]), 102)
-    place = {"xytext": (3, 2), "textcoords": "offset points", "fontsize": 8, "color": "0.4"}
-    axis.annotate("chance", (axis.get_xlim()[0], chance), **place)
+    axis.set_ylim(min(min(levels.values()) - 10, axis.get_ylim()[0]), 102)
+    for name, level in levels.items():
+        axis.axhline(level, color="0.5", linestyle=":", linewidth=1)
+        # Outside, at the right, where no curve is.
+        axis.annotate(
+            name, (1, level), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+            va="center", fontsize=8, color="0.4",
+        )  # fmt: skip
     _legend(figure, axis)
     return _save(figure, path)

@@ -83,6 +83,14 @@ def template_of(model_path: str, report: Callable[[str], None] = lambda text: No
     return guess
 
 
+def prompt_of(model_path: str, template: str) -> str:
+    """What a question stands in under a template, word for word, for this checkpoint."""
+    from ..hosts.llava.conversations import prompt_under
+
+    marked = _config(Path(model_path)).get("mm_use_im_start_end")
+    return prompt_under(template, "<im_start><image><im_end>" if marked else "<image>")
+
+
 def _model_type(path: Path) -> str:
     kind = _config(path).get("model_type")
     if kind is None:

@@ -30,7 +30,7 @@ from . import check, protocols, shares
 from .benchmarks import VARIABLE, files, registered
 from .benchmarks.base import Benchmark, EngineBenchmark
 from .benchmarks.llava import LlavaBenchmark
-from .checkpoint import TEMPLATES, check_checkpoint, check_template, template_of
+from .checkpoint import TEMPLATES, check_checkpoint, check_template, prompt_of, template_of
 from .hub import fetch
 from .judge import Verdicts, check_judge, judge
 from .llava_suite import run_llava_benchmark
@@ -58,7 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data-root", type=Path, default=Path("playground/data/eval"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of records and summaries (default: MODEL/eval)")
-    parser.add_argument("--name", help="of the answers to LLaVA's six, stored with the data (default: the model's)")
+    parser.add_argument(
+        "--name",
+        help="name under which the answers to LLaVA's six are stored with the data (default: the checkpoint folder's)",
+    )
     parser.add_argument(
         "--protocol",
         choices=(*protocols.CHOOSING, *protocols.MATCHING),
@@ -67,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         "for SugarCrepe and Winoground, likelihood for SADE and BiVLC",
     )
     parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's, else by its type)")
-    parser.add_argument("--caption-prompt", default=protocols.CAPTION_PROMPT, help="of the likelihood protocol")
+    parser.add_argument("--caption-prompt", default=protocols.CAPTION_PROMPT, help="prompt of the likelihood protocol")
     parser.add_argument("--batch-size", type=_positive, default=16, help="sequences at a time (default: %(default)s)")
     parser.add_argument("--device", type=_device, help="cuda, cuda:N or cpu (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda")
@@ -75,15 +78,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--image-workers",
         type=_positive_or_0,
-        help="processes that read images ahead of the model, each model's (default: up to 8 on cuda, 0 on the CPU)",
+        help="number of processes per model that read images ahead of it (default: up to 8 on cuda, 0 on the CPU)",
     )
     parser.add_argument(
         "--judge",
         metavar="MODEL",
-        help="model of natural-language inference (name or folder) that judges Reefknot's open answers; without it "
-        "there is no rscore",
+        help="natural-language inference model (name or folder) that judges Reefknot's open answers; without it no "
+        "rscore is reported",
     )
-    parser.add_argument("--check", action="store_true", help="only say which benchmarks' files are there; no model")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="list the benchmarks' files that are present or missing, then exit; no model needed",
+    )
     parser.add_argument("--hub", action="store_true", help="get SugarCrepe, BiVLC, Winoground from the hub if missing")
     parser.add_argument("--engine", action="store_true", help="ask LLaVA's six in batches, with LLaVA's own prompts")
     parser.add_argument("--overwrite", action="store_true", help="ask again what was answered already")
@@ -132,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.model_path:
         console.print("--model-path is missing: the checkpoint's folder. (--check needs none.)", soft_wrap=True)
         return 2
-    if args.judge:
+    if args.judge and not args.share:  # a share answers, and is not scored
         if not any(isinstance(benchmark, EngineBenchmark) and benchmark.judged for benchmark in chosen):
             console.print(
                 f"--judge: none of {', '.join(names)} has answers for a judge; reefknot has.", soft_wrap=True
@@ -231,6 +238,7 @@ class Plan:
 def prepare(args: argparse.Namespace, benchmarks: Sequence[Benchmark]) -> Plan:
     """Read the benchmarks' files, and whether records that are there can be gone on with."""
     plan = Plan()
+    prompt = prompt_of(args.model_path, args.conv_mode)
     about = made_with(args.model_path, args.conv_mode, model_base=args.model_base, dtype=args.dtype)
     for benchmark in benchmarks:
         try:
@@ -245,7 +253,7 @@ def prepare(args: argparse.Namespace, benchmarks: Sequence[Benchmark]) -> Plan:
             with files.noted() as read:
                 items = benchmark.load(args.data_root)
             hashes = files.named_below(args.data_root, read)
-            run = Run(benchmark, items, about, folder(args), protocol, args.caption_prompt, hashes)
+            run = Run(benchmark, items, about, folder(args), protocol, args.caption_prompt, hashes, prompt)
             if not (args.share or args.overwrite):
                 run.begin()
             plan.runs.append(run)
@@ -358,6 +366,7 @@ def load(args: argparse.Namespace) -> Engine:
         dtype=args.dtype,
         batch_size=args.batch_size,
         image_workers=image_workers(args),
+        processes=processes(args),
     )
 
 
@@ -367,7 +376,12 @@ def image_workers(args: argparse.Namespace) -> int:
 
     if args.image_workers is not None:
         return args.image_workers
-    return workers_by_default(args.devices[0] is not None, int(args.share.split("/")[1]) if args.share else 1)
+    return workers_by_default(args.devices[0] is not None, processes(args))
+
+
+def processes(args: argparse.Namespace) -> int:
+    """How many processes ask the benchmark, this one among them."""
+    return int(args.share.split("/")[1]) if args.share else 1
 
 
 def progress() -> Progress:

@@ -92,8 +92,8 @@ def compare(
     for path, differ in zip(summaries, apart, strict=True):
         if differ and not anyway:
             raise DataError(
-                f"{path} was made in another way than {summaries[0]}: {'; '.join(differ)}. --anyway compares them all "
-                "the same, and says so."
+                f"{path} and {summaries[0]} were not made in the same way: {'; '.join(differ)}. --anyway compares "
+                "them and marks the difference."
             )
     models = []
     for path, summary in zip(summaries, loaded, strict=True):
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for rows in compared.values():
         for row, name in zip(rows, names, strict=True):
             if row["differ"]:
-                text = f"* {get(row['benchmark']).title}, {name}: made in another way than {names[0]}: "
+                text = f"* {get(row['benchmark']).title}, {name}: not made in the same way as {names[0]}: "
                 console.print(text + "; ".join(row["differ"]), markup=False, soft_wrap=True)
     draw(compared, names, args.output)
     console.print(f"picture: {args.output}")

@@ -69,6 +69,7 @@ class Engine:
             since their prefixes are of unequal length.
         open_image: a request's `image` -> picture in RGB; by default it is a file, or a file with marks.
         image_workers: processes that read the images of `expecting` ahead of the model.
+        processes: engines like this one on this machine, which share its memory.
 
     Attributes:
         pictures: makes the images' pixels.
@@ -86,6 +87,7 @@ class Engine:
         batch_size: int = 32,
         open_image: Callable[[Any], Any] | None = None,
         image_workers: int = 0,
+        processes: int = 1,
     ):
         self.model, self.tokenizer, self.version, self.batch_size = llava_core(model), tokenizer, version, batch_size
         config = self.model.config
@@ -94,7 +96,7 @@ class Engine:
         process = import_llava("llava.mm_utils").process_images
         processor = self.model.get_vision_tower().image_processor
         make = MakePixels(process, processor, config, self.model.dtype, open_image or open_picture)
-        self.pictures = Pictures(make, image_workers, ahead=2 * batch_size)
+        self.pictures = Pictures(make, image_workers, ahead=2 * batch_size, processes=processes)
         self._weight: torch.Tensor | None = None  # the head's, widened when it is first needed
         self._marker = "<image>"
         if getattr(config, "mm_use_im_start_end", False):
@@ -129,6 +131,7 @@ class Engine:
             DataError: for such a request, unless the others are to go on.
         """
         use_template(self.version)
+        self.pictures.begin()
         rows, responses = [], [None] * len(requests)
         for index, request in enumerate(requests):
             try:
@@ -337,8 +340,8 @@ class Engine:
         """The logits; a model that gives NaN would get scores like one that sees nothing."""
         if not bool(torch.isfinite(logits).all()):
             raise NonFiniteModelError(
-                f"The model's logits are NaN or infinite: its weights are damaged, or {self.model.dtype} is too narrow "
-                "for them (--dtype float32 or bfloat16)."
+                "The model's logits are NaN or infinite: its weights are damaged, or its precision is too low "
+                f"({self.model.dtype}; try --dtype float32 or bfloat16)."
             )
         return logits
 

@@ -20,25 +20,30 @@ class Hub:
     """Where rows and files of the hub's data sets come from.
 
     Attributes:
-        folders: where a download of a data set may lie: in a folder called like it, or directly.
+        folder: of the benchmark. A download of a data set lies in it, in a folder called like the data set, which may
+            also be beside it.
         online: whether the hub may be asked.
         how_to_get: for messages.
         progress: called with a line on what is fetched or unpacked.
     """
 
-    folders: tuple[Path, ...]
+    folder: Path
     online: bool
     how_to_get: str
     progress: Callable[[str], None] = lambda text: None
 
-    def rows(self, repository: str) -> Iterable[dict[str, Any]]:
+    def rows(self, repository: str, alone: bool = True) -> Iterable[dict[str, Any]]:
         """The rows of a data set's test split.
+
+        Args:
+            alone: whether the benchmark is this one data set, so that its folder itself may be the download.
 
         Raises:
             MissingData: when it has not been downloaded, and the hub is not to be asked.
             DataError: when the `datasets` package is missing, or the hub refuses.
         """
-        parquet = next((found for place in self._places(repository) if (found := _parquet(place))), [])
+        places = self._places(repository)[: None if alone else -1]
+        parquet = next((found for place in places if (found := _parquet(place))), [])
         if not parquet and not self.online:
             raise MissingData(f"there is no download of {repository}: {self.how_to_get}")
         try:
@@ -79,7 +84,7 @@ class Hub:
 
     def _places(self, repository: str) -> list[Path]:
         name = repository.split("/")[-1]
-        return [place for folder in self.folders for place in (folder / name, folder)]
+        return [self.folder / name, self.folder.parent / name, self.folder]
 
     def _refused(self, repository: str, error: Exception) -> DataError:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -112,10 +117,12 @@ def fetch(
         return
     folder = home(data, benchmark.name)
     try:
-        benchmark.hub(folder, Hub((folder, data), online, benchmark.how_to_get, progress))
+        benchmark.hub(folder, Hub(folder, online, benchmark.how_to_get, progress))
     except MissingData:
         if online:
             raise
+    except KeyError as error:
+        raise DataError(f"{benchmark.name}: the data set has no column {error}: {benchmark.how_to_get}") from None
 
 
 def unpack(path: Path, folder: Path) -> None:

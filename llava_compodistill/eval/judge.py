@@ -36,8 +36,8 @@ class Verdicts:
         return {"verdict": self.by_id[key]} if key in self.by_id else {}
 
 
-def check_judge(name: str) -> int:
-    """The number of the class "entailment" of a model, from its config alone.
+def check_judge(name: str) -> tuple[int, str]:
+    """(number of the class "entailment", the model's commit on the hub if it is from there), from its config alone.
 
     Raises:
         DataError: when there is no such model, or it has no such class.
@@ -45,19 +45,20 @@ def check_judge(name: str) -> int:
     from transformers import AutoConfig
 
     try:
-        labels = AutoConfig.from_pretrained(name, trust_remote_code=False).id2label
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, and what the hub's client raises
         reason = str(error).strip().split("\n")[0]
         raise DataError(
             f"--judge {name}: no folder or name of a model that transformers can load ({reason})."
         ) from None
+    labels = config.id2label
     found = [number for number, label in labels.items() if str(label).lower() == "entailment"]
     if len(found) != 1:
         raise DataError(
             f"--judge {name}: its classes are {', '.join(map(str, labels.values()))}; a model of natural-language "
             "inference has one called entailment."
         )
-    return int(found[0])
+    return int(found[0]), getattr(config, "_commit_hash", None) or ""
 
 
 def judge(
@@ -79,8 +80,9 @@ def judge(
         DataError: as `check_judge`, and when the model cannot be loaded.
         RecordsError: for verdicts of another judge or on other answers.
     """
-    entailment = check_judge(name)
-    about = {"judge": Path(name).name, "weights": weights_of(name), "rule": RULE}
+    entailment, commit = check_judge(name)
+    named = Path(name).name if Path(name).is_dir() else name  # owner/name on the hub, and its commit
+    about = {"judge": named, "weights": weights_of(name) or commit, "rule": RULE}
     run = {**about, "fingerprint": fingerprint(asked)}
     # Verdicts on other answers, or another judge's, are made anew: answers are what was costly.
     with RecordFile(path, run, [key for key, *_ in asked], overwrite=not _same(path, run)) as records:

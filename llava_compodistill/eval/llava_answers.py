@@ -55,7 +55,7 @@ def begin(
             path.unlink(missing_ok=True)
     found = _found(asked, questions, [answers, *_parts(folder)])
     if found or answers.is_file():
-        check_run(answers, about, AGAIN, unsaid={"asked_by": LLAVA})
+        check_run(answers, about, AGAIN, unsaid={"asked_by": LLAVA, "dtype": about.get("dtype")})
     write_run(answers, about)
     left = _unanswered(asked, found)
     if not left and answers.is_file():
@@ -158,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--engine", type=int, choices=(0, 1), default=0, help="1: vqa_loader asks, not LLaVA's module")
     parser.add_argument("--dtype", choices=("", "float32", "bfloat16", "float16"), default="", help="of the engine")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu", help="decides the default precision")
     parser.add_argument("--overwrite", type=int, choices=(0, 1), default=0)
     args = parser.parse_args(argv)
     try:
@@ -169,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Standard output is what the script reads.
             template = args.template or template_of(args.model, lambda text: print(text, file=sys.stderr))
             more = {"model_base": args.model_base, "max_new_tokens": args.max_new_tokens}
+            # LLaVA's builder loads in fp16, and `llava-compodistill run` in fp32 where there is no GPU.
+            more["dtype"] = args.dtype or ("float16" if args.device == "cuda" else "float32")
             more["asked_by"] = asked_by(bool(args.engine), args.dtype)
             about = made_with(args.model, template, **more)
             left = begin(args.questions, args.answers, about, bool(args.overwrite), args.images)

@@ -19,8 +19,9 @@ from ..errors import DataError
 from .benchmarks import registered
 from .benchmarks.files import named_below, noted
 from .benchmarks.llava import LlavaBenchmark, read_answers, read_questions
+from .checkpoint import prompt_of
 from .llava_answers import LLAVA
-from .pins import pins
+from .pins import asking, pins
 from .records import write_lines
 from .run import notes_on
 from .shares import stopped_together
@@ -80,7 +81,7 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
     """Records and summary of one of LLaVA's benchmarks, from LLaVA's answers.
 
     The value is counted from the records where the labels lie on this machine, else it is what a scorer printed, else
-    None. LLaVA's and the official scorers count alike, but that POPE's takes an empty answer for a yes.
+    None. LLaVA's and the official scorers count as the reading "official" does.
 
     Args:
         answers: the file that `llava_answers.join` wrote.
@@ -100,6 +101,7 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
         if (data / benchmark.questions).is_file():  # answers may be counted elsewhere than where they were given
             read_questions(data / benchmark.questions)
         records = benchmark.records(data, given)
+    prompt, limits = prompt_of(made_with["model"], made_with["template"]), [made_with.get("max_new_tokens", 128)]
     labelled = benchmark.score is not None and bool({"label", "value"} & records[0].keys())
     scored = benchmark.scored(records, PROTOCOL) if labelled else {"value": None, "figures": {}, "readings": {}}
     figures = scored["figures"]
@@ -112,9 +114,10 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
     if not labelled and not reported and not notes:
         notes.append(f"No score yet: there is neither the official scorer nor {data / benchmark.labels}.")
     key = benchmark.headline
-    if key in reported and key in figures and abs(reported[key] - figures[key]) > _ROUNDING:
+    theirs = scored["readings"].get("official", {}).get("figures", figures)  # what their scorers print
+    if key in reported and key in theirs and abs(reported[key] - theirs[key]) > _ROUNDING:
         notes.append(
-            f"The scorer printed {key} {reported[key]:.2f}; counted from the records it is {figures[key]:.2f}."
+            f"The scorer printed {key} {reported[key]:.2f}; counted from the records it is {theirs[key]:.2f}."
         )
     notes += notes_on(figures)
     summary = {
@@ -124,13 +127,9 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
         **{key: made_with[key] for key in ("model", "weights", "template", "fingerprint")},
         "items": len(records),
         "pins": pins(
-            PROTOCOL,
-            made_with["template"],
+            {"protocol": PROTOCOL, "asked_by": asked_by, **made_with, **asking(PROTOCOL, prompt, limits)},
+            scored["readings"],
             named_below(data, read),
-            {name: entry["rule"] for name, entry in scored["readings"].items()},
-            [made_with.get("max_new_tokens", 128)],
-            dtype=made_with.get("dtype"),
-            asked_by=asked_by,
         ),
         "headline": benchmark.headline,
         **scored,

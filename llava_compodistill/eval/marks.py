@@ -94,13 +94,17 @@ Picture = str | Boxes | Masks
 
 
 def open_picture(picture: Picture) -> Any:
-    """The picture in RGB, with its marks.
+    """The picture in RGB, with its marks. A file that is cut off is no image, whatever another library has told PIL.
 
     Raises:
         OSError: what PIL raises for files that are missing, broken or no images.
     """
-    from PIL import Image
+    from PIL import Image, ImageFile
 
-    with Image.open(Path(picture)) as opened:
-        image = opened.convert("RGB")
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        with Image.open(Path(picture)) as opened:
+            image = opened.convert("RGB")
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
     return image if isinstance(picture, str) else picture.drawn(image)

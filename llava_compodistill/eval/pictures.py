@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -26,9 +27,11 @@ from ..errors import DataError
 from .marks import Picture, open_picture
 
 logger = logging.getLogger(__name__)
-#: Where worker processes hand tensors over, and the part of what is free there that may be taken.
+#: Where worker processes hand tensors over, and the part of it that may be taken.
 _SHARED = Path("/dev/shm")
 _PART = 0.5
+#: Images that a worker makes before one of them is taken.
+_EACH = 2
 
 
 def workers_by_default(on_gpu: bool, processes: int) -> int:
@@ -70,11 +73,21 @@ class MakePixels:
     def __call__(self, picture: Picture) -> Pixels | Unreadable:
         try:
             image = self.open_image(picture)
-            return Pixels(self.process([image], self.processor, self.config)[0].to(self.dtype), image.size)
+            return self._made(image)
         except DataError as error:
             return Unreadable(str(error))
         except Exception as error:  # decoders raise whatever they like: SyntaxError, struct.error, …
             return Unreadable(f"{picture}: cannot be read as an image ({error}).")
+
+    def _made(self, image: Any) -> Pixels:
+        return Pixels(self.process([image], self.processor, self.config)[0].to(self.dtype), image.size)
+
+    def size(self) -> int:
+        """Bytes of an image's pixels, about: of a large blank one."""
+        from PIL import Image
+
+        values = self._made(Image.new("RGB", (1024, 1024))).values
+        return values.numel() * values.element_size()
 
 
 class Pictures:
@@ -83,14 +96,15 @@ class Pictures:
     Args:
         make: picture -> pixels.
         workers: processes; 0 makes them here, when they are asked for.
-        ahead: how many pictures may wait, at most.
+        ahead: how many pictures may wait, about.
+        processes: others like this one on this machine, itself among them: they share the shared memory.
 
     Attributes:
         waited: seconds that `take` has waited for pixels.
     """
 
-    def __init__(self, make: Callable[[Picture], Pixels | Unreadable], workers: int = 0, ahead: int = 32):
-        self.make, self.workers, self.ahead, self.waited = make, workers, ahead, 0.0
+    def __init__(self, make: MakePixels, workers: int = 0, ahead: int = 32, processes: int = 1):
+        self.make, self.workers, self.ahead, self.processes, self.waited = make, workers, ahead, processes, 0.0
         self._expected: list[Picture] = []
         self._next = 0
         self._made: _Ahead | None = None
@@ -101,84 +115,98 @@ class Pictures:
         self.close()
         self._expected = list(pictures) if self.workers else []
 
+    def begin(self) -> None:
+        """Forget what is held where nothing is expected: a picture's name may stand for another one by now."""
+        if not self._expected:
+            self._held = {}
+
     def take(self, pictures: Sequence[Picture]) -> list[Pixels | Unreadable]:
-        """The pixels of a batch; they are held until the next batch, since a batch that is too large comes again."""
+        """The pixels of a batch. They are held for a while: a batch that is too large comes again in parts."""
         started = time.perf_counter()
-        held = {picture: self._held[picture] for picture in pictures if picture in self._held}
         for picture in pictures:
-            if picture not in held:
-                held[picture] = self._find(picture, held)
-        self._held = held
+            if picture not in self._held:
+                self._held[picture] = self._find(picture)
+        found = [self._held[picture] for picture in pictures]
+        for picture in list(self._held)[: -max(self.ahead, len(pictures))]:
+            del self._held[picture]
         self.waited += time.perf_counter() - started
-        return [held[picture] for picture in pictures]
+        return found
 
     def close(self) -> None:
         """End the workers."""
         self._stop()
         self._expected, self._next, self._held = [], 0, {}
 
-    def _find(self, picture: Picture, held: dict[Picture, Pixels | Unreadable]) -> Pixels | Unreadable:
-        try:
-            place = self._expected.index(picture, self._next)
-        except ValueError:
-            return self.make(picture)  # nobody said that it would come
-        while self._next <= place:
-            number = self._next
-            held[self._expected[number]] = self._following()
-            self._next = number + 1
-        return held[picture]
+    def _find(self, picture: Picture) -> Pixels | Unreadable:
+        # No further than may wait: a picture that was dropped may be expected once more, far ahead.
+        coming = self._expected[self._next : self._next + self.ahead]
+        if picture not in coming:
+            return self.make(picture)
+        for _ in range(coming.index(picture) + 1):
+            made = self._following()
+            self._held[self._expected[self._next]] = made
+            self._next += 1
+        return made
 
     def _following(self) -> Pixels | Unreadable:
-        """The next of the expected pictures. The order of `take` is that of `expect`, up to the end of a batch."""
-        if self._made is None:
-            room = self._room()
-            loader = self._loader(self._expected[self._next :], self.workers, room // 2)
-            self._made = _Ahead(loader, room - room // 2 - 1)
+        """The next of the expected pictures."""
         try:
+            if self._made is None:
+                self._made = _Ahead(self._loader(self._expected[self._next :], self.workers), self._room())
             return self._made.next()
         except RuntimeError as error:  # a worker was killed, by a decoder or for want of memory
             logger.warning("A worker that reads images has died (%s).", str(error).split("\n")[0])
+        except OSError as error:  # too many open files, no more processes
+            logger.warning("Images are read without workers from here on (%s).", error)
+            self._stop()
+            self.workers = 0
+            return self.make(self._expected[self._next])
         # One picture at a time shows whether it is this one; the workers begin anew behind it.
         self._stop()
         picture = self._expected[self._next]
+        one = _Ahead(self._loader([picture], 1), 1)
         try:
-            return next(iter(self._loader([picture], 1, 1)))
+            return one.next()
         except RuntimeError:
             return Unreadable(f"{picture}: cannot be read as an image (it kills the process that opens it).")
+        finally:
+            one.stop()
 
     def _stop(self) -> None:
         if self._made is not None:
             self._made.stop()
         self._made = None
 
-    def _loader(self, pictures: Sequence[Picture], workers: int, ahead: int) -> DataLoader:
-        workers = min(workers, len(pictures))
+    def _loader(self, pictures: Sequence[Picture], workers: int) -> DataLoader:
+        workers = self._fitting(min(workers, len(pictures)))
         return DataLoader(
             _Made(pictures, self.make),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
-            prefetch_factor=max(1, ahead // workers),
+            prefetch_factor=_EACH,
             multiprocessing_context="fork" if sys.platform == "linux" else None,
             worker_init_fn=_quietly,
         )
 
+    def _fitting(self, workers: int) -> int:
+        """As many workers as shared memory has room for (64 MiB in many containers): each hands over `_EACH`."""
+        if not _SHARED.is_dir():
+            return workers
+        room = _PART * shutil.disk_usage(_SHARED).total / self.processes
+        fitting = max(1, int(room / (_EACH * max(1, self.make.size()))))
+        if fitting < workers:
+            logger.warning("%s has room for %d workers that read images, not %d.", _SHARED, fitting, workers)
+        return min(workers, fitting)
+
     def _room(self) -> int:
-        """How many pictures may wait: `ahead`, or fewer where shared memory is short (64 MiB in many containers)."""
-        first = self.make(self._expected[self._next])
-        if not _SHARED.is_dir() or isinstance(first, Unreadable):
-            return self.ahead
-        size = max(1, first.values.numel() * first.values.element_size())
-        fitting = int(_PART * shutil.disk_usage(_SHARED).free / size)
-        if fitting < self.workers:
-            logger.warning("%s has room for %d images: one worker reads them.", _SHARED, fitting)
-            self.workers = 1
-        return max(1, min(self.ahead, fitting))
+        """How many may wait beside those that the workers hand over and the one at hand."""
+        return self.ahead - _EACH * self.workers - 1
 
 
 class _Ahead:
     """What a loader gives, taken from its workers by a thread: that takes about a millisecond an image, which would
-    otherwise be the model's.
+    otherwise be the model's. What waits here is no longer in shared memory.
 
     Args:
         most: how many may wait here, beside the one that the thread has at hand.
@@ -187,17 +215,20 @@ class _Ahead:
     def __init__(self, loader: DataLoader, most: int):
         self._queue: queue.Queue[Any] = queue.Queue(max(1, most))
         self._stopped = threading.Event()
-        # The workers are forked here, while no other code runs that they would inherit halfway.
-        self._thread = threading.Thread(target=self._pull, args=(iter(loader),), daemon=True)
+        with _without_torchs_handler():
+            made_by_workers = iter(loader)  # starts them
+        self._thread = threading.Thread(target=self._pull, args=(made_by_workers,), daemon=True)
         self._thread.start()
 
     def _pull(self, made_by_workers: Iterator[Any]) -> None:
         try:
             for made in made_by_workers:
+                if isinstance(made, Pixels):
+                    made = made._replace(values=made.values.clone())
                 self._put(made)
                 if self._stopped.is_set():
                     return
-        except RuntimeError as error:
+        except Exception as error:
             self._put(error)
 
     def _put(self, made: Any) -> None:
@@ -209,14 +240,28 @@ class _Ahead:
     def next(self) -> Pixels | Unreadable:
         """The next, waiting for it; raises RuntimeError when a worker has died."""
         made = self._queue.get()
-        if isinstance(made, RuntimeError):
+        if isinstance(made, Exception) and not isinstance(made, Unreadable):
             raise made
         return made
 
     def stop(self) -> None:
-        """End thread and workers."""
+        """End thread and workers; an image that takes long to read is not waited for."""
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(timeout=1)
+
+
+@contextlib.contextmanager
+def _without_torchs_handler() -> Iterator[None]:
+    """In here PyTorch's data loader may start workers, but its handler of their deaths does not stay: it raises in the
+    main thread, wherever that is. The thread that asks the workers finds out by itself, within seconds."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 class _Made(Dataset):
@@ -236,6 +281,4 @@ def _as_it_is(made: Any) -> Any:
 
 def _quietly(number: int) -> None:
     """A worker leaves Ctrl-C to the process that answers it."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -105,3 +105,10 @@ class Reading:
     rule: str
     yes_no: Callable[[str], bool | None] = yes_or_no
     letter: Callable[[str, int], int | None] = letter
+
+
+#: How POPE's questions and R-Bench's are read.
+YES_NO_READINGS = (
+    Reading("strict", "yes unless the first sentence holds No, not or no; an empty answer is wrong, and no yes"),
+    Reading("official", "yes unless the first sentence holds No, not or no; an empty answer is a yes", yes_unless_no),
+)

@@ -130,15 +130,15 @@ def check_run(path: Path, run: dict[str, Any], way_out: str, unsaid: dict[str, A
     known = {"model"} if run.get("weights") else set()
     changed = [name for name in run if before.get(name) != run[name] and name not in known]
     if changed:
-        apart = "; ".join(_apart(name, before.get(name), run[name]) for name in changed)
-        raise RecordsError(f"{path} holds records of another run: {apart}. {way_out}")
+        changes = "; ".join(apart(name, before.get(name), run[name]) for name in changed)
+        raise RecordsError(f"{path} holds records of another run: {changes}. {way_out}")
 
 
-def _apart(name: str, before: Any, now: Any) -> str:
-    """How two values of a run's part differ; of two objects only what differs in them."""
+def apart(name: str, before: Any, now: Any) -> str:
+    """`name BEFORE, not NOW`; of two objects only what differs in them."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        return "; ".join(_apart(f"{name}.{key}", before.get(key), now.get(key)) for key in names)
+        return "; ".join(apart(f"{name}.{key}", before.get(key), now.get(key)) for key in names)
     return f"{_WORDS.get(name, name)} {before!r}, not {now!r}"
 
 

@@ -12,7 +12,7 @@ from ..about import __version__, commit
 from ..errors import DataError, RecordsError
 from . import shares
 from .benchmarks.base import EngineBenchmark, Item
-from .pins import pins
+from .pins import ASKED, asking, pins
 from .protocols import CAPTION_PROMPT, CHOOSING, MATCHING
 from .protocols import MAX_NEW_TOKENS as LONGEST_CHOICE
 from .records import RecordFile, fingerprint
@@ -40,7 +40,7 @@ def notes_on(figures: dict[str, Any]) -> list[str]:
     """Notes for the reader of figures: a benchmark that is there in part, answers that could not be read."""
     notes = []
     if figures.get("missing"):
-        notes.append(f"not the whole benchmark, there is nothing of {', '.join(figures['missing'])}.")
+        notes.append(f"Incomplete: no data for {', '.join(figures['missing'])}.")
     if figures.get("unparsable"):
         notes.append(f"{figures['unparsable']} answers are empty or cannot be read, and count as wrong.")
     return notes
@@ -54,6 +54,7 @@ class Run:
         made_with: `records.made_with` of the model; going on with the records of another is an error.
         protocol: one of the benchmark's; its first by default.
         files: hashes of the benchmark's files, for the pins.
+        prompt: what a question stands in, word for word, for the pins.
 
     Attributes:
         at_once: items are asked in groups of so many, by their place in the benchmark: what is computed together does
@@ -69,6 +70,7 @@ class Run:
         protocol: str | None = None,
         caption_prompt: str = CAPTION_PROMPT,
         files: Mapping[str, str] | None = None,
+        prompt: str = "",
     ):
         self.benchmark, self.items, self.output = benchmark, list(items), output
         self.protocol, self.caption_prompt = protocol_for(benchmark, protocol), caption_prompt
@@ -83,17 +85,10 @@ class Run:
             "items": len(items),
             "fingerprint": fingerprint(item.asked() for item in items),
         }
-        if self.protocol == "likelihood":
-            self.about["caption_prompt"] = caption_prompt
-        self.about["pins"] = pins(
-            self.protocol,
-            made_with["template"],
-            files or {},
-            {reading.name: reading.rule for reading in benchmark.readings_under(self.protocol)},
-            [LONGEST_CHOICE] if self.protocol == "choice" else [item.max_new_tokens for item in items],
-            caption_prompt=caption_prompt,
-            dtype=made_with.get("dtype"),
-        )
+        limits = [LONGEST_CHOICE] if self.protocol == "choice" else [item.max_new_tokens for item in items]
+        #: What answers depend on beside model and questions; going on with records of other values is an error.
+        self.about |= asking(self.protocol, prompt, limits, caption_prompt)
+        self.files = dict(files or {})
 
     def begin(self, overwrite: bool = False) -> list[Item]:
         """Join what earlier processes left; returns the items that are left to ask.
@@ -113,6 +108,9 @@ class Run:
     ) -> list[str]:
         """Ask the items that are left and append their records, group by group.
 
+        Raises:
+            RecordsError: when a whole group cannot be asked: that is hardly the images' fault.
+
         Returns:
             Why items have no record, each with its file and line: an image that cannot be read, or a text.
         """
@@ -131,6 +129,8 @@ class Run:
                         wrong.append(f"{item.place or item.id}: {broken[0]}")
                     else:
                         made.append(self.benchmark.record(item, self.protocol, given))
+                if not made:
+                    raise RecordsError(f"None of {len(items)} items in a row can be asked: {wrong[-1]}")
                 records.append(made)
                 progress(len(items))
         return wrong
@@ -160,7 +160,8 @@ class Run:
             made = [{**record, **verdicts.of(record["id"])} for record in made]
         scored = self.benchmark.scored(made, self.protocol)
         summary = {
-            **self.about,
+            **{name: value for name, value in self.about.items() if name not in ASKED},
+            "pins": pins(self.about, scored["readings"], self.files),
             "headline": self.benchmark.headline,
             **scored,
             "judge": verdicts.judge if verdicts is not None else None,

@@ -25,8 +25,8 @@ SHORT = ("teacher", "SFT", "CompoD.")
 #: How sure it is that the paper's figure is of the kind of ours (`Benchmark.paper_kind`), in the table.
 MARKS = {"published": "", "inferred": "*", "unknown": "?"}
 LEGEND = {
-    "inferred": "* the paper does not say how it counts; no other way fits its figures",
-    "unknown": "? the paper does not say how it counts, so that the figures may be of different kinds",
+    "inferred": "* the paper does not say how this is computed; only this computation fits its figures",
+    "unknown": "? the paper does not say how this is computed; the figures may not be comparable",
 }
 
 
@@ -51,8 +51,9 @@ def table(summaries: Sequence[dict[str, Any]], name: str) -> Table:
     Beside the paper's figure stands ours by the rule of the benchmark's authors, which the paper's evaluator follows
     ("official"); where that differs from the default, stricter one, both are there.
     """
-    plain = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 0, 0, 1), "title_justify": "left"}
-    result = Table(title=f"{name}: scores in %, beside the paper's at full size (arXiv 2510.12184)", **plain)
+    # Its columns just fit a terminal of 80.
+    plain = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": 0, "title_justify": "left"}
+    result = Table(title=f"{name}: scores in %; the paper: full size (arXiv 2510.12184)", **plain)
     for column in ("benchmark", "figure", "protocol"):
         result.add_column(column, no_wrap=True)
     for column in ("strict", "here", *(f"paper:\n{model}" for model in SHORT)):
@@ -60,9 +61,11 @@ def table(summaries: Sequence[dict[str, Any]], name: str) -> Table:
     for summary in summaries:
         benchmark = get(summary["benchmark"])
         mark = MARKS[benchmark.paper_kind]
-        paper = [f"{value:.1f}{mark}" for value in summary["paper"].values()]
-        figure = summary["headline"] + (" (part)" if "missing" in summary["figures"] else "")
-        strict = percent(summary["value"]) if "strict" in summary.get("readings", {}) else ""
+        whole = "missing" not in summary["figures"]
+        paper = [f"{value:.1f}{mark}" for value in summary["paper"].values()] if whole else []
+        figure = summary["headline"] + ("" if whole else " (part)")
+        strict = summary.get("readings", {}).get("strict")
+        strict = "" if strict is None else percent(strict.get("value", summary["value"]))
         result.add_row(benchmark.title, figure, summary["protocol"], strict, percent(official(summary)), *paper)
         for name in benchmark.beside:
             if summary["figures"].get(name) is not None:

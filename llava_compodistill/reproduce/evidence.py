@@ -150,7 +150,9 @@ def curve_sections(
             continue
         from ..analysis.plots import draw_curves
 
-        path = draw_curves(found, "relation types, validation split (%)", 50.0, root / f"{study.name}-curves.png")
-        title = study.title.split(": ", 1)[0]
-        sections.append(f"## {title}: accuracy over steps\n\n![{title}: accuracy over steps]({path.name})\n")
+        path = draw_curves(
+            found, "relation types, validation split (%)", {"chance": 50.0}, root / f"{study.name}-curves.png"
+        )
+        title = f"Accuracy over steps: {study.title.split(': ', 1)[-1]}"
+        sections.append(f"## {title}\n\n![{title}]({path.name})\n")
     return sections

@@ -134,6 +134,8 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
             "their embeddings would stay random. Leave the flag out (a checkpoint that has the tokens keeps them), or "
             "train the whole language model with --stage dft or sft and without --lora_enable."
         )
+    if training.fp16 and training.device.type == "cpu":
+        raise ValueError("--fp16 True: there is no fp16 training on a CPU. Use --bf16 True, or neither.")
     if training.shuffle_attention_targets and training.per_device_train_batch_size < 2:
         raise ValueError("--shuffle_attention_targets needs --per_device_train_batch_size of at least 2.")
     if not data.data_path:

@@ -78,6 +78,8 @@ class CheckedDataset(LazySupervisedDataset):
     def read(self, position: int) -> dict[str, Any]:
         """LLaVA's sample: input_ids, labels and image; under TEACHER, what a teacher with another tokenizer reads."""
         sample = super().__getitem__(position)
+        if "image" in sample and not bool(torch.isfinite(sample["image"]).all()):
+            raise SampleError("its pixels are NaN or infinite after preprocessing")
         if self.teacher is None:
             return sample
         return {**sample, TEACHER: self.teacher.read(self.list_data_dict[position], sample)}

@@ -247,10 +247,15 @@ def find_problem(record: Any, image_folder: str | None, check_images: bool, seen
             return f"unknown speaker: {turn['from']!r} (must be human or gpt)"
         if not turn["value"].isascii() and any("\ud800" <= letter <= "\udfff" for letter in turn["value"]):
             return "a turn with half a character: a lone surrogate, which no tokenizer takes"
-    if not any(turn["from"] == "gpt" for turn in turns):
+    speakers = [turn["from"] for turn in turns[turns[0]["from"] == "gpt" :]]  # LLaVA drops a gpt turn that begins
+    if "gpt" not in speakers:
         return "no answer from gpt"
+    if any(speaker != ("human", "gpt")[number % 2] for number, speaker in enumerate(speakers)):
+        return f"turns that do not alternate: {', '.join(turn['from'] for turn in turns[:6])}"
     if not any(turn["value"].split() for turn in turns):
         return "nothing but empty turns"
+    if any("<image>" in turn["value"] for turn in turns if turn["from"] == "gpt"):
+        return "<image> in an answer, where it would be learned as text"
     markers = sum(turn["value"].count("<image>") for turn in turns)
     image = record.get("image")
     if image is None:

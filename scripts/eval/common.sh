@@ -68,7 +68,7 @@ every_gpu() { # 0,1,…; 0 where there is none
 # ask QUESTIONS IMAGES ANSWERS: LLaVA's model_vqa_loader (ours with ENGINE=1) over all GPUs, for the questions that are
 # not answered yet; the shares are joined in ANSWERS, a .jsonl.
 ask() {
-    local questions=$1 images=$2 answers=$3 index gpus plan left shares template pid running how
+    local questions=$1 images=$2 answers=$3 index gpus device plan left shares template pid running how
     local module=(llava_compodistill.cli run llava.eval.model_vqa_loader)
     [[ ${ENGINE:-0} == [01] ]] || fail "ENGINE=$ENGINE: must be 1, for the engine, or 0, for LLaVA's module."
     need "$questions" "$EVALUATION_MD"
@@ -80,7 +80,9 @@ ask() {
     ! command -v flock >/dev/null || flock -w 10 9 || fail "$answers: another process is answering. Wait for it, or stop it."
     gpus=${CUDA_VISIBLE_DEVICES-$(every_gpu)}
     IFS=',' read -ra gpus <<<"${gpus:--1}"
-    plan=$("$PYTHON" -m llava_compodistill.eval.llava_answers begin \
+    device=cpu
+    [[ ${gpus[0]} == -1 ]] || ! nvidia-smi -L >/dev/null 2>&1 || device=cuda
+    plan=$("$PYTHON" -m llava_compodistill.eval.llava_answers begin --device "$device" \
         --questions "$questions" --images "$images" --answers "$answers" --gpus "${#gpus[@]}" \
         --overwrite "${OVERWRITE:-0}" --model "$CKPT" --model-base "${MODEL_BASE:-}" --template "${CONV_MODE:-}" \
         --max-new-tokens "${MAX_NEW_TOKENS:-128}" --engine "${ENGINE:-0}" --dtype "${DTYPE:-}") || exit 2

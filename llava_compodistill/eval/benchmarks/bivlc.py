@@ -81,6 +81,7 @@ register(
         how_to_get=HOW_TO_GET,
         hub=from_hub,
         paper=(64.8, 58.5, 63.3),
+        paper_protocols=("likelihood",),
         paper_kind="unknown",
         average="CR average",
     )

@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from ...errors import DataError
-from ..reading import Reading, yes_unless_no
+from ..reading import YES_NO_READINGS, Reading
 from . import figures, register
 from .base import Record
 from .files import read_text
@@ -20,10 +20,7 @@ from .sums import Sums, mean_f1
 QUESTIONS = "pope/llava_pope_test.jsonl"
 
 
-STRICT = Reading("strict", "yes unless the first sentence holds No, not or no; an empty answer is wrong, and no yes")
-OFFICIAL = Reading(
-    "official", "yes unless the first sentence holds No, not or no; an empty answer is a yes", yes_unless_no
-)
+STRICT, OFFICIAL = YES_NO_READINGS
 #: The lists that LLaVA's questions belong to.
 _COMMIT = "e3e3926 of github.com/AoiDragon/POPE"
 
@@ -120,7 +117,7 @@ register(
         verify=verify,
         score=score,
         sums=sums,
-        readings=(STRICT, OFFICIAL),
+        readings=YES_NO_READINGS,
         read_printed=read_printed,
     )
 )

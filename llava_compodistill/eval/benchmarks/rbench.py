@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import DataError
 from ..marks import Boxes, Masks
-from ..reading import Reading, yes_unless_no
+from ..reading import YES_NO_READINGS, Reading
 from . import figures, files, register
 from .base import EngineBenchmark, Item, Record
 from .sums import Sums, mean_f1
@@ -21,10 +21,7 @@ HOW_TO_GET = (
 )
 #: Longest answer, in tokens, as in LLaVA's demo that the authors evaluate with.
 MAX_NEW_TOKENS = 128
-STRICT = Reading("strict", "yes unless the first sentence holds No, not or no; an empty answer is wrong, and no yes")
-OFFICIAL = Reading(
-    "official", "yes unless the first sentence holds No, not or no; an empty answer is a yes", yes_unless_no
-)
+STRICT, OFFICIAL = YES_NO_READINGS
 #: How subject and object are marked, and what the questions call it.
 COLORS = ("red", "green")
 _MARKS = {"box": "bounding box", "mask": "mask"}
@@ -156,7 +153,7 @@ _SHARED: dict[str, Any] = {
     "protocols": ("answer",),
     "score": score,
     "sums": sums,
-    "readings": (STRICT, OFFICIAL),
+    "readings": YES_NO_READINGS,
     "how_to_get": HOW_TO_GET,
 }
 register(EngineBenchmark(name="rbench", title="R-Bench", load=load, paper=(79.1, 74.3, 78.6), **_SHARED))

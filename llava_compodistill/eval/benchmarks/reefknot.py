@@ -89,7 +89,7 @@ def score(records: Iterable[Record], reading: Reading = STRICT) -> dict[str, Any
         entry["hallucination_rate"] = 100 - entry["accuracy"]
         entry["unparsable"] = figures.unparsable(items, _reader(task, reading))
         by_task[task] = entry
-    judged = all("verdict" in record for record in tasks.get("vqa", ()))
+    judged = "vqa" in tasks and all("verdict" in record for record in tasks["vqa"])
     return {
         "yesno_f1": by_task["yesno"]["f1"] if "yesno" in by_task else None,
         "rscore" if judged else "rscore_verbatim": figures.mean(entry["accuracy"] for entry in by_task.values()),
@@ -133,8 +133,8 @@ def remarks(figures: Mapping[str, Any]) -> list[str]:
     if "rscore_verbatim" not in figures:
         return []
     return [
-        "No judge of the open answers was named (--judge), so there is no rscore; rscore_verbatim, in the summary, "
-        "wants the label's words in the answer, and does not compare with published figures."
+        "No judge was given (--judge), so no rscore is reported. rscore_verbatim, in the summary, requires the "
+        "label's words in the answer and is not comparable with published figures."
     ]
 
 

@@ -71,7 +71,7 @@ def score(records: Iterable[Record]) -> dict[str, Any]:
     by_category = {name: figures.mean(found.values()) for name, found in by_source.items()}
     pooled = {name: figures.percent(map(hit, items)) for name, items in categories.items()}
     missing = figures.missing(categories, CATEGORIES)
-    halves = [f"a second source of {name}" for name in TWO_SOURCES if len(by_source.get(name, "12")) < 2]
+    halves = [f"a second source of {name}" for name in TWO_SOURCES if len(by_source.get(name, ())) == 1]
     if halves:
         missing = {"missing": [*missing.get("missing", []), *halves]}
     return {
@@ -119,6 +119,7 @@ register(
         sums=sums,
         how_to_get=HOW_TO_GET,
         paper=(75.5, 63.9, 69.4),
+        paper_protocols=("likelihood",),
         paper_kind="unknown",
         average="CR average",
     )

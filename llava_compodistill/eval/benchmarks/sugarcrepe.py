@@ -99,13 +99,14 @@ def sums(records: Sequence[Record]) -> Sums:
 
 
 def from_hub(folder: Path, hub: Hub) -> None:
-    """A data set a subset."""
+    """A data set a subset, unless the authors' own files are there."""
+    place = files.folder_with(f"{SUBSETS[0]}.json", folder, "data")
     for subset in SUBSETS:
-        path = folder / f"{subset}.json"
+        path = place / f"{subset}.json"
         if path.is_file():
             continue
         items = {}
-        for number, row in enumerate(hub.rows(f"HuggingFaceM4/SugarCrepe_{subset}")):
+        for number, row in enumerate(hub.rows(f"HuggingFaceM4/SugarCrepe_{subset}", alone=False)):
             true, false = row["tested_labels"][:2]
             file = save_image(row["image"], folder / "images" / f"{subset}_{number:05d}.png")
             items[str(number)] = {"filename": file, "caption": true, "negative_caption": false}

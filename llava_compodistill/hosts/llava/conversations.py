@@ -54,8 +54,11 @@ def plugin_templates(conversation: ModuleType) -> dict[str, Any]:
     return {"qwen_1_5": qwen, "qwen_2": qwen, "qwen_2_5": qwen, "qwen_base": base, "qwen_qa": bare, "qwen_v1": v1}
 
 
-def prompt_under(template: str) -> str:
+def prompt_under(template: str, marker: str = "<image>") -> str:
     """What a model is given under a template, word for word, with {question} for the question.
+
+    Args:
+        marker: what stands for the image.
 
     Raises:
         TemplateError: for an unknown name.
@@ -65,6 +68,6 @@ def prompt_under(template: str) -> str:
     if template not in templates:
         raise TemplateError(f"{template!r} is no conversation template. Known: {', '.join(sorted(templates))}.")
     conversation = templates[template].copy()
-    conversation.append_message(conversation.roles[0], "<image>\n{question}")
+    conversation.append_message(conversation.roles[0], f"{marker}\n{{question}}")
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
@@ -99,13 +100,21 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     """Read a `.bin` of tensors without running any code that a pickle may hide."""
     if not os.path.isfile(path):
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete.")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zipfile and torch raise a dozen kinds
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def read_tensors(folder: str, stem: str) -> dict[str, torch.Tensor]:
     """Read STEM.safetensors of a folder, or STEM.bin where there is none."""
     path = os.path.join(folder, f"{stem}.safetensors")
-    return load_file(path) if os.path.isfile(path) else read_weights(os.path.join(folder, f"{stem}.bin"))
+    if not os.path.isfile(path):
+        return read_weights(os.path.join(folder, f"{stem}.bin"))
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def load_lora_weights(model: torch.nn.Module, folder: str) -> None:
@@ -198,12 +207,25 @@ def _from_pretrained(cls: type, path: str, config: Any, new: tuple[str, ...] = (
         model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     elsewhere = new if has_own_tower(config) else (*new, "vision_tower")
     missing = sorted(name for name in info["missing_keys"] if not any(part in name for part in elsewhere))
+    # Weights that a module has no place for, such as another architecture's biases, would change what it does.
+    modules = dict(model.named_modules())
+    unfit = sorted(name for name in info["unexpected_keys"] if _is_leaf(modules.get(name.rpartition(".")[0])))
+    if unfit:
+        raise CheckpointError(
+            f"{path} has {len(unfit)} weights that a {cls.__name__} has no place for, such as {', '.join(unfit[:3])}: "
+            f"its config.json names another architecture (model_type {config.model_type})."
+        )
     if missing:
         raise CheckpointError(
             f"{path} lacks {len(missing)} weights of a {cls.__name__}, such as {', '.join(missing[:3])}: it is "
             f"incomplete, or its config.json names another architecture (model_type {config.model_type})."
         )
     return model
+
+
+def _is_leaf(module: torch.nn.Module | None) -> bool:
+    """Whether a module is one that holds weights itself, a linear layer or a norm."""
+    return module is not None and bool(module._parameters) and not list(module.children())
 
 
 @contextlib.contextmanager

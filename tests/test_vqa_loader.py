@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from vqa import (
     write,
 )
 
+from llava_compodistill import about
 from llava_compodistill.errors import DataError
 from llava_compodistill.eval import cli, llava_answers
 from llava_compodistill.eval.as_llava import AsLlava
@@ -147,6 +149,12 @@ def test_the_script_asks_through_the_engine_in_two_processes(place, asked, tmp_p
         with pytest.raises(DataError, match="pope.sh ended with status 2"):
             run_llava_benchmark("pope", str(place.model), place.data, tmp_path, **{**mine, **other})
         assert f"asked by 'engine in float32', not {said}" in capfd.readouterr().err
+    script = ["bash", str(about.folder("scripts") / "eval" / "pope.sh"), str(place.model)]
+    done = subprocess.run(
+        script, env={**os.environ, "EVAL_DATA": str(place.data), "PYTHON": sys.executable, "ENGINE": "yes"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "ENGINE=yes: must be 1, for the engine, or 0" in done.stderr
 
 
 @needs_teacher

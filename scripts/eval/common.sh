@@ -70,6 +70,7 @@ every_gpu() { # 0,1,…; 0 where there is none
 ask() {
     local questions=$1 images=$2 answers=$3 index gpus device plan left shares template pid running how
     local module=(llava_compodistill.cli run llava.eval.model_vqa_loader)
+    [[ ${ENGINE:-0} == [01] ]] || fail "ENGINE=$ENGINE: must be 1, for the engine, or 0, for LLaVA's module."
     need "$questions" "$EVALUATION_MD"
     need "$images" "$EVALUATION_MD"
     mkdir -p "$(dirname "$answers")"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from llava_compodistill.errors import DataError, RecordsError
 from llava_compodistill.eval import protocols
 from llava_compodistill.eval.benchmarks import get, llava, mme, pope, registered
 from llava_compodistill.eval.benchmarks.base import EngineBenchmark, Item
@@ -187,3 +188,19 @@ def test_a_slow_rate_is_not_zero_a_second():
     from llava_compodistill.eval.cli import _rate
 
     assert _rate(300, 60) == "5.0 a second" and _rate(2, 60) == "30.0 s each"
+
+
+def test_many_items_in_a_row_that_cannot_be_asked_end_a_benchmark(world, tmp_path):
+    """A few may be broken; all of them are a fault of something else."""
+
+    class Broken(Oracle):
+        def run(self, requests, keep_going):
+            return [DataError("no image")] * len(requests)
+
+    write_benchmarks(world["data"], tmp_path / "data")
+    items = get("sugarcrepe").load(tmp_path / "data")
+    run = Run(get("sugarcrepe"), items, {"model": "broken", "template": "qwen_qa"}, tmp_path / "out")
+    engine = Broken(items, None)
+    assert len(run.ask(engine, items[:4], run.path)) == 4
+    with pytest.raises(RecordsError, match="None of 8 items in a row can be asked: .*no image"):
+        run.ask(engine, items, run.path)

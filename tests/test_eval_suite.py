@@ -187,6 +187,8 @@ def test_the_others_of_a_broken_image_are_kept_and_the_same_command_ends_it(plac
         assert f"{tmp_path / 'winoground' / 'examples.jsonl'}, line {line}: {path}: cannot be" in printed
     kept = [json.loads(line)["id"] for line in (tmp_path / "out" / "winoground.jsonl").read_text().splitlines()]
     assert kept == [str(entry["id"]) for number, entry in enumerate(entries) if number not in (1, 3)]
+    assert main(flags) == 1  # again, while nothing has changed
+    assert f"2 of {len(entries)} items are not answered" in " ".join(capsys.readouterr().out.split())
     for path, data in zip(broken, whole, strict=True):
         path.write_bytes(data)
     assert main(flags) == 0

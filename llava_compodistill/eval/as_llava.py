@@ -16,9 +16,9 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from ..errors import CheckpointError, DataError
 from ..hosts.llava.host import import_llava
-from .engine import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Engine, Row, check_text
+from .engine import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Engine, Row
 from .pictures import Unreadable
-from .requests import Answer, Request
+from .requests import Answer, Request, check_text
 
 #: Settings of generate() by which a greedy answer would be another one, and the values with which they do nothing.
 _UNKNOWN_HERE: dict[str, tuple[Any, ...]] = {

@@ -27,7 +27,7 @@ from ..hosts.llava.templates import prepare_tokenizer, use_template
 from ..record.head import dense_head
 from .marks import Picture, open_picture
 from .pictures import MakePixels, Pictures, Pixels, Unreadable
-from .requests import Answer, Continuation, FirstWord, Likelihood, Request
+from .requests import Answer, Continuation, FirstWord, Likelihood, Request, check_text
 
 logger = logging.getLogger(__name__)
 T, R = TypeVar("T"), TypeVar("R")
@@ -379,12 +379,6 @@ class Engine:
             ends,
             torch.tensor([row.request.max_new_tokens for row in rows], device=device),
         )
-
-
-def check_text(text: str) -> None:
-    """Raise DataError for a text that tokenizers fail on."""
-    if any("\ud800" <= sign <= "\udfff" for sign in text):
-        raise DataError(f"{text[:80]!r} holds half a character (a lone surrogate), which no tokenizer reads.")
 
 
 class _Caches:

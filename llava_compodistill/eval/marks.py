@@ -15,7 +15,19 @@ _LINE = 4
 
 
 @dataclass(frozen=True)
-class Boxes:
+class _Marked:
+    """A file with something drawn into it."""
+
+    file: str
+
+    def __fspath__(self) -> str:
+        return self.file
+
+    __str__ = __fspath__
+
+
+@dataclass(frozen=True)
+class Boxes(_Marked):
     """Rectangles around objects, as R-Bench draws them.
 
     Attributes:
@@ -24,15 +36,8 @@ class Boxes:
         colors: one a box.
     """
 
-    file: str
     boxes: tuple[tuple[float, ...], ...]
     colors: tuple[str, ...]
-
-    def __fspath__(self) -> str:
-        return self.file
-
-    def __str__(self) -> str:
-        return self.file
 
     def marks(self) -> list[Any]:
         """What tells it from the plain image."""
@@ -51,7 +56,7 @@ class Boxes:
 
 
 @dataclass(frozen=True)
-class Masks:
+class Masks(_Marked):
     """Objects under a veil of colour, as R-Bench draws them.
 
     Attributes:
@@ -60,15 +65,8 @@ class Masks:
         colors: one an object, of `_OVERLAYS`.
     """
 
-    file: str
     mask: str
     colors: tuple[str, ...]
-
-    def __fspath__(self) -> str:
-        return self.file
-
-    def __str__(self) -> str:
-        return self.file
 
     def marks(self) -> list[Any]:
         """What tells it from the plain image."""

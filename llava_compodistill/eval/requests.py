@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import DataError
 from .marks import Picture
 
 
@@ -49,3 +50,9 @@ class Answer:
 
 
 Request = Likelihood | Continuation | FirstWord | Answer
+
+
+def check_text(text: str) -> None:
+    """Raise DataError for a text that tokenizers fail on."""
+    if any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise DataError(f"{text[:80]!r} holds half a character (a lone surrogate), which no tokenizer reads.")

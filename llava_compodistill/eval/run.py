@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .marks import Picture
 
 
+#: So many items in a row that cannot be asked end a benchmark.
+_MANY = 8
+
+
 def protocol_for(benchmark: EngineBenchmark, wanted: str | None) -> str:
     """The protocol to use: the one wanted where the benchmark has it.
 
@@ -109,7 +113,7 @@ class Run:
         """Ask the items that are left and append their records, group by group.
 
         Raises:
-            RecordsError: when a whole group cannot be asked: that is hardly the images' fault.
+            RecordsError: when of many items in a row none can be asked: that is hardly their fault.
 
         Returns:
             Why items have no record, each with its file and line: an image that cannot be read, or a text.
@@ -129,7 +133,7 @@ class Run:
                         wrong.append(f"{item.place or item.id}: {broken[0]}")
                     else:
                         made.append(self.benchmark.record(item, self.protocol, given))
-                if not made:
+                if not made and len(items) >= _MANY:
                     raise RecordsError(f"None of {len(items)} items in a row can be asked: {wrong[-1]}")
                 records.append(made)
                 progress(len(items))

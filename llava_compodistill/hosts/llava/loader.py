@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ... import compat
 from ...errors import CheckpointError
 from .language_models import MODEL_CLASSES, model_class
-from .model import has_own_tower, llava_core
+from .model import has_own_tower, holds_weights, llava_core
 
 ADAPTER_FILE = "mm_projector.bin"
 LORA_EXTRA_FILE = "non_lora_trainables.bin"
@@ -209,7 +209,7 @@ def _from_pretrained(cls: type, path: str, config: Any, new: tuple[str, ...] = (
     missing = sorted(name for name in info["missing_keys"] if not any(part in name for part in elsewhere))
     # Weights that a module has no place for, such as another architecture's biases, would change what it does.
     modules = dict(model.named_modules())
-    unfit = sorted(name for name in info["unexpected_keys"] if _is_leaf(modules.get(name.rpartition(".")[0])))
+    unfit = sorted(name for name in info["unexpected_keys"] if holds_weights(modules.get(name.rpartition(".")[0])))
     if unfit:
         raise CheckpointError(
             f"{path} has {len(unfit)} weights that a {cls.__name__} has no place for, such as {', '.join(unfit[:3])}: "
@@ -221,11 +221,6 @@ def _from_pretrained(cls: type, path: str, config: Any, new: tuple[str, ...] = (
             f"incomplete, or its config.json names another architecture (model_type {config.model_type})."
         )
     return model
-
-
-def _is_leaf(module: torch.nn.Module | None) -> bool:
-    """Whether a module is one that holds weights itself, a linear layer or a norm."""
-    return module is not None and bool(module._parameters) and not list(module.children())
 
 
 @contextlib.contextmanager

@@ -142,3 +142,8 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
     column = mask.long().cumsum(dim=1)[batch, position] - 1
     index[batch, column] = position
     return index
+
+
+def holds_weights(module: nn.Module | None) -> bool:
+    """Whether a module is one that holds weights itself, a linear layer or a norm."""
+    return module is not None and bool(module._parameters) and not list(module.children())

@@ -126,7 +126,14 @@ def test_studies_that_are_tuned_one_after_the_other_share_the_file(tmp_path):
     more = tuning.tune(World(), [evidence.OBJECTIVE], BUDGET, tmp_path, 1, quiet, about.environment())
     assert more["recipes"].items() >= first["recipes"].items() and len(more["recipes"]) == 7
     tuning.at_tuned_rates(evidence.EVIDENCE, more, World("test"))
-    # With another budget nothing of before can stand beside it.
+    # Rows that were tuned already are not tuned again, at whatever rates; new rows have as many trials.
+    world = World()
+    rates = tuning.Budget((4e-3, 6e-3), (1.0, 3.0), BUDGET.seeds)
+    faster = tuning.tune(world, [evidence.FASTER], rates, tmp_path, 1, quiet, about.environment())
+    assert faster["recipes"].items() >= more["recipes"].items() and len(faster["recipes"]) == 10
+    assert {recipe.rate for recipe, _ in world.rates.values()} == {4e-3, 6e-3}
+    assert {recipe.steps for recipe, _ in world.rates.values()} == {0.5}
+    # With another number of trials nothing of before can stand beside it.
     again = tuning.tune(World(), [evidence.OBJECTIVE], tuning.Budget((1e-3,)), tmp_path, 1, quiet, about.environment())
     assert len(again["recipes"]) == 5
     other = World()

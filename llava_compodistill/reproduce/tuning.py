@@ -40,6 +40,11 @@ class Budget:
     weights: Sequence[float] = (1.0,)
     seeds: Sequence[int] = (100, 101)
 
+    @property
+    def count(self) -> int:
+        """Trials a recipe."""
+        return len(self.rates) * len(self.weights)
+
     def trials(self, recipe: Recipe) -> list[Recipe]:
         """What is tried of a recipe: every rate with every factor of its weight, or as many rates between the lowest
         and the highest (in equal ratios) where it has none."""
@@ -51,7 +56,7 @@ class Budget:
             ]
         if len(self.weights) == 1:
             return [replace(recipe, rate=rate) for rate in self.rates]
-        between = np.geomspace(min(self.rates), max(self.rates), len(self.rates) * len(self.weights))
+        between = np.geomspace(min(self.rates), max(self.rates), self.count)
         return [replace(recipe, rate=float(f"{rate:.3g}")) for rate in between]
 
 
@@ -67,22 +72,31 @@ def tune(
     """Train every row in every trial, choose by the mean over seeds, and write ROOT/tuning.json.
 
     What is compared is the metric of the first study's gap, or else the world's first. Rows of another teacher than
-    the world's own are not tuned, nor are variants of another row (`Study.tuned_as`).
+    the world's own are not tuned, nor are variants of another row (`Study.tuned_as`). A row that was tuned already,
+    with as many trials, keeps its choice, whatever the rates: studies that share rows share the file.
 
     Args:
         world: one that evaluates on the validation split.
     """
     metric = studies[0].gap.metric if studies[0].gap is not None else next(iter(world.metrics))
     tuned = [_tuned_as(study, row.recipe, world) for study in studies for row in study.rows.values() if row.recipe]
-    unique = {recipe.key: recipe for recipe in tuned}
-    tried = {key: budget.trials(recipe) for key, recipe in unique.items()}
-    grid = [trial for found in tried.values() for trial in found]
-    runs = train_grid(world, grid, budget.seeds, root / "runs", jobs, console, world.ahead)
-    measured = {"metric": metric, **_plain(asdict(budget)), "world": _plain(world.settings())}
+    measured = {"metric": metric, "seeds": list(budget.seeds), "world": _plain(world.settings())}
     earlier = read_tuning(root)
-    # Studies that are tuned one after the other share the file, and the budget.
     kept = earlier is not None and all(earlier.get(name) == value for name, value in measured.items())
-    found: dict[str, Any] = dict(earlier["recipes"]) if kept else {}
+    found: dict[str, Any] = {}
+    if kept:
+        found = {key: entry for key, entry in earlier["recipes"].items() if len(entry["trials"]) == budget.count}
+        if again := found.keys() & {recipe.key for recipe in tuned}:
+            console.print(
+                f"{len(again)} of the rows are tuned already, with {budget.count} trials each, and keep their "
+                f"choice. To tune them again, delete {root / TUNING_FILE}.",
+                markup=False,
+                soft_wrap=True,
+            )
+    unique = {recipe.key: recipe for recipe in tuned if recipe.key not in found}
+    tried = {key: budget.trials(recipe) for key, recipe in unique.items()}
+    grid = [trial for trials in tried.values() for trial in trials]
+    runs = train_grid(world, grid, budget.seeds, root / "runs", jobs, console, world.ahead) if grid else {}
     for key, recipe in unique.items():
         scored = [
             {
@@ -95,7 +109,7 @@ def tune(
         best = max(scored, key=lambda trial: mean(trial["scores"]))  # the first of equals
         chosen = {name: best[name] for name in ("rate", "weight")}
         found[key] = {"recipe": recipe.described(), "trials": scored, **chosen}
-    record = {**measured, "environment": dict(environment), "recipes": found}
+    record = {**measured, "trials": budget.count, "environment": dict(environment), "recipes": found}
     path = root / TUNING_FILE
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
@@ -168,7 +182,7 @@ def tuning_section(studies: Sequence[Study], tuning: Mapping[str, Any] | None, w
         if row.recipe is not None
     }
     metric = world.metrics.get(tuning["metric"], tuning["metric"])
-    count = len(tuning["rates"]) * len(tuning["weights"])
+    count = max(len(entry["trials"]) for entry in tuning["recipes"].values())
     lines = [
         f"Every method had the same {count} trials with the seeds {', '.join(map(str, tuning['seeds']))}, compared on "
         f"the validation split ({metric}, mean over seeds; commit {tuning['environment']['commit']}). A trial is a "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -16,6 +15,7 @@ import tiny
 import torch
 from checks import assert_same_log, assert_same_weights, trained_weights
 
+from llava_compodistill.errors import FlagError
 from llava_compodistill.train import manifest, preempt, run
 from llava_compodistill.train.trainer import CompoDistillTrainer
 
@@ -229,12 +229,13 @@ def test_a_process_ends_as_the_console_command_does(world, tmp_path, capsys, mon
     assert "error (rank 3): --stage dft" in capsys.readouterr().err
 
 
-def test_a_process_that_was_stopped_tells_it_by_its_status(monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
-    for error, status in ((preempt.Preempted(75), 75), (KeyboardInterrupt(), 130)):
+def test_a_process_that_was_stopped_tells_it_by_its_status(monkeypatch, tmp_path):
+    monkeypatch.setenv("COMPODISTILL_STATUS", str(tmp_path / "status"))
+    for error, status in ((preempt.Preempted(75), 75), (KeyboardInterrupt(), 130), (FlagError("--a"), 2)):
 
         def main(argv, error=error):
             raise error
 
         monkeypatch.setattr(run, "main", main)
         assert run.run_process([]) == status
+        assert (tmp_path / "status").read_text() == f"{status}\n"

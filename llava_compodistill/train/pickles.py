@@ -31,7 +31,7 @@ _KNOWN = re.compile(
     r"|torch (Size|device|dtype|Tensor|[a-z]+[0-9]+(_[a-z0-9]+)?)"
     r"|torch\.nn\.parameter Parameter"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|device_tensor_from_numpy)"
-    r"|torch\.serialization _get_layout"
+    r"|torch\._tensor _rebuild_from_type_v2|torch\.serialization _get_layout"
     r"|numpy (ndarray|dtype)|numpy\.dtypes [A-Za-z0-9]+DType"
     r"|numpy\._?core\.multiarray (_reconstruct|scalar)"
     r"|deepspeed\.runtime\.fp16\.loss_scaler (LossScaler|DynamicLossScaler)"

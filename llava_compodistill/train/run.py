@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,6 +115,12 @@ def run_stage(
     return trainer
 
 
+#: Seconds after which a launcher has ended all ranks because one has failed.
+LAUNCHER_NOTICES = 5.0
+#: Names a file for the exit status, which torchrun does not pass on; launch.sh reads it.
+STATUS_VARIABLE = "COMPODISTILL_STATUS"
+
+
 def run_process(argv: list[str] | None = None) -> int:
     """Run one stage as a process, on every rank, and return its exit status: 2 after an error that explains itself,
     those of `preempt` after a signal.
@@ -121,14 +128,14 @@ def run_process(argv: list[str] | None = None) -> int:
     Args:
         argv: the command line; `sys.argv[1:]` when None.
     """
+    status = 0
     try:
         main(argv)
     except Preempted as stopped:
-        end_processes()
-        return stopped.code
+        status = stopped.code
     except KeyboardInterrupt:
         print("llava_compodistill.train: stopped.", file=sys.stderr)
-        return 130
+        return _tell(130)
     except CompoDistillError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank:
@@ -136,13 +143,16 @@ def run_process(argv: list[str] | None = None) -> int:
             time.sleep(LAUNCHER_NOTICES)
         place = f" (rank {rank})" if rank else ""
         print(f"llava_compodistill.train: error{place}: {error}", file=sys.stderr)
-        return 2
+        return _tell(2)
     end_processes()
-    return 0
+    return _tell(status)
 
 
-#: Seconds after which a launcher has ended all ranks because one has failed.
-LAUNCHER_NOTICES = 5.0
+def _tell(status: int) -> int:
+    path = os.environ.get(STATUS_VARIABLE)
+    if path and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(path).write_text(f"{status}\n")
+    return status
 
 
 def end_processes() -> None:

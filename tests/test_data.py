@@ -83,7 +83,7 @@ def test_whatever_the_decoder_raises_names_the_sample(world, images, tmp_path, m
         return original(image, *args, **options)
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.convert", convert)
-    with pytest.raises(DataError, match=rf"sample 'the one' .*cannot be decoded \({type(error).__name__}"):
+    with pytest.raises(DataError, match=rf"sample 'the one' .*cannot be read as an image \({type(error).__name__}"):
         data[1]
     assert skipping[1]["input_ids"].tolist() == data[0]["input_ids"].tolist()
 
@@ -93,7 +93,7 @@ def test_a_decompression_bomb_is_a_bad_sample(world, images, tmp_path, monkeypat
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert data[1]["input_ids"].tolist() == data[0]["input_ids"].tolist()
     data.data_args.bad_samples = "error"
-    with pytest.raises(DataError, match="'bomb'.*DecompressionBombError"):
+    with pytest.raises(DataError, match="'bomb'.*could be decompression bomb"):
         data[1]
 
 

@@ -8,7 +8,6 @@ folder, and what LLaVA's own loader would run is refused instead of being handed
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import warnings
@@ -24,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ... import compat
 from ...errors import CheckpointError
+from ..files import read_object
 from .language_models import MODEL_CLASSES, model_class
 from .model import has_own_tower, holds_weights, llava_core
 
@@ -49,24 +49,31 @@ def checkpoint_kind(path: str) -> str:
         if ADAPTER_FILE in names:
             return "adapter"
         raise CheckpointError(f"{path} has a config.json but no weights: training may have stopped before saving.")
-    with open(os.path.join(path, "config.json")) as file:
-        return "full" if json.load(file).get("model_type", "").startswith("llava") else "base"
+    return "full" if _type_in(path).startswith("llava") else "base"
 
 
 def read_config(path: str) -> Any:
     """The config of a checkpoint (folder or hub name), read without running code that its `auto_map` names.
 
     Raises:
-        CheckpointError: for an architecture that the installed transformers and the plugin do not have.
-        OSError: when there is no config.json, or it is no JSON.
+        CheckpointError: for an architecture that the installed transformers and the plugin do not have, and for a
+            folder's config.json that is missing, damaged, or holds what no model can be made of.
+        OSError: when there is none under a name on the hub.
     """
+    name = os.path.join(path, "config.json")
+    if os.path.isdir(path):
+        _type_in(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: transformers and LLaVA have no model of the type in its config.json, and code that comes with a "
-            f"checkpoint (auto_map) is never run here. ({error})"
-        ) from error
+    except Exception as error:
+        if isinstance(error, OSError) and not os.path.isdir(path):
+            raise
+        if isinstance(error, (ValueError, KeyError)):
+            raise CheckpointError(
+                f"{path}: transformers and LLaVA have no model of the type in its config.json, and code that comes "
+                f"with a checkpoint (auto_map) is never run here. ({error})"
+            ) from error
+        raise CheckpointError(f"{name}: no model can be made of it ({type(error).__name__}: {error}).") from error
 
 
 def read_tokenizer(path: str, **options: Any) -> Any:
@@ -93,7 +100,7 @@ def read_lora_config(path: str) -> dict[str, Any]:
     Raises:
         CheckpointError: when it is missing or no JSON object.
     """
-    return _read_json(os.path.join(path, "adapter_config.json"))
+    return read_object(os.path.join(path, "adapter_config.json"), CheckpointError)
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:
@@ -340,20 +347,16 @@ def _model_type(path: str) -> str:
     """`model_type` of a checkpoint; of a folder it is read as text, since transformers may not know the type."""
     if not os.path.isdir(path):
         return read_config(path).model_type
-    return str(_read_json(os.path.join(path, "config.json")).get("model_type", ""))
+    return _type_in(path)
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): it is not a finished checkpoint.") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON file: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object.")
-    return content
+def _type_in(folder: str) -> str:
+    """`model_type` in a folder's config.json, empty where there is none."""
+    path = os.path.join(folder, "config.json")
+    kind = read_object(path, CheckpointError).get("model_type", "")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{path}: model_type must be a text, is {kind!r:.60}.")
+    return kind
 
 
 def _check_for_llava(path: str, base: str | None, name: str, model_type: str) -> None:
@@ -366,7 +369,7 @@ def _check_for_llava(path: str, base: str | None, name: str, model_type: str) ->
     for folder in (path, base):
         for file in ("config.json", "tokenizer_config.json"):
             there = folder is not None and os.path.isfile(os.path.join(folder, file))
-            if there and "auto_map" in _read_json(os.path.join(folder, file)):
+            if there and "auto_map" in read_object(os.path.join(folder, file), CheckpointError):
                 raise CheckpointError(
                     f"{os.path.join(folder, file)} names code in the folder (auto_map), which is never run here "
                     f"(model_type {model_type!r})."

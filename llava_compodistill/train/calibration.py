@@ -172,9 +172,8 @@ def read_calibration(folder: str, calibrated_by: Mapping[str, str]) -> dict[str,
     if not isinstance(content.get("by"), dict) or not isinstance(content.get("found"), dict):
         raise CheckpointError(f"{path}: must hold `by` and `found`. Remove the file, and it is measured anew.")
     if content["by"] != dict(calibrated_by):
-        logger.warning(
-            "%s was made with other flags: %s. %s", path, ", ".join(map(str, content["by"].values())), again
-        )
+        others = ", ".join(map(str, content["by"].values()))
+        logger.warning("%s was made with other flags: %s. %s", path, others, again)
         return None
     logger.info("What was measured before training is taken from %s.", path)
     return content["found"]

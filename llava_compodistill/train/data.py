@@ -26,7 +26,8 @@ class CheckedDataset(LazySupervisedDataset):
     Args:
         data_path: JSON file, several with commas, or a YAML mix (`mix`).
         tokenizer: of the student.
-        data_args: LLaVA's data arguments with `bad_samples` ("error" or "skip"), `check_images` and `allow_outside_images`.
+        data_args: LLaVA's data arguments with `bad_samples` ("error" or "skip"), `check_images` and
+            `allow_outside_images`.
         seed: draws samples where a mix takes a share of a file.
         teacher: how a teacher with another tokenizer reads the samples, which then hold that, too.
 

@@ -111,9 +111,8 @@ class Records(Sequence):
 
     def _open(self) -> None:
         try:
-            self._descriptor = os.open(
-                self._path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
-            )  # a pipe is not waited for
+            wait_for_no_pipe = getattr(os, "O_NONBLOCK", 0)
+            self._descriptor = os.open(self._path, os.O_RDONLY | wait_for_no_pipe)
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
                 os.close(self._descriptor)
                 raise DataError(f"--data_path {self._path}: is no file. Name the JSON file, or several with commas.")

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 import transformers
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from ... import compat
@@ -26,6 +24,7 @@ from ...errors import CheckpointError
 from ..files import read_object
 from .language_models import MODEL_CLASSES, model_class
 from .model import has_own_tower, holds_weights, llava_core
+from .weights import read_tensors, read_weights, refuse_damaged_weights
 
 ADAPTER_FILE = "mm_projector.bin"
 LORA_EXTRA_FILE = "non_lora_trainables.bin"
@@ -103,27 +102,6 @@ def read_lora_config(path: str) -> dict[str, Any]:
     return read_object(os.path.join(path, "adapter_config.json"), CheckpointError)
 
 
-def read_weights(path: str) -> dict[str, torch.Tensor]:
-    """Read a `.bin` of tensors without running any code that a pickle may hide."""
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete.")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zipfile and torch raise a dozen kinds
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def read_tensors(folder: str, stem: str) -> dict[str, torch.Tensor]:
-    """Read STEM.safetensors of a folder, or STEM.bin where there is none."""
-    path = os.path.join(folder, f"{stem}.safetensors")
-    if not os.path.isfile(path):
-        return read_weights(os.path.join(folder, f"{stem}.bin"))
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
 def load_lora_weights(model: torch.nn.Module, folder: str) -> None:
     """Load the LoRA and adapter weights of a LoRA checkpoint into a PeftModel, in the precision it holds them in.
 
@@ -199,19 +177,29 @@ def load_model(
     model = _from_pretrained(cls, base, config, new=tuple(new), **kwargs)
     load_extra_weights(model, extra)
     if kind == "lora":
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, path, is_trainable=not merge_lora)
+        model = _with_lora(model, path, trainable=not merge_lora)
         if merge_lora:
             model = model.merge_and_unload()
     return model
+
+
+def _with_lora(model: torch.nn.Module, path: str, trainable: bool) -> torch.nn.Module:
+    from peft import PeftModel
+
+    config = compat.portable_lora_config(read_lora_config(path), os.path.join(path, "adapter_config.json"))
+    read_tensors(path, "adapter_model")  # PEFT does not name a damaged file, and old releases run what a pickle hides
+    return PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
 
 
 def _from_pretrained(cls: type, path: str, config: Any, new: tuple[str, ...] = (), **kwargs: Any) -> torch.nn.Module:
     """`from_pretrained` that insists on every weight but those of the `new` modules, where transformers would start
     from random ones and warn."""
     with _expecting_missing_weights() if new else contextlib.nullcontext():
-        model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+        try:
+            model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+        except Exception:  # what a damaged file makes of transformers does not always name it
+            refuse_damaged_weights(path)
+            raise
     elsewhere = new if has_own_tower(config) else (*new, "vision_tower")
     missing = sorted(name for name in info["missing_keys"] if not any(part in name for part in elsewhere))
     # Weights that a module has no place for, such as another architecture's biases, would change what it does.

@@ -60,16 +60,16 @@ READERS = {
     "questions": ("a.jsonl", read_questions),
     "answers": ("a.jsonl", read_answers),
     "benchmark, JSON": ("a.json", lambda path: benchmark_files.read_object(path, "see there.")),
-    "benchmark, lines": ("a.jsonl", lambda path: refuse_none(benchmark_files.read_lines(path, "see there."))),
-    "SADE, JSON": ("a.json", lambda path: refuse_none(read_entries(path))),
-    "SADE, lines": ("a.jsonl", lambda path: refuse_none(read_entries(path))),
+    "benchmark, lines": ("a.jsonl", lambda path: list(benchmark_files.read_lines(path, "see there."))),
+    "SADE, JSON": ("a.json", read_entries),
+    "SADE, lines": ("a.jsonl", read_entries),
     "analysis, lines": ("a.jsonl", lambda path: read_samples(str(path))),
     "analysis, JSON": ("a.json", lambda path: read_samples(str(path))),
-    "world, JSON": ("a.json", lambda path: refuse_none(read_world_file(path), path)),
-    "world, YAML": ("a.yaml", lambda path: refuse_none(read_world_file(path), path)),
-    "tuning": ("tuning.json", lambda path: refuse_none(read_tuning(path.parent), path)),
-    "run": ("run.json", lambda path: refuse_none(finished(path.parent), path)),
-    "calibration": ("calibration.json", lambda path: refuse_none(read_calibration(str(path.parent), {}), path)),
+    "world, JSON": ("a.json", read_world_file),
+    "world, YAML": ("a.yaml", read_world_file),
+    "tuning": ("tuning.json", lambda path: read_tuning(path.parent)),
+    "run": ("run.json", lambda path: finished(path.parent)),
+    "calibration": ("calibration.json", lambda path: read_calibration(str(path.parent), {})),
     "mix": ("a.yaml", lambda path: read_sources(str(path))),
     "kind of a checkpoint": config_of(checkpoint_kind),
     "config": config_of(read_config),
@@ -78,26 +78,19 @@ READERS = {
     "LoRA": ("adapter_config.json", lambda path: read_lora_config(str(path.parent))),
     "training data": ("a.json", lambda path: Records(str(path), "", "error")),
 }
-#: Readers to which an empty file, a folder in the file's place, or a list is nothing, and no error.
+#: What is no error to a reader: an empty file, a folder in the place of one that need not be there, and entries that
+#: whoever asked for them looks at himself.
 FINE = {
-    "world, YAML": {"empty"}, "world, JSON": set(), "answers": {"empty", "cut off"}, "records": {"empty"},
-    "records to go on with": {"empty", "cut off"}, "benchmark, lines": {"empty"}, "SADE, lines": {"empty"},
-    "SADE, JSON": {"a list of a number"}, "tuning": {"folder"}, "run": {"folder"}, "calibration": {"folder"},
+    "world, YAML": {"empty"}, "answers": {"empty"}, "records": {"empty"}, "records to go on with": {"empty"},
+    "benchmark, lines": {"empty"}, "benchmark, JSON": {"a list of a number"},
+    "SADE, lines": {"empty", "a list of a number", "a text"}, "SADE, JSON": {"a list of a number"}, "tuning": {"folder"}, "run": {"folder"}, "calibration": {"folder"},
 }  # fmt: skip
 
 
 def begun(path):
-    if path.is_dir() or not path.stat().st_size:
-        raise DataError(f"{path}: nothing to go on with.")
     write_run(path, {})
     with RecordFile(path, {}, ["1"]) as records:
         return records.done
-
-
-def refuse_none(found, path=None):
-    """A reader may leave out what is not there."""
-    found = list(found) if path is None else found
-    return found
 
 
 def look(reader, tmp_path, content):

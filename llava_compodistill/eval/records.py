@@ -40,7 +40,10 @@ class RecordFile:
     def __init__(self, path: Path, run: dict[str, Any], ids: Sequence[str], overwrite: bool = False):
         self.path, self.done = path, {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RecordsError(f"{path} cannot be written: {error.strerror}.") from None
         try:
             self._lock()  # before anything is read or taken away
             if overwrite:

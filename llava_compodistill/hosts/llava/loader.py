@@ -79,18 +79,20 @@ def read_tokenizer(path: str, **options: Any) -> Any:
     """The slow tokenizer of a checkpoint (folder or hub name), as LLaVA loads it, without running code from there.
 
     Raises:
-        CheckpointError: when the tokenizer is code in the folder.
-        OSError, ValueError: as transformers says when its files are missing or damaged.
+        CheckpointError: when the tokenizer is code in the folder, or its files there are missing or damaged.
+        OSError, ValueError: as transformers says when a name on the hub holds none.
     """
     try:
         return AutoTokenizer.from_pretrained(path, use_fast=False, trust_remote_code=False, **options)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+    except Exception as error:
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{path}: its tokenizer_config.json names code in the folder (auto_map), which is never run here. "
+                "Save the tokenizer as one of transformers' own classes."
+            ) from error
+        if isinstance(error, ImportError) or not os.path.isdir(path):
             raise
-        raise CheckpointError(
-            f"{path}: its tokenizer_config.json names code in the folder (auto_map), which is never run here. Save "
-            "the tokenizer as one of transformers' own classes."
-        ) from error
+        raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
 
 
 def read_lora_config(path: str) -> dict[str, Any]:
@@ -238,6 +240,8 @@ def _expecting_missing_weights() -> Iterator[None]:
 def find_tower(config: Any, path: str, substitute: str | None) -> None:
     """A tower given as a folder may have moved since training; hub names are left to transformers."""
     name = getattr(config, "mm_vision_tower", None)
+    if not isinstance(name, str | None):
+        raise CheckpointError(f"{os.path.join(path, 'config.json')}: mm_vision_tower must be a text, is {name!r:.60}.")
     is_hub_name = name is None or (not name.startswith((".", "/")) and name.count("/") <= 1)
     if is_hub_name or os.path.isdir(name):
         return

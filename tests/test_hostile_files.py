@@ -83,7 +83,8 @@ READERS = {
 FINE = {
     "world, YAML": {"empty"}, "answers": {"empty"}, "records": {"empty"}, "records to go on with": {"empty"},
     "benchmark, lines": {"empty"}, "benchmark, JSON": {"a list of a number"},
-    "SADE, lines": {"empty", "a list of a number", "a text"}, "SADE, JSON": {"a list of a number"}, "tuning": {"folder"}, "run": {"folder"}, "calibration": {"folder"},
+    "SADE, lines": {"empty", "a list of a number", "a text"}, "SADE, JSON": {"a list of a number"},
+    "tuning": {"folder"}, "run": {"folder"}, "calibration": {"folder"},
 }  # fmt: skip
 
 

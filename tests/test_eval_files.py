@@ -168,7 +168,7 @@ def test_a_half_written_line_is_taken_away_and_asked_again(tmp_path):
     ("lines", "message"),
     [
         (["{}"], "line 1: no record"),
-        (['{"id": "one"}', "nonsense"], "line 2: no record"),
+        (['{"id": "one"}', "nonsense"], "line 2: no JSON .*--overwrite begins anew"),
         (['{"id": "four"}'], "line 1: there is no item 'four'"),
         (['{"id": "one"}', '{"id": "one"}'], "line 2: the item 'one' is there already"),
     ],

@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 import zipfile
+import zlib
 from collections import Counter
 from types import SimpleNamespace
 
@@ -518,3 +519,24 @@ def test_records_hold_half_characters(tmp_path):
         records.append([{"id": "one", "text": "ä\ud800"}, {"id": "two", "text": "ä"}])
     assert [record["text"] for record in read_records(path)] == ["ä\ud800", "ä"]
     assert "ä" in path.read_text(encoding="utf-8").splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    "error", [zlib.error("invalid block type"), RuntimeError("password required"), EOFError("end")]
+)
+def test_a_download_that_cannot_be_unpacked_is_named(tmp_path, monkeypatch, error):
+    winoground_files(tmp_path / "winoground", 1)
+    examples = tmp_path / "winoground" / "data" / "examples.jsonl"
+    whole = examples.read_bytes()
+    examples.write_bytes(b"\xff" + whole)
+    with pytest.raises(DataError, match=r"examples\.jsonl: no UTF-8 text"):
+        fetch(OURS["winoground"], tmp_path, online=False)
+    examples.write_bytes(whole)
+
+    def read(self, entry):
+        raise error
+
+    shutil.rmtree(tmp_path / "winoground" / "images", ignore_errors=True)
+    monkeypatch.setattr("zipfile.ZipFile.read", read)
+    with pytest.raises(DataError, match=rf"images\.zip: cannot be unpacked \({error}\)"):
+        fetch(OURS["winoground"], tmp_path, online=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import factory
 import pytest
@@ -26,9 +27,11 @@ from llava_compodistill.hosts.llava.loader import (  # noqa: E402
     _with_lora,
     checkpoint_kind,
     dispatching_loader,
+    find_tower,
     load_extra_weights,
     load_model,
     read_tensors,
+    read_tokenizer,
     read_weights,
 )
 
@@ -285,6 +288,20 @@ def test_a_damaged_language_model_is_named(checkpoints, tmp_path, name):
     (folder / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
         load_model(str(folder))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"added_tokens": 3}'])
+def test_a_damaged_tokenizer_is_named(world, tmp_path, content):
+    shutil.copytree(world["tokenizer"], tmp_path / "tokenizer")
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (tmp_path / "tokenizer" / name).write_text(content)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/tokenizer: its tokenizer cannot be loaded"):
+        read_tokenizer(str(tmp_path / "tokenizer"))
+
+
+def test_a_tower_without_a_name_is_refused():
+    with pytest.raises(CheckpointError, match=r"folder/config\.json: mm_vision_tower must be a text, is 5"):
+        find_tower(SimpleNamespace(mm_vision_tower=5), "folder", None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

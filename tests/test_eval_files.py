@@ -22,7 +22,7 @@ from llava_compodistill.eval.benchmarks import files, reefknot, registered
 from llava_compodistill.eval.benchmarks.base import EngineBenchmark
 from llava_compodistill.eval.benchmarks.sade import CATEGORIES
 from llava_compodistill.eval.benchmarks.sugarcrepe import SUBSETS
-from llava_compodistill.eval.hub import fetch
+from llava_compodistill.eval.hub import fetch, unpack
 from llava_compodistill.eval.records import RecordFile, fingerprint, read_records, weights_of
 from miniature.benchmarks import write_benchmarks
 
@@ -521,22 +521,20 @@ def test_records_hold_half_characters(tmp_path):
     assert "ä" in path.read_text(encoding="utf-8").splitlines()[1]
 
 
-@pytest.mark.parametrize(
-    "error", [zlib.error("invalid block type"), RuntimeError("password required"), EOFError("end")]
-)
+@pytest.mark.parametrize("error", [zlib.error("invalid block"), RuntimeError("password required"), EOFError("end")])
 def test_a_download_that_cannot_be_unpacked_is_named(tmp_path, monkeypatch, error):
-    winoground_files(tmp_path / "winoground", 1)
-    examples = tmp_path / "winoground" / "data" / "examples.jsonl"
-    whole = examples.read_bytes()
-    examples.write_bytes(b"\xff" + whole)
-    with pytest.raises(DataError, match=r"examples\.jsonl: no UTF-8 text"):
-        fetch(OURS["winoground"], tmp_path, online=False)
-    examples.write_bytes(whole)
-
     def read(self, entry):
         raise error
 
-    shutil.rmtree(tmp_path / "winoground" / "images", ignore_errors=True)
+    winoground_files(tmp_path, 1)
     monkeypatch.setattr("zipfile.ZipFile.read", read)
     with pytest.raises(DataError, match=rf"images\.zip: cannot be unpacked \({error}\)"):
-        fetch(OURS["winoground"], tmp_path, online=False)
+        unpack(tmp_path / "data" / "images.zip", tmp_path / "images")
+    assert not (tmp_path / "images").exists()
+
+
+def test_a_text_from_the_hub_that_is_none_is_named(hub, tmp_path):
+    (hub.files["facebook/winoground"] / "data" / "examples.jsonl").write_bytes(b"\xff{}\n")
+    with pytest.raises(DataError, match=r"examples\.jsonl: no UTF-8 text"):
+        fetch(OURS["winoground"], tmp_path)
+    assert not (tmp_path / "winoground" / "examples.jsonl").exists()

@@ -108,7 +108,7 @@ def read_yaml(path: Name, error: type[CompoDistillError] = DataError, option: st
 
     text = read_text(path, error, option)
     try:
-        return yaml.load(text, Loader)  # noqa: S506 (it is a SafeLoader)
+        return yaml.load(text, Loader)
     except RecursionError:
         raise error(f"{option}{path}: no YAML that can be read ({_DEEP}).") from None
     except (yaml.YAMLError, ValueError, TypeError) as reason:  # dates and numbers that are none, names of no kind

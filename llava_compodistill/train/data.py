@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 
-from ..errors import DataError, SampleError
+from ..errors import DataError, ImageError, SampleError
+from ..hosts.llava.images import most_pixels, prepared_for
 from ..hosts.llava.training import IGNORE_INDEX, DataCollatorForSupervisedDataset, LazySupervisedDataset
 from ..pair.tokens import TEACHER
 from .mix import Mix, read_sources
@@ -27,7 +26,8 @@ class CheckedDataset(LazySupervisedDataset):
     Args:
         data_path: JSON file, several with commas, or a YAML mix (`mix`).
         tokenizer: of the student.
-        data_args: LLaVA's data arguments with `bad_samples` ("error" or "skip") and `check_images`.
+        data_args: LLaVA's data arguments with `bad_samples` ("error" or "skip"), `check_images` and
+            `allow_outside_images`.
         seed: draws samples where a mix takes a share of a file.
         teacher: how a teacher with another tokenizer reads the samples, which then hold that, too.
 
@@ -44,8 +44,10 @@ class CheckedDataset(LazySupervisedDataset):
         self.tokenizer, self.teacher = tokenizer, teacher
         self.data_args = data_args
         data_args.image_folder = data_args.image_folder or ""
+        most_pixels()  # a limit that is none shows now
         options = data_args.image_folder, data_args.bad_samples, data_args.check_images
-        self.list_data_dict = Mix(read_sources(data_path), *options, seed, self.paired)
+        allowed = getattr(data_args, "allow_outside_images", False)
+        self.list_data_dict = Mix(read_sources(data_path), *options, seed, self.paired, allowed)
 
     @property
     def lengths(self) -> list[int]:
@@ -66,7 +68,7 @@ class CheckedDataset(LazySupervisedDataset):
             try:
                 return self.read(position)
             except Exception as error:
-                cause = self._fault(record, error)
+                cause = self._fault(error)
                 if cause is None:
                     raise
                 message = f"sample {record.get('id', position)!r} (image {record.get('image')!r}): {cause}"
@@ -77,29 +79,23 @@ class CheckedDataset(LazySupervisedDataset):
 
     def read(self, position: int) -> dict[str, Any]:
         """LLaVA's sample: input_ids, labels and image; under TEACHER, what a teacher with another tokenizer reads."""
-        sample = super().__getitem__(position)
+        how = (getattr(self.data_args, name, None) for name in ("image_aspect_ratio", "image_processor"))
+        with prepared_for(*how):
+            sample = super().__getitem__(position)
         if "image" in sample and not bool(torch.isfinite(sample["image"]).all()):
             raise SampleError("its pixels are NaN or infinite after preprocessing")
         if self.teacher is None:
             return sample
         return {**sample, TEACHER: self.teacher.read(self.list_data_dict[position], sample)}
 
-    def _fault(self, record: dict[str, Any], error: Exception) -> str | None:
+    def _fault(self, error: Exception) -> str | None:
         """What is wrong with a sample that could not be read; None when the error is not the sample's."""
-        if isinstance(error, DataError):
+        if isinstance(error, DataError) and not isinstance(error, ImageError):
             return None
         if isinstance(error, AssertionError):  # LLaVA's own preprocessing, which says no more
             return "the conversation does not have the form that the template asks for"
         if isinstance(error, (SampleError, OSError, ValueError)):
             return str(error)
-        if "image" not in record:
-            return None
-        # On damaged files PIL's decoders raise nearly anything, from SyntaxError to TypeError.
-        try:
-            with Image.open(os.path.join(self.data_args.image_folder, record["image"])) as image:
-                image.convert("RGB")
-        except Exception as cause:
-            return f"the image cannot be decoded ({type(cause).__name__}: {cause})"
         return None
 
 

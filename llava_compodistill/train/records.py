@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import stat
 import time
 import weakref
 import zlib
@@ -37,6 +38,7 @@ class Records(Sequence):
         bad_samples: "error", or "skip" to leave bad samples out with a warning.
         check_images: whether to look if each image file exists.
         paired: whether each sample needs a second answer, `rejected`, that is worse than its last.
+        allow_outside: whether an image may lie outside the folder. (Links in the folder may lead anywhere.)
 
     Attributes:
         words: number of words in the conversation of each sample.
@@ -53,6 +55,7 @@ class Records(Sequence):
         bad_samples: str,
         check_images: bool = True,
         paired: bool = False,
+        allow_outside: bool = False,
     ):
         self._path = path
         self._places, self._sizes, self._checksums = array("q"), array("q"), array("L")
@@ -64,7 +67,7 @@ class Records(Sequence):
         seen: dict[str, bool] = {}
         count = 0
         for record, place, text in scan(path):
-            problem = find_problem(record, image_folder, check_images, seen)
+            problem = find_problem(record, image_folder, check_images, seen, allow_outside)
             if problem is None and paired:
                 problem = find_pair_problem(record)
             if problem is None:
@@ -108,9 +111,17 @@ class Records(Sequence):
 
     def _open(self) -> None:
         try:
-            self._descriptor = os.open(self._path, os.O_RDONLY)
+            wait_for_no_pipe = getattr(os, "O_NONBLOCK", 0)
+            self._descriptor = os.open(self._path, os.O_RDONLY | wait_for_no_pipe)
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                os.close(self._descriptor)
+                raise DataError(f"--data_path {self._path}: is no file. Name the JSON file, or several with commas.")
         except FileNotFoundError:
             raise DataError(f"--data_path {self._path}: there is no such file.") from None
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:
+            raise DataError(f"--data_path {self._path}: cannot be opened ({error}).") from None
         weakref.finalize(self, os.close, self._descriptor)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -229,7 +240,9 @@ def describe_problems(problems: list[tuple[int, Any, str]], count: int, source: 
     return "\n".join(lines)
 
 
-def find_problem(record: Any, image_folder: str | None, check_images: bool, seen: dict[str, bool]) -> str | None:
+def find_problem(
+    record: Any, image_folder: str | None, check_images: bool, seen: dict[str, bool], allow_outside: bool = False
+) -> str | None:
     """What keeps a sample from being used, "kind" or "kind: details"; None when nothing does.
 
     Args:
@@ -267,12 +280,25 @@ def find_problem(record: Any, image_folder: str | None, check_images: bool, seen
     if markers > 1:
         return f"{markers} <image> markers for one image"
     path = os.path.join(image_folder or "", image)
+    if image_folder and not allow_outside and leaves(image, image_folder):
+        return (
+            "an image outside --image_folder (--allow_outside_images True takes it, and so does an empty "
+            f"--image_folder): {image}"
+        )
     if check_images:
         if path not in seen:
             seen[path] = os.path.isfile(path)
         if not seen[path]:
             return f"missing image: {path}"
     return None
+
+
+def leaves(image: str, folder: str) -> bool:
+    """Whether an image's name leads out of the folder that it should begin in. (Links are not looked at.)"""
+    if not os.path.isabs(image) and ".." not in image:
+        return False
+    root = os.path.join(os.path.abspath(folder), "")
+    return not os.path.abspath(os.path.join(folder, image)).startswith(root)
 
 
 def find_pair_problem(record: dict[str, Any]) -> str | None:

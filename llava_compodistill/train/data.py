@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from ..errors import DataError, SampleError
+from ..hosts.llava import training as llava_training
 from ..hosts.llava.training import IGNORE_INDEX, DataCollatorForSupervisedDataset, LazySupervisedDataset
 from ..pair.tokens import TEACHER
-from .mix import Mix, read_sources
+from .mix import Mix, Source, read_sources
+from .skip_list import read_skip_list
 from .teacher_text import TeacherText, TeacherTextCollator
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ class CheckedDataset(LazySupervisedDataset):
         data_args: LLaVA's data arguments with `bad_samples` ("error" or "skip") and `check_images`.
         seed: draws samples where a mix takes a share of a file.
         teacher: how a teacher with another tokenizer reads the samples, which then hold that, too.
+        samples: the mix, where it has been read already.
 
     Raises:
         DataError: for an unreadable file, or bad samples under "error".
@@ -39,13 +42,22 @@ class CheckedDataset(LazySupervisedDataset):
     paired = False
 
     def __init__(
-        self, data_path: str, tokenizer: Any, data_args: Any, seed: int = 0, teacher: TeacherText | None = None
+        self,
+        data_path: str,
+        tokenizer: Any,
+        data_args: Any,
+        seed: int = 0,
+        teacher: TeacherText | None = None,
+        samples: Mix | None = None,
     ):
         self.tokenizer, self.teacher = tokenizer, teacher
         self.data_args = data_args
         data_args.image_folder = data_args.image_folder or ""
-        options = data_args.image_folder, data_args.bad_samples, data_args.check_images
-        self.list_data_dict = Mix(read_sources(data_path), *options, seed, self.paired)
+        if samples is None:
+            sources = read_sources(data_path)
+            options = data_args.image_folder, data_args.bad_samples, data_args.check_images
+            samples = Mix(sources, *options, seed, self.paired, samples_left_out(data_args, sources))
+        self.list_data_dict = samples
 
     @property
     def lengths(self) -> list[int]:
@@ -66,7 +78,7 @@ class CheckedDataset(LazySupervisedDataset):
             try:
                 return self.read(position)
             except Exception as error:
-                cause = self._fault(record, error)
+                cause = self.fault(record, error)
                 if cause is None:
                     raise
                 message = f"sample {record.get('id', position)!r} (image {record.get('image')!r}): {cause}"
@@ -84,7 +96,17 @@ class CheckedDataset(LazySupervisedDataset):
             return sample
         return {**sample, TEACHER: self.teacher.read(self.list_data_dict[position], sample)}
 
-    def _fault(self, record: dict[str, Any], error: Exception) -> str | None:
+    def read_text(self, position: int) -> dict[str, Any]:
+        """What `read` gives of a sample, without its image."""
+        record = self.list_data_dict[position]
+        sources, seen = [copy.deepcopy(record["conversations"])], "image" in record
+        if seen:
+            sources = llava_training.preprocess_multimodal(sources, self.data_args)
+        batch = llava_training.preprocess(sources, self.tokenizer, has_image=seen)
+        sample = {name: batch[name][0] for name in ("input_ids", "labels")}
+        return sample if self.teacher is None else {**sample, TEACHER: self.teacher.read(record, sample)}
+
+    def fault(self, record: dict[str, Any], error: Exception) -> str | None:
         """What is wrong with a sample that could not be read; None when the error is not the sample's."""
         if isinstance(error, DataError):
             return None
@@ -96,8 +118,7 @@ class CheckedDataset(LazySupervisedDataset):
             return None
         # On damaged files PIL's decoders raise nearly anything, from SyntaxError to TypeError.
         try:
-            with Image.open(os.path.join(self.data_args.image_folder, record["image"])) as image:
-                image.convert("RGB")
+            decode(os.path.join(self.data_args.image_folder, record["image"]))
         except Exception as cause:
             return f"the image cannot be decoded ({type(cause).__name__}: {cause})"
         return None
@@ -120,12 +141,31 @@ class PreferenceDataset(CheckedDataset):
 
     def read(self, position: int) -> dict[str, Any]:
         """{"chosen": LLaVA's sample, "rejected": the same with the other answer}, labelled at its last answer."""
-        found = {"chosen": super().read(position), "rejected": CheckedDataset.read(self._rejected, position)}
-        for sample in found.values():
-            for reading in (sample, sample.get(TEACHER)):
-                if reading is not None:
-                    reading["labels"] = last_answer(reading["labels"])
-        return found
+        return _at_last_answers(super().read(position), CheckedDataset.read(self._rejected, position))
+
+    def read_text(self, position: int) -> dict[str, Any]:
+        return _at_last_answers(super().read_text(position), CheckedDataset.read_text(self._rejected, position))
+
+
+def _at_last_answers(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
+    found = {"chosen": chosen, "rejected": rejected}
+    for sample in found.values():
+        for reading in (sample, sample.get(TEACHER)):
+            if reading is not None:
+                reading["labels"] = last_answer(reading["labels"])
+    return found
+
+
+def decode(path: str) -> Image.Image:
+    """An image as training reads it, before it is resized."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def samples_left_out(data_args: Any, sources: Sequence[Source]) -> dict[str, dict[int, int]]:
+    """What --skip_samples leaves out, by data file."""
+    path = getattr(data_args, "skip_samples", None)
+    return read_skip_list(path, [source.path for source in sources]) if path else {}
 
 
 def last_answer(labels: torch.Tensor) -> torch.Tensor:

@@ -44,13 +44,18 @@ def checkpoint_kind(path: str) -> str:
     names = os.listdir(path)
     if "adapter_config.json" in names:
         return "lora"
-    weights = any(name.endswith((".safetensors", ".index.json")) or name.startswith("pytorch_model") for name in names)
-    if not weights:
+    if not has_weights(path):
         if ADAPTER_FILE in names:
             return "adapter"
         raise CheckpointError(f"{path} has a config.json but no weights: training may have stopped before saving.")
     with open(os.path.join(path, "config.json")) as file:
         return "full" if json.load(file).get("model_type", "").startswith("llava") else "base"
+
+
+def has_weights(path: str) -> bool:
+    """Whether a local folder holds the weights of a language model or of a LoRA."""
+    names = os.listdir(path)
+    return any(name.endswith((".safetensors", ".index.json")) or name.startswith("pytorch_model") for name in names)
 
 
 def read_config(path: str) -> Any:

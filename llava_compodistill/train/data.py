@@ -96,13 +96,16 @@ class CheckedDataset(LazySupervisedDataset):
             return sample
         return {**sample, TEACHER: self.teacher.read(self.list_data_dict[position], sample)}
 
+    def conversation(self, record: dict[str, Any]) -> tuple[list[dict[str, str]], bool]:
+        """The turns of a sample as they are tokenized, and whether there is an image."""
+        turns, seen = copy.deepcopy(record["conversations"]), "image" in record
+        return (llava_training.preprocess_multimodal([turns], self.data_args)[0] if seen else turns), seen
+
     def read_text(self, position: int) -> dict[str, Any]:
         """What `read` gives of a sample, without its image."""
         record = self.list_data_dict[position]
-        sources, seen = [copy.deepcopy(record["conversations"])], "image" in record
-        if seen:
-            sources = llava_training.preprocess_multimodal(sources, self.data_args)
-        batch = llava_training.preprocess(sources, self.tokenizer, has_image=seen)
+        turns, seen = self.conversation(record)
+        batch = llava_training.preprocess([turns], self.tokenizer, has_image=seen)
         sample = {name: batch[name][0] for name in ("input_ids", "labels")}
         return sample if self.teacher is None else {**sample, TEACHER: self.teacher.read(record, sample)}
 

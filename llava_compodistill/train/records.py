@@ -79,7 +79,7 @@ class Records(Sequence):
                         "llava-compodistill check --write_skip again."
                     )
                 missed += 1
-            elif (problem := self._problem(record, count, place)) is None:
+            elif (problem := self._problem(record, count, place, checksum)) is None:
                 self._places.append(place)
                 self._sizes.append(len(text))
                 self.checksums.append(checksum)
@@ -103,8 +103,8 @@ class Records(Sequence):
         seconds = time.perf_counter() - start
         logger.info("%d samples, %d with an image, checked in %.1f s.", len(self), sum(self.with_image), seconds)
 
-    def _problem(self, record: Any, index: int, place: int) -> str | None:
-        """What keeps a sample from being used; `place` is where it begins in the file."""
+    def _problem(self, record: Any, index: int, place: int, checksum: int) -> str | None:
+        """What keeps a sample from being used; `place` is where its text begins in the file."""
         problem = find_problem(record, self._image_folder, self._files)
         return find_pair_problem(record) if problem is None and self._paired else problem
 

@@ -92,7 +92,13 @@ def sketch_student(model_args: ModelArguments) -> ConfigOnly:
     config = read_config(model_args.model_name_or_path)
     if getattr(config, "mm_vision_tower", None) is None:  # a base language model: the flags decide
         config.mm_vision_tower = model_args.vision_tower
-        for name in ("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type"):
+        for name in (
+            "mm_vision_select_layer",
+            "mm_vision_select_feature",
+            "mm_projector_type",
+            "mm_use_im_start_end",
+            "mm_use_im_patch_token",
+        ):
             setattr(config, name, getattr(model_args, name))
     return sketch(config, model_args.model_name_or_path, model_args)
 

@@ -326,12 +326,17 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"
 
 def add_image_tokens(model: torch.nn.Module, tokenizer: Any) -> None:
     """Add LLaVA's image markers to a tokenizer; the vocabulary grows where needed and never shrinks."""
-    if getattr(model.config, "mm_use_im_patch_token", False):
-        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
-    if getattr(model.config, "mm_use_im_start_end", False):
-        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    add_marker_tokens(model.config, tokenizer)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # ZeRO-3 gives weights no shape
         model.resize_token_embeddings(len(tokenizer))
+
+
+def add_marker_tokens(config: Any, tokenizer: Any) -> None:
+    """Add those of LLaVA's image markers to a tokenizer that a model's config asks for."""
+    if getattr(config, "mm_use_im_patch_token", False):
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+    if getattr(config, "mm_use_im_start_end", False):
+        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
 
 
 def suppress_padded_vocabulary(model: torch.nn.Module, tokenizer: Any) -> None:

@@ -213,11 +213,8 @@ def test_texts_are_tokenized_together_where_that_is_the_same(world, folder, monk
 
 
 def test_what_the_limit_cuts(world, folder):
-    records = [
-        record(),
-        record(turns=[HUMAN, LONG], id="cut"),
-        record(turns=[{**HUMAN, "value": LONG["value"] + "<image>"}, GPT], id="lost"),
-    ]
+    late = {**HUMAN, "value": LONG["value"] + "<image>"}
+    records = [record(), record(turns=[HUMAN, LONG], id="cut"), record(turns=[late, GPT], id="lost")]
     report = check(whole(world, folder, write(folder, records), model_max_length=100))
     assert report.verdict == "ready" and (report.lengths.cut, report.lengths.lost) == (2, 1)
     assert found(report, NOTE, "cut at --model_max_length").examples[0].id == "cut"
@@ -225,8 +222,10 @@ def test_what_the_limit_cuts(world, folder):
     values = report.lengths.as_json()
     assert values["measured"] == 3 and values["visual_tokens"] == {"9": 3} and values["percentiles"]["100"] > 100
     assert sum(count for _, _, count in values["histogram"]) == 3 and values["histogram"][-1][2] == 2
-    # With a limit that holds all of them nothing is found.
-    assert list(check(whole(world, folder, write(folder, records), model_max_length=2048)).findings) == []
+    # With a limit that holds all of them nothing is found of the samples.
+    report = check(whole(world, folder, write(folder, records), model_max_length=2048))
+    assert [finding.kind for finding in report.findings] == ["an adapter that starts from random weights"]
+    assert (report.lengths.cut, report.lengths.lost) == (0, 0)
 
 
 def test_a_share_of_the_samples_is_measured_and_that_is_said(world, folder):
@@ -597,10 +596,8 @@ def test_the_skeleton_has_the_students_sizes(world, folder, teacher_path, stage,
     from llava_compodistill.train.rehearsal import sketch_student
 
     register(train=True)
-    flags = whole(
-        world, folder, write(folder, [record()]), stage=stage, teacher_model_path=teacher_path, mm_projector_type="taf",
-        lora_enable=lora, version="plain",
-    )  # fmt: skip
+    values = {"stage": stage, "lora_enable": lora, "teacher_model_path": teacher_path, "mm_projector_type": "taf"}
+    flags = whole(world, folder, write(folder, [record()]), **values)
     parsed = parse(flags, Findings())
     sketch = sketch_student(parsed.model)
     describe_taf(sketch.config, parsed.model, read_config(str(teacher_path)))

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -27,6 +28,7 @@ from llava_compodistill.train.preflight import images as image_checks
 from llava_compodistill.train.preflight import pair, processes
 from llava_compodistill.train.preflight.check import EXIT, Check, Options
 from llava_compodistill.train.preflight.findings import NOTE, SKIPS, STOPS
+from llava_compodistill.train.preflight.flags import without_launcher
 from llava_compodistill.train.preflight.lengths import Limits, Reader, chosen_places
 from llava_compodistill.train.skip_list import read_skip_list
 
@@ -328,7 +330,7 @@ def test_the_printed_command_trains_without_the_bad_samples(world, folder, capsy
     assert "ready with 2 samples skipped" in text and "lists 3 samples" in text
     command = next(line.strip() for line in text.splitlines() if line.startswith("  llava-compodistill train"))
     skip = json.loads(listed.read_text())["files"][0]["skip"]
-    assert [(entry["index"], entry["why"]) for entry in skip] == [
+    assert [(entry["index"], entry["why"].partition(": ")[0]) for entry in skip] == [
         (1, "missing image"),
         (3, "the image cannot be decoded"),
         (4, "no answer left within --model_max_length"),
@@ -345,6 +347,24 @@ def test_the_printed_command_trains_without_the_bad_samples(world, folder, capsy
     trainer = train(words[2:])
     kept = [entry["id"] for entry in trainer.train_dataset.list_data_dict]
     assert kept == ["0", "2", "5"] and trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
+def test_the_command_of_a_script_can_be_pasted(launcher, world, monkeypatch):
+    settings = {"GPUS": "1", "HAS_BF16": "0", "HAS_TF32": "0", "HAS_DEEPSPEED": "0", "LAUNCHER": launcher}
+    settings |= {"DRY_RUN": "1", "PYTHON": sys.executable, "STUDENT": str(world["qwen-student"])}
+    scripts = Path(__file__).parents[1] / "scripts"
+
+    def printed(script):
+        done = subprocess.run(
+            ["bash", str(scripts / script)], capture_output=True, text=True, env={**os.environ, **settings}
+        )
+        return done.stdout.split()
+
+    flags = without_launcher(printed("dft.sh"))
+    assert flags[:2] == ["--stage", "dft"] and "--vision_tower" in flags
+    with pytest.raises(DataError, match="more than one training command.*ONLY"):
+        without_launcher(printed("baseline_sft.sh"))
 
 
 def test_without_a_list_the_command_skips(folder):
@@ -465,7 +485,7 @@ def test_the_papers_pair_from_configs_alone(world, folder):
     )
     report = check(flags)
     weights = found(report, STOPS, "weights")
-    assert report.verdict == "cannot train" and weights.count == 2 and "not here" in weights.examples[0].detail
+    assert report.verdict == "cannot train" and weights.count == 3 and "not here" in weights.examples[0].detail
     report = check(flags, without_weights=True)
     assert report.verdict == "ready" and levels(report) == {NOTE}
     (aligned,) = report.models.aligned_layers()
@@ -582,11 +602,17 @@ def test_the_output_folder(distil, folder, monkeypatch):
     assert "training goes on from" in found(report, NOTE, "an earlier run in --output_dir").examples[0].detail
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("stage", ["dpt", "dft"])
-def test_the_skeleton_has_the_students_sizes(world, folder, teacher_path, stage, lora):
-    if lora and stage == "dpt":
-        pytest.skip("an adapter's stage has no LoRA")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stage": "dpt"},
+        {"stage": "dft"},
+        {"stage": "dft", "lora_enable": True},
+        {"stage": "d2s", "method": "llava_mod"},
+    ],
+    ids=str,
+)
+def test_the_skeleton_has_the_students_sizes(world, folder, teacher_path, changes):
     from llava_compodistill.hosts.llava import register
     from llava_compodistill.hosts.llava.loader import read_config
     from llava_compodistill.pair.student import build_student, describe_taf
@@ -596,7 +622,7 @@ def test_the_skeleton_has_the_students_sizes(world, folder, teacher_path, stage,
     from llava_compodistill.train.rehearsal import sketch_student
 
     register(train=True)
-    values = {"stage": stage, "lora_enable": lora, "teacher_model_path": teacher_path, "mm_projector_type": "taf"}
+    values = {"teacher_model_path": teacher_path, "mm_projector_type": "taf", **changes}
     flags = whole(world, folder, write(folder, [record()]), **values)
     parsed = parse(flags, Findings())
     sketch = sketch_student(parsed.model)
@@ -636,7 +662,7 @@ def test_exit_status_and_json(world, folder, capsys):
     report = json.loads(out.read_text())
     assert report.keys() == {
         "verdict", "exit_code", "skipped", "samples", "findings", "lengths", "images", "pair", "unchecked", "command",
-        "skip_list", "seconds",
+        "skip_list", "seconds", "versions",
     }  # fmt: skip
     assert (report["verdict"], report["exit_code"], report["lengths"], report["pair"]) == ("ready", 0, None, None)
     assert len(report["unchecked"]) == 2 and "--model_name_or_path" in report["unchecked"][0]

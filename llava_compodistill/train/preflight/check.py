@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shlex
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from ...about import __version__
 from ...errors import DataError
 from ...hosts.llava import register
 from ...hosts.llava.model import count_visual_tokens
@@ -100,6 +102,7 @@ class Report:
             "lengths": None if self.lengths is None else self.lengths.as_json(),
             "images": None if self.images is None else self.images.as_json(),
             "pair": pair,
+            "versions": versions(),
             "unchecked": self.unchecked,
             "command": self.command,
             "skip_list": self.written,
@@ -130,6 +133,8 @@ class Check:
             models = self._timed("models", lambda: look_at_models(parsed, self.findings, self.options.without_weights))
             self.report.models = models
             check_packages(parsed, self.findings)
+            if parsed.model.unfreeze_mm_vision_tower:
+                self.report.unchecked.append("the disk space of the encoder that is trained")
             if mix is not None:
                 self._timed("lengths", lambda: self._measure(parsed, models, mix, files))
         else:
@@ -288,6 +293,26 @@ class Check:
         }
         write_skip_list(path, entries)
         self.report.written = path
+
+
+def versions() -> dict[str, str | None]:
+    """Of what reads data and models; None for what is not installed."""
+    found: dict[str, str | None] = {"llava_compodistill": __version__}
+    for name in (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "peft",
+        "accelerate",
+        "deepspeed",
+        "flash-attn",
+        "bitsandbytes",
+    ):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def _size(source: Source) -> int:

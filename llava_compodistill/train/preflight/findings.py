@@ -88,7 +88,7 @@ class Findings:
         """
         if refused:
             self._refused.add((file, index))
-        entry = {"index": index, "checksum": checksum, "id": name, "why": why.partition(": ")[0]}
+        entry = {"index": index, "checksum": checksum, "id": name, "why": why}
         self.unwanted.setdefault(file, {}).setdefault(index, entry)
 
     @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from ...errors import DataError
 from .. import resume
 from ..arguments import DataArguments, ModelArguments, TrainingArguments
 from ..checks import check_arguments
@@ -40,7 +41,16 @@ class Parsed:
 
 
 def without_launcher(arguments: list[str]) -> list[str]:
-    """The flags alone of a pasted command line (`deepspeed … --module llava_compodistill.train --stage …`)."""
+    """The flags alone of a pasted command line (`deepspeed … --module llava_compodistill.train --stage …`).
+
+    Raises:
+        DataError: for several commands in one line.
+    """
+    if arguments.count(MODULE) > 1:
+        raise DataError(
+            "That is more than one training command (a script of several steps?): check them one by one, such as with "
+            "ONLY=finetune for baseline_sft.sh."
+        )
     if MODULE in arguments:
         return arguments[arguments.index(MODULE) + 1 :]
     if arguments[:2] == ["llava-compodistill", "train"]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...hosts.llava.loader import add_marker_tokens, checkpoint_kind, has_weights, read_config, read_lora_config
-from ...hosts.llava.model import count_visual_tokens
+from ...hosts.llava.model import count_visual_tokens, has_own_tower
 from ...hosts.llava.taf import PROJECTOR_TYPE
 from ...hosts.llava.templates import use_template
 from ...methods.base import Term
@@ -88,6 +88,8 @@ def look_at_models(parsed: Parsed, findings: Findings, without_weights: bool) ->
     with findings.stopping("the student"):
         found.student = sketch_student(model_args)
         check_image_layers(model_args, args)
+    if found.student is not None:
+        _look_at_tower(found.student.config, findings, without_weights)
     wants_teacher = args.distilled or fetches_adapter(model_args, args)
     teacher_kind = None
     if wants_teacher:
@@ -119,6 +121,12 @@ def _look_at_folder(whose: str, path: str, findings: Findings, without_weights: 
     with findings.stopping(f"the {whose}"):
         return checkpoint_kind(path)
     return None
+
+
+def _look_at_tower(config: Any, findings: Findings, without_weights: bool) -> None:
+    path = config.mm_vision_tower
+    if os.path.isdir(path) and not has_weights(path) and not has_own_tower(config):
+        findings.add(NOTE if without_weights else STOPS, f"weights: not here: of the vision tower, {path}")
 
 
 def _look_at_teacher(found: Models, parsed: Parsed, findings: Findings, without_weights: bool) -> str | None:
@@ -269,6 +277,8 @@ def skeleton(config: Any, encoder_width: int, parsed: Parsed) -> torch.nn.Module
     values.setdefault("mm_hidden_size", encoder_width)
     with _default_dtype(student_dtype(args)), torch.device("meta"):
         model = cls(cls.config_class(**values))
+        if args.chosen_method.changes_student(args.stage):
+            args.chosen_method.change_student(model, args.stage)
         if args.lora_enable:
             model = add_lora(model, args)
     set_trainable(

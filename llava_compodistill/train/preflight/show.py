@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .check import CANNOT, SKIPPED, Report
+from .check import CANNOT, SKIPPED, Report, versions
 from .findings import NOTE, SKIPS, STOPS, Example
 
 _PLAIN = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 0, 0, 1), "title_justify": "left"}
@@ -27,6 +27,8 @@ def show(report: Report, console: Console) -> None:
             f"{counts['with_image']:,} with an image, {counts['in_an_epoch']:,} in an epoch.",
             markup=False,
         )
+    installed = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
+    console.print(f"Versions: {installed}.", markup=False, soft_wrap=True)
     spent = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
     console.print(f"Time: {spent}.", markup=False, soft_wrap=True)
     for text in report.unchecked:

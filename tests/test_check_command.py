@@ -381,6 +381,9 @@ def test_a_list_for_other_data_is_refused(world, folder):
     check(files_alone(folder, data), write_skip=str(listed))
     flags = files_alone(folder, data, "--skip_samples", str(listed))
     assert check(flags).verdict == "ready" and check(flags).counts["left_out_by_list"] == 1
+    again = folder / "again.json"
+    assert check(flags, write_skip=str(again)).verdict == "ready"
+    assert read_skip_list(str(again), [str(data)]) == read_skip_list(str(listed), [str(data)])
     moved = folder / "moved" / "data.json"
     moved.parent.mkdir()
     shutil.copy(data, moved)

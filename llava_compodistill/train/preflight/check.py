@@ -170,6 +170,9 @@ class Check:
         except DataError as error:
             self.findings.add(STOPS, f"a data file that cannot be used: {error}")
             return None, []
+        for file, samples in left_out.items():  # a new list replaces the one that is in use
+            for index, checksum in samples.items():
+                self.findings.leave_out(file, index, checksum, None, "on the list before", refused=False)
         total = sum(_size(source) for source in sources)
         with progress_bar(self.console) as bar:
             task = bar.add_task("reading (bytes)", total=total)

@@ -45,6 +45,10 @@ class DataError(CompoDistillError, ValueError):
     """The files of a data set or benchmark are missing or wrong; the message names file, place and field."""
 
 
+class ImageError(DataError):
+    """An image cannot be used; the message names its file and says why."""
+
+
 class MissingData(DataError):
     """A benchmark's files are not there at all: nobody has got them yet."""
 

@@ -122,14 +122,17 @@ def test_a_bad_sample_is_named(folder, case):
     assert report.counts["usable"] == 2 and report.skipped == 4
 
 
-def test_what_training_takes_but_may_not_be_meant(folder, tmp_path):
+def test_an_empty_answer_is_noted(folder):
+    report = check(files_alone(folder, write(folder, [record(turns=[HUMAN, {**GPT, "value": " "}])])))
+    assert report.verdict == "ready" and found(report, NOTE, "an empty answer").examples[0].index == 0
+
+
+def test_images_outside_their_folder(folder, tmp_path):
     outside = tmp_path / "outside.png"
     Image.new("RGB", (8, 8)).save(outside)
-    records = [record(turns=[HUMAN, {**GPT, "value": " "}]), record(str(outside)), record("../images/a.png")]
-    report = check(files_alone(folder, write(folder, records)))
-    assert report.verdict == "ready" and levels(report) == {NOTE}
-    assert found(report, NOTE, "an empty answer").examples[0].index == 0
-    assert found(report, NOTE, "an image path that leaves --image_folder").count == 2
+    data = write(folder, [record(), record(str(outside)), record("../outside.png")])
+    assert found(check(files_alone(folder, data)), SKIPS, "an image outside --image_folder").count == 2
+    assert check(files_alone(folder, data, "--allow_outside_images", "True")).verdict == "ready"
 
 
 def test_files_of_every_kind(folder):
@@ -295,7 +298,7 @@ def test_what_images_are(folder, monkeypatch):
     assert found(report, NOTE, "an image that Pillow takes for a decompression bomb").count == 1
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     report = check(files_alone(folder, folder / "data.json"), images=True)
-    assert "DecompressionBombError" in found(report, SKIPS, "the image cannot be decoded").examples[0].detail
+    assert "COMPODISTILL_MAX_MEGAPIXELS" in found(report, SKIPS, "the image cannot be decoded").examples[0].detail
 
 
 def test_folders_are_listed_once(tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def test_whatever_the_decoder_raises_names_the_sample(world, images, tmp_path, m
         return original(image, *args, **options)
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.convert", convert)
-    with pytest.raises(DataError, match=rf"sample 'the one' .*cannot be decoded \({type(error).__name__}"):
+    with pytest.raises(DataError, match=rf"sample 'the one' .*cannot be read as an image \({type(error).__name__}"):
         data[1]
     assert skipping[1]["input_ids"].tolist() == data[0]["input_ids"].tolist()
 
@@ -93,8 +93,31 @@ def test_a_decompression_bomb_is_a_bad_sample(world, images, tmp_path, monkeypat
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert data[1]["input_ids"].tolist() == data[0]["input_ids"].tolist()
     data.data_args.bad_samples = "error"
-    with pytest.raises(DataError, match="'bomb'.*DecompressionBombError"):
+    with pytest.raises(DataError, match="'bomb'.*could be decompression bomb"):
         data[1]
+
+
+def test_an_image_too_large_when_padded_is_a_bad_sample(world, images, tmp_path, monkeypatch):
+    Image.new("RGB", (200, 10)).save(images / "thin.png")
+    records = [record("b.png"), record("thin.png", id="thin")]
+    data = dataset(world, images, tmp_path, records, image_aspect_ratio="pad")
+    assert data[1]["image"].shape == (3, 56, 56)
+    monkeypatch.setenv("COMPODISTILL_MAX_MEGAPIXELS", "0.01")
+    with pytest.raises(DataError, match=r"sample 'thin' \(image 'thin\.png'\): .*200 x 10 pixels, padded to a square"):
+        data[1]
+    data.data_args.bad_samples = "skip"
+    assert data[1]["input_ids"].tolist() == data[0]["input_ids"].tolist()
+    monkeypatch.setenv("COMPODISTILL_MAX_MEGAPIXELS", "none")
+    with pytest.raises(DataError, match="COMPODISTILL_MAX_MEGAPIXELS=none: must be a number"):
+        dataset(world, images, tmp_path, records, "skip")
+
+
+def test_images_outside_the_folder_are_a_flag(world, images, tmp_path):
+    (images / "a.png").rename(tmp_path / "a.png")
+    with pytest.raises(DataError, match="outside --image_folder"):
+        dataset(world, images, tmp_path, [record("../a.png")])
+    data = dataset(world, images, tmp_path, [record("../a.png")], allow_outside_images=True)
+    assert data[0]["image"].shape == (3, 56, 56)
 
 
 def test_pixels_that_are_not_numbers_name_the_sample(world, images, tmp_path, monkeypatch):

@@ -292,3 +292,45 @@ def test_letters_that_tie_at_16_bits_are_told_apart(engine, images):
     by_logits = half.run([FirstWord(image, PROMPTS[1], ("Yes", "No")) for image in images])
     order = 1 if high == second else -1
     assert all(order * (values[1] - values[0]) > 0 for values in by_logits)  # as `choice-logits` has always decided
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Templates in the style of v0
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("version", ["default", "v0", "llava_v0", "v0_mmtag"])
+def test_templates_without_an_end_token(engine, images, version):
+    """LLaVA's labels are also those of the roles there, from before the image on."""
+    tokenizer = copy.deepcopy(engine.tokenizer)
+    old = Engine(engine.model, tokenizer, version=version, batch_size=4)
+    place = images[0], PROMPTS[0]
+    asked, told = (old._tokens(0, request) for request in (Answer(*place), Likelihood(*place, "Yes")))
+    assert tokenizer.decode(asked.behind).endswith("### Assistant:")
+    assert asked.ids == told.ids[: len(asked.ids)] and set(asked.labels) == {-100}
+    learned = [label for label in told.labels if label != -100]
+    assert told.ids[len(asked.ids) :] == learned and tokenizer.decode(learned).split() == ["Yes", "###"]
+    requests = [Answer(*place, 3), Likelihood(*place, "Yes"), FirstWord(*place, ("Yes", "No"))]
+    text, likelihood, words = old.run(requests)
+    assert isinstance(text, str) and likelihood < 0 and len(set(words)) == 2
+    whole = WholeSequences(engine.model, tokenizer, version=version).run(requests[1:])
+    assert np.hstack([likelihood, words]) == pytest.approx(np.hstack(whole), abs=2e-5)
+    said = tokenizer("Red\n### Human: And", add_special_tokens=False).input_ids
+    old._continued = lambda *_: ([said], [False])
+    assert old.run(requests[:1]) == ["Red"]  # the next turn is none of the answer
+
+
+def test_one_that_cannot_be_asked_is_no_end_for_the_others(engine, images, monkeypatch):
+    from llava_compodistill.errors import DataError, SampleError
+
+    original = engine._preprocess
+
+    def preprocess(sources, *args, **options):
+        if "unaskable" in sources[0][0]["value"]:
+            raise SampleError("no label is left to learn from")
+        return original(sources, *args, **options)
+
+    monkeypatch.setattr(engine, "_preprocess", preprocess)
+    requests = [Answer(images[0], PROMPTS[0], 2), Answer(images[0], "unaskable", 2)]
+    found = engine.run(requests, keep_going=True)
+    assert isinstance(found[0], str) and isinstance(found[1], DataError) and "no label is left" in str(found[1])
+    with pytest.raises(SampleError):
+        engine.run(requests)

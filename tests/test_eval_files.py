@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 import zipfile
+import zlib
 from collections import Counter
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from llava_compodistill.eval.benchmarks import files, reefknot, registered
 from llava_compodistill.eval.benchmarks.base import EngineBenchmark
 from llava_compodistill.eval.benchmarks.sade import CATEGORIES
 from llava_compodistill.eval.benchmarks.sugarcrepe import SUBSETS
-from llava_compodistill.eval.hub import fetch
+from llava_compodistill.eval.hub import fetch, unpack
 from llava_compodistill.eval.records import RecordFile, fingerprint, read_records, weights_of
 from miniature.benchmarks import write_benchmarks
 
@@ -168,7 +169,7 @@ def test_a_half_written_line_is_taken_away_and_asked_again(tmp_path):
     ("lines", "message"),
     [
         (["{}"], "line 1: no record"),
-        (['{"id": "one"}', "nonsense"], "line 2: no record"),
+        (['{"id": "one"}', "nonsense"], "line 2: no JSON .*--overwrite begins anew"),
         (['{"id": "four"}'], "line 1: there is no item 'four'"),
         (['{"id": "one"}', '{"id": "one"}'], "line 2: the item 'one' is there already"),
     ],
@@ -518,3 +519,22 @@ def test_records_hold_half_characters(tmp_path):
         records.append([{"id": "one", "text": "ä\ud800"}, {"id": "two", "text": "ä"}])
     assert [record["text"] for record in read_records(path)] == ["ä\ud800", "ä"]
     assert "ä" in path.read_text(encoding="utf-8").splitlines()[1]
+
+
+@pytest.mark.parametrize("error", [zlib.error("invalid block"), RuntimeError("password required"), EOFError("end")])
+def test_a_download_that_cannot_be_unpacked_is_named(tmp_path, monkeypatch, error):
+    def read(self, entry):
+        raise error
+
+    winoground_files(tmp_path, 1)
+    monkeypatch.setattr("zipfile.ZipFile.read", read)
+    with pytest.raises(DataError, match=rf"images\.zip: cannot be unpacked \({error}\)"):
+        unpack(tmp_path / "data" / "images.zip", tmp_path / "images")
+    assert not (tmp_path / "images").exists()
+
+
+def test_a_text_from_the_hub_that_is_none_is_named(hub, tmp_path):
+    (hub.files["facebook/winoground"] / "data" / "examples.jsonl").write_bytes(b"\xff{}\n")
+    with pytest.raises(DataError, match=r"examples\.jsonl: no UTF-8 text"):
+        fetch(OURS["winoground"], tmp_path)
+    assert not (tmp_path / "winoground" / "examples.jsonl").exists()

@@ -95,7 +95,7 @@ def test_a_file_that_cannot_be_read(tmp_path, capsys):
     assert main(["reproduce", "table2", "--preset", "gpu", "--world", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: there is no such file" in capsys.readouterr().err
     path = tmp_path / "w.yaml"
-    for text, message in (("a: [", "cannot be read as .yaml"), ("- a", "must hold entries such as students")):
+    for text, message in (("a: [", "not valid YAML"), ("- a", "must hold entries such as students")):
         path.write_text(text)
         with pytest.raises(DataError, match=message):
             read_world_file(path)

@@ -93,7 +93,7 @@ def test_answers_of_another_run_or_other_questions_are_named_and_kept(questions,
     with pytest.raises(RecordsError, match="line 2: question 'a.png' is answered once more"):
         begin(questions, answers, ABOUT)
     part.write_text("nonsense\n")
-    with pytest.raises(RecordsError, match="1_0.jsonl, line 1: no JSON object"):
+    with pytest.raises(RecordsError, match="1_0.jsonl, line 1: no JSON"):
         begin(questions, answers, ABOUT)
     lines(part, [{"question_id": 7, "text": "x"}])
     with pytest.raises(RecordsError, match="line 1: has no 'prompt', only question_id, text"):
@@ -111,7 +111,7 @@ def test_wrong_questions_are_named(tmp_path):
     with pytest.raises(RecordsError, match="q.jsonl, line 1: has no 'text', only question_id, image, question"):
         begin(path, tmp_path / "a.jsonl", ABOUT)
     path.write_text('{"question_id": 1, "image": "x.png", "text": "a"}\n{"question_id": 2, "image"')
-    with pytest.raises(RecordsError, match="q.jsonl, line 2: no JSON object"):
+    with pytest.raises(RecordsError, match="q.jsonl, line 2: no JSON"):
         begin(path, tmp_path / "a.jsonl", ABOUT)
     path.write_text('{"question_id": 1, "image": "x.png", "text": "a"}\n{"question_id": 2, "image": "y", "text": "b"}')
     assert begin(path, tmp_path / "a.jsonl", ABOUT) == 2  # without a line break at the end

@@ -249,7 +249,9 @@ def test_labels_that_do_not_fit_are_named(world, tmp_path):
     path.write_text(path.read_text() + '{"label": "no"}\n')
     refused("pope", r"coco_pope_random.json: \d+ labels for \d+ questions")
     path.write_text("no\n")
-    refused("pope", "coco_pope_random.json: must hold one {label} a line")
+    refused("pope", "coco_pope_random.json, line 1: no JSON")
+    path.write_text("{}\n")
+    refused("pope", "coco_pope_random.json, line 1: has no 'label'")
     path.unlink()
     refused("pope", "coco_pope_random.json is missing: it has the labels of the category 'random'")
     (tmp_path / "gqa" / "data" / "testdev_balanced_questions.json").write_text("{}")
@@ -279,4 +281,4 @@ def test_the_scripts_end_shows_what_the_scorer_prints_and_the_table(data, tmp_pa
     assert main([*flags, "--table", "0"]) == 0 and capsys.readouterr().out == ""
     answers.write_text("nonsense\n")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert main(flags) == 2 and "line 1: no JSON object" in capsys.readouterr().err
+    assert main(flags) == 2 and "line 1: no JSON" in capsys.readouterr().err

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import factory
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava_compodistill import compat
 from llava_compodistill.hosts.llava import register
 from llava_compodistill.hosts.llava.host import import_llava
 from llava_compodistill.pair.teacher import load_teacher
@@ -22,11 +24,14 @@ from llava.mm_utils import get_model_name_from_path  # noqa: E402
 
 from llava_compodistill.hosts.llava.loader import (  # noqa: E402
     CheckpointError,
+    _with_lora,
     checkpoint_kind,
     dispatching_loader,
+    find_tower,
     load_extra_weights,
     load_model,
     read_tensors,
+    read_tokenizer,
     read_weights,
 )
 
@@ -264,6 +269,78 @@ def test_a_damaged_file_of_weights_is_named(dpt_path, world, tmp_path, damage):
     (tmp_path / "adapter_model.safetensors").write_bytes(damage(b"12345678{}"))
     with pytest.raises(CheckpointError, match="adapter_model.safetensors cannot be read"):
         read_tensors(str(tmp_path), "adapter_model")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_config.json").write_text(json.dumps(LORA))
+    (tmp_path / "adapter_model.bin").write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match="adapter_model.bin cannot be read"):
+        _with_lora(torch.nn.Linear(2, 2), str(tmp_path), trainable=False)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_damaged_language_model_is_named(checkpoints, tmp_path, name):
+    folder = tmp_path / "llava-damaged"
+    shutil.copytree(checkpoints["qwen2"], folder)
+    data = (folder / "model.safetensors").read_bytes()
+    if name.endswith(".bin"):
+        torch.save(load_file(folder / "model.safetensors"), folder / name)
+        data = (folder / name).read_bytes()
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"added_tokens": 3}'])
+def test_a_damaged_tokenizer_is_named(world, tmp_path, content):
+    shutil.copytree(world["tokenizer"], tmp_path / "tokenizer")
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (tmp_path / "tokenizer" / name).write_text(content)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/tokenizer: its tokenizer cannot be loaded"):
+        read_tokenizer(str(tmp_path / "tokenizer"))
+
+
+def test_a_tower_without_a_name_is_refused():
+    with pytest.raises(CheckpointError, match=r"folder/config\.json: mm_vision_tower must be a text, is 5"):
+        find_tower(SimpleNamespace(mm_vision_tower=5), "folder", None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA of other releases of PEFT
+# ---------------------------------------------------------------------------------------------------------------------
+#: adapter_config.json as PEFT 0.21 writes it.
+LORA = {
+    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None,
+    "base_model_name_or_path": "base", "bias": "none", "corda_config": None, "ensure_weight_tying": False,
+    "eva_config": None, "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
+    "init_lora_weights": True, "kasa_config": None, "layer_replication": None, "layers_pattern": None,
+    "layers_to_transform": None, "loftq_config": {}, "lora_alpha": 6, "lora_bias": False, "lora_dropout": 0.05,
+    "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core", "modules_to_save": None,
+    "monteclora_config": None, "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "r": 3,
+    "rank_pattern": {}, "revision": None, "target_modules": ["q_proj"], "target_parameters": None,
+    "task_type": "CAUSAL_LM", "trainable_token_indices": None, "use_bdlora": None, "use_dora": False,
+    "use_qalora": False, "use_rslora": True, "velora_config": None,
+}  # fmt: skip
+
+
+def test_a_lora_of_another_release_of_peft_loads():
+    config = compat.portable_lora_config({**LORA, "of_next_year": None}, "adapter_config.json")
+    assert (config.r, config.lora_alpha, config.target_modules) == (3, 6, {"q_proj"})
+    assert config.use_rslora and config.lora_dropout == 0.05 and config.task_type == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"of_next_year": True}, r"of_next_year True\. Load it with a newer PEFT"),
+        ({"of_next_year": 0.5}, "of_next_year 0.5"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is no LORA"),
+        ({"peft_type": None}, "peft_type None is no LORA"),
+        ({"loftq_config": 3, "init_lora_weights": "loftq"}, "no LoRA can be made of it"),
+    ],
+)
+def test_a_lora_that_would_be_another_one_is_refused(changes, message):
+    with pytest.raises(CheckpointError, match=rf"folder/adapter_config\.json.*{message}"):
+        compat.portable_lora_config({**LORA, **changes}, "folder/adapter_config.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

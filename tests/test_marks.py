@@ -58,7 +58,7 @@ def test_masks_are_stretched_and_blended(image, tmp_path):
 
 def test_a_mask_of_colours_is_refused(image, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "mask.png")
-    with pytest.raises(OSError, match="mask.png has 3 channels"):
+    with pytest.raises(DataError, match="mask.png has 3 channels"):
         open_picture(Masks(image[0], str(tmp_path / "mask.png"), COLORS))
 
 

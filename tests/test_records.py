@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import tracemalloc
 
@@ -209,3 +210,47 @@ def test_what_is_fine(images):
     assert len(kept) == 4
     assert "image" not in kept[2], "LLaVA asks whether the key is there"
     assert check([record("none.png")], images, check_images=False) == [record("none.png")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where images may lie
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def outside(images):
+    """A file beside the folder of images, and a link in the folder that leads there."""
+    Image.new("RGB", (8, 8)).save(images.parent / "secret.png")
+    (images / "link.png").symlink_to(images.parent / "secret.png")
+    (images / "sub").mkdir()
+    return images
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "{root}/secret.png", "../images-2/a.png"])
+def test_an_image_outside_the_folder_is_refused(outside, name):
+    name = name.format(root=outside.parent)
+    (outside.parent / "images-2").mkdir()
+    Image.new("RGB", (8, 8)).save(outside.parent / "images-2" / "a.png")
+    message = rf"1 x an image outside --image_folder \(--allow_outside_images True takes it.*{name}"
+    with pytest.raises(DataError, match=f"(?s){message}"):
+        check([record(name)], outside)
+    assert [entry["image"] for entry in check([record(name), record()], outside, "skip")] == ["a.png"]
+    path = str(outside.parent / "data.json")
+    assert len(Records(path, str(outside), "error", allow_outside=True)) == 2
+    with pytest.raises(DataError, match="missing image: "):  # the folder's name says nothing: another problem
+        Records(path, "", "error")
+
+
+@pytest.mark.parametrize("name", ["link.png", "sub/../a.png", "{images}/a.png", "./a.png"])
+def test_an_image_inside_it_may_be_written_in_any_way(outside, name):
+    assert len(check([record(name.format(images=outside))], outside)) == 1
+
+
+def test_without_a_folder_images_lie_anywhere(outside):
+    (outside.parent / "data.json").write_text(json.dumps([record(str(outside.parent / "secret.png"))]))
+    assert len(Records(str(outside.parent / "data.json"), "", "error")) == 1
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "data.json")
+    for path in (tmp_path / "data.json", tmp_path):
+        with pytest.raises(DataError, match=f"--data_path {path}: is no file"):
+            Records(str(path), "", "error")

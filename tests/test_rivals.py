@@ -415,7 +415,7 @@ def test_options_are_checked():
         find_method("llava_kd", {"gamma": "much"})
 
 
-@pytest.mark.parametrize("options, message", [("{", "not valid JSON"), ("[1]", "must be a JSON object")])
+@pytest.mark.parametrize("options, message", [("{", "no JSON"), ("[1]", "must be a JSON object")])
 def test_options_that_cannot_be_read(tmp_path, options, message):
     with pytest.raises(ValueError, match=f"--method_options .*{message}"):
         TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", method_options=options)

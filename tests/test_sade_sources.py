@@ -83,7 +83,7 @@ def test_sources_of_several_forms(root, capsys):
         ('{"x": {"path": ["1.jpg", "2.jpg"], "good": "a", "bad": "b"}}', "item x: --image names 2 images"),
         ("[]", "holds no entries"),
         ("3", "must hold a list or an object of entries, is a int"),
-        ("{", "cannot be read"),
+        ("{", "no JSON"),
     ],
 )
 def test_what_cannot_be_converted_is_named_and_nothing_written(root, capsys, content, message):
@@ -96,4 +96,4 @@ def test_fields_that_are_not_named(root, capsys):
         call(root, "a.json", "[]", "--category", "negate", "--source", "x", "--image", "i")
     assert "--category negate needs --positive and --negatives" in capsys.readouterr().err
     assert main(["sade", str(root / "none.json"), *RELATION]) == 2
-    assert "none.json: No such file" in capsys.readouterr().err
+    assert "none.json: there is no such file" in capsys.readouterr().err

@@ -238,8 +238,7 @@ def _knockout(engines: dict[str, Any], sources: dict[str, list[Sample]], band: A
 
 
 def _overlay(engines: dict[str, Any], sources: dict[str, list[Sample]], band: Any, args: Any) -> tuple[Path, Any]:
-    from PIL import Image
-
+    from ..hosts.llava.images import open_rgb
     from .experiments import depth_of
     from .overlay import phrase_attention
     from .plots import draw_overlays
@@ -256,10 +255,9 @@ def _overlay(engines: dict[str, Any], sources: dict[str, list[Sample]], band: An
             model: phrase_attention(engine, sample, phrase, visual_understanding_layers(depth_of(engine), band))
             for model, engine in engines.items()
         }
-        with Image.open(sample.image) as image:
-            of = "the answer" if args.phrase is None else f"“{phrase}”"
-            title = f"{sample.prompt}\nAnswer: {sample.answer}\nAttention of {of}"
-            rows.append((title, image.convert("RGB"), looks))
+        of = "the answer" if args.phrase is None else f"“{phrase}”"
+        title = f"{sample.prompt}\nAnswer: {sample.answer}\nAttention of {of}"
+        rows.append((title, open_rgb(sample.image), looks))
         looked = {model: look.tolist() for model, look in looks.items()}
         found.append({"image": sample.image, "phrase": phrase, "attention": looked})
     return draw_overlays(rows, next(iter(engines)), args.output / "overlay.png"), found

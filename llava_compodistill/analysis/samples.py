@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from ..errors import DataError
 from ..eval.benchmarks import registered
 from ..eval.benchmarks.base import EngineBenchmark, Item
 from ..eval.requests import Continuation
+from ..hosts.files import parse_json, read_json, read_text
 
 CAPTION_PROMPT = "Describe the image."
 
@@ -67,7 +67,7 @@ def read_samples(
     if not path.is_file():
         raise DataError(f"{source} is neither a file nor a benchmark ({', '.join(benchmarks)}).")
     if path.suffix == ".jsonl":
-        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        lines = enumerate(read_text(path).split("\n"), 1)
         found = [_of_line(line, f"{path}, line {number}", images) for number, line in lines if line.strip()]
     else:
         found = _of_conversations(path, images)
@@ -97,17 +97,19 @@ def _of_item(item: Item, caption_prompt: str) -> list[Sample]:
 
 
 def _of_line(line: str, place: str, images: str) -> Sample:
+    entry = parse_json(line, place)
     try:
-        entry = json.loads(line)
         image, text, answer = (entry[name] for name in ("image", "text", "answer"))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise DataError(f"{place}: must be a JSON object with image, text and answer ({error}).") from None
+    if not isinstance(image, str) or not isinstance(text, str):
+        raise DataError(f"{place}: image and text must be texts, are {image!r:.40} and {text!r:.40}.")
     return Sample(os.path.join(images, image), _plain(text), str(answer), subset=str(entry.get("category", "")))
 
 
 def _of_conversations(path: Path, images: str) -> list[Sample]:
+    records = read_json(path)
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
         return [
             Sample(
                 os.path.join(images, record["image"]),
@@ -117,7 +119,7 @@ def _of_conversations(path: Path, images: str) -> list[Sample]:
             for record in records
             if record.get("image")
         ]
-    except (json.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         message = f"{path}: must be LLaVA's format, a JSON list with image and conversations ({error!r})."
         raise DataError(message) from None
 

@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # The name alone is parsed here: argparse would take a --help meant for the subcommand.
     options = parser.parse_args(argv[:1])
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a message may name a file that UTF-8 cannot write
     try:
         return call(options.command, argv[1:])
     except KeyboardInterrupt:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..hosts.files import read_object
 from ..hosts.llava.default_templates import CAPTIONS_ALONE, DEFAULT_TEMPLATES
 
 #: By model type.
@@ -99,9 +99,6 @@ def _model_type(path: Path) -> str:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """A folder's config.json; empty where there is none that can be read."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+    """A folder's config.json; empty where there is none."""
+    path = path / "config.json"
+    return read_object(path) if path.exists() else {}

@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.text import Text
 
 from ..errors import DataError, MissingData, NonFiniteModelError, RecordsError, SampleError
+from ..hosts.llava.images import most_pixels
 from . import check, protocols, shares
 from .benchmarks import VARIABLE, files, registered
 from .benchmarks.base import Benchmark, EngineBenchmark
@@ -130,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"--benchmarks: unknown {', '.join(unknown)}; there are {', '.join(known)}.{hint}")
         return 2
     chosen = [known[name] for name in names]
+    most_pixels()  # a limit that is none shows now
     if not args.data_root.is_dir() and not args.hub:
         raise DataError(
             f"--data-root {args.data_root}: there is no such folder. It holds the benchmarks' own folders."

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
-from ..errors import DataError
+from ..errors import DataError, RecordError
 from .benchmarks import get, registered
 from .benchmarks.sums import Sums
 from .pins import differences
@@ -100,8 +100,16 @@ def compare(
         records = read_records(path.with_suffix(".jsonl"))
         if len(records) != summary["items"]:
             raise DataError(f"{path.with_suffix('.jsonl')} has {len(records)} records of {summary['items']}.")
-        models.append(benchmark.sums(sorted(records, key=lambda record: str(record["id"]))))
-        whole = float(models[-1].headline())
+        try:
+            models.append(benchmark.sums(sorted(records, key=lambda record: str(record["id"]))))
+            whole = float(models[-1].headline())
+        except RecordError as error:
+            raise DataError(f"{path.with_suffix('.jsonl')}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise DataError(
+                f"{path.with_suffix('.jsonl')}: a record is not one of {benchmark.title} ({type(error).__name__}: "
+                f"{error})."
+            ) from None
         if abs(whole - summary["value"]) > 1e-6:
             raise DataError(
                 f"{path}: its records give {whole:.4f}, not {summary['value']:.4f}: summary and records do not belong "

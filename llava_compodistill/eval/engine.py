@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..errors import DataError, NonFiniteModelError
+from ..errors import DataError, NonFiniteModelError, SampleError
 from ..hosts.llava.decoding import continue_sequences
 from ..hosts.llava.host import import_llava, import_llava_train
 from ..hosts.llava.model import llava_core
@@ -136,10 +136,10 @@ class Engine:
         for index, request in enumerate(requests):
             try:
                 rows.append(self._tokens(index, request))
-            except DataError as error:
+            except (DataError, SampleError) as error:
                 if not keep_going:
                     raise
-                responses[index] = error
+                responses[index] = error if isinstance(error, DataError) else DataError(str(error))
         for batch, answers in self._answered(rows):
             for row, response in zip(batch, answers, strict=True):
                 if isinstance(response, Unreadable) and not keep_going:
@@ -193,7 +193,10 @@ class Engine:
     def _prepare(self) -> None:
         """What `_tokens` needs: LLaVA's training code, which it takes the prompts from."""
         # Another template's padding token may be this one's end token, which the collator's mask would then hide.
-        prepare_tokenizer(self.tokenizer, use_template(self.version))
+        template = use_template(self.version)
+        prepare_tokenizer(self.tokenizer, template)
+        # Templates in the style of v0 have no end token: behind an answer the next turn begins with this.
+        self._next_turn = template.sep.strip() if template.sep_style.name == "SINGLE" else ""
         self._preprocess = import_llava_train().preprocess
 
     def _tokens(self, index: int, request: Request) -> Row:
@@ -215,6 +218,19 @@ class Engine:
         return Row(index, request, ids, labels, ids.index(IMAGE_TOKEN_INDEX))
 
     def _preprocessed(self, request: Request, answer: str) -> tuple[list[int], list[int]]:
+        """Tokens and labels of a request with an answer; labels are the answer's alone.
+
+        Under templates in the style of v0 LLaVA's labels are also those of the roles (of the user's two tokens, of the
+        model's all). There an answer begins where another one would be other tokens.
+        """
+        ids, labels = self._labelled(request, answer)
+        if not self._next_turn:
+            return ids, labels
+        others, _ = self._labelled(request, "?" if answer[:1] != "?" else "A")
+        start = next((place for place, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), 0)
+        return ids, [IGNORE_INDEX] * start + ids[start:]
+
+    def _labelled(self, request: Request, answer: str) -> tuple[list[int], list[int]]:
         turns = [{"from": "human", "value": f"{self._marker}\n{request.prompt}"}, {"from": "gpt", "value": answer}]
         batch = self._preprocess([turns], self.tokenizer, has_image=True)
         return batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
@@ -353,7 +369,8 @@ class Engine:
     def _generate(self, rows: list[Row], caches: _Caches) -> list[str]:
         end, exact = [self.tokenizer.eos_token_id], rows[0].request.exact
         answers, _ = self._continued(rows, caches, lambda states, step: self._likeliest(states, exact), end)
-        return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
+        return [(text.split(self._next_turn)[0] if self._next_turn else text).strip() for text in texts]
 
     def _continued(
         self,

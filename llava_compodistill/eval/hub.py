@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def unpack(path: Path, folder: Path) -> None:
                 name = Path(entry.filename).name
                 if not entry.is_dir() and not name.startswith(".") and "__MACOSX" not in entry.filename:
                     (part / name).write_bytes(archive.read(entry))
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:  # RuntimeError: a password
         raise DataError(f"{path}: cannot be unpacked ({error}).") from None
     part.replace(folder)
 

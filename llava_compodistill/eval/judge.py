@@ -6,13 +6,13 @@ of the kind will do that transformers can load; its name stands in the summary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..hosts.files import read_object
 from .records import RecordFile, fingerprint, weights_of
 
 RULE = "right where the judge's likeliest class is entailment both from the answer to the label and back"
@@ -104,8 +104,8 @@ def judge(
 def _same(path: Path, run: dict[str, Any]) -> bool:
     """Whether the verdicts that lie there, if any, are of such a run."""
     try:
-        return json.loads(path.with_name(path.name + ".run.json").read_text(encoding="utf-8")) == run
-    except (OSError, ValueError):
+        return read_object(path.with_name(path.name + ".run.json")) == run
+    except DataError:
         return False
 
 

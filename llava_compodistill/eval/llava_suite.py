@@ -16,8 +16,9 @@ from rich.console import Console
 
 from ..about import __version__, commit, folder
 from ..errors import DataError
+from ..hosts.files import read_object
 from .benchmarks import registered
-from .benchmarks.files import named_below, noted
+from .benchmarks.files import named_below, noted, value
 from .benchmarks.llava import LlavaBenchmark, read_answers, read_questions
 from .checkpoint import prompt_of
 from .llava_answers import LLAVA
@@ -74,7 +75,7 @@ def run_llava_benchmark(
         status = processes[0].wait()
     if status:
         raise DataError(f"scripts/eval/{name}.sh ended with status {status}, see above; what was answered is kept.")
-    return json.loads((output / f"{name}.json").read_text(encoding="utf-8"))
+    return read_object(output / f"{name}.json")
 
 
 def summarize(name: str, answers: Path, data: Path, output: Path, printed: str = "") -> dict[str, Any]:
@@ -94,7 +95,9 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
         DataError, RecordsError: for files that do not fit together, named with the place.
     """
     benchmark = registered(LlavaBenchmark)[name]
-    made_with = json.loads(answers.with_name(answers.name + ".run.json").read_text(encoding="utf-8"))
+    made_with = read_object(answers.with_name(answers.name + ".run.json"))
+    for field in ("model", "weights", "template", "fingerprint"):
+        value(made_with, field, f"{answers.name}.run.json")
     asked_by = made_with.get("asked_by", LLAVA)
     given = read_answers(answers)
     with noted() as read:

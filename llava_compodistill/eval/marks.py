@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import ImageError
+
 #: R-Bench's colours of masks, red, green, blue and how opaque, each of 255.
 _OVERLAYS = {"red": (250, 0, 45, 120), "green": (100, 250, 0, 120)}
 _LINE = 4
@@ -77,10 +79,11 @@ class Masks(_Marked):
         import numpy as np
         from PIL import Image
 
-        with Image.open(self.mask) as opened:
-            mask = np.asarray(opened.resize(image.size, Image.Resampling.NEAREST))
+        from ..hosts.llava.images import open_as_it_is
+
+        mask = np.asarray(open_as_it_is(self.mask).resize(image.size, Image.Resampling.NEAREST))
         if mask.ndim != 2:
-            raise OSError(f"its mask {self.mask} has {mask.shape[-1]} channels, must have one")
+            raise ImageError(f"its mask {self.mask} has {mask.shape[-1]} channels, must have one")
         image = image.copy()
         for number, color in enumerate(self.colors, start=1):
             *rgb, opaque = _OVERLAYS[color]
@@ -92,17 +95,12 @@ Picture = str | Boxes | Masks
 
 
 def open_picture(picture: Picture) -> Any:
-    """The picture in RGB, with its marks. A file that is cut off is no image, whatever another library has told PIL.
+    """The picture in RGB, with its marks.
 
     Raises:
-        OSError: what PIL raises for files that are missing, broken or no images.
+        ImageError: as `open_rgb`, for the picture or its mask.
     """
-    from PIL import Image, ImageFile
+    from ..hosts.llava.images import open_rgb
 
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        with Image.open(Path(picture)) as opened:
-            image = opened.convert("RGB")
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    image = open_rgb(picture)
     return image if isinstance(picture, str) else picture.drawn(image)

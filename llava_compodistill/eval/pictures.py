@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError
+from ..hosts.llava.images import prepared_for
 from .marks import Picture, open_picture
 
 logger = logging.getLogger(__name__)
@@ -72,10 +73,12 @@ class MakePixels:
 
     def __call__(self, picture: Picture) -> Pixels | Unreadable:
         try:
-            image = self.open_image(picture)
+            with prepared_for(getattr(self.config, "image_aspect_ratio", None), self.processor):
+                image = self.open_image(picture)
             return self._made(image)
         except DataError as error:
-            return Unreadable(str(error))
+            named = str(error).startswith(f"{picture}:")
+            return Unreadable(str(error) if named else f"{picture}: cannot be read as an image ({error})")
         except Exception as error:  # decoders raise whatever they like: SyntaxError, struct.error, …
             return Unreadable(f"{picture}: cannot be read as an image ({error}).")
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecordsError
+from ..errors import DataError, RecordsError
+from ..hosts.files import parse_json, read_object, read_text
 
 #: A run's parts whose names alone say too little.
 _WORDS = {"weights": "weights that give", "fingerprint": "questions that give", "asked_by": "asked by"}
@@ -39,7 +40,10 @@ class RecordFile:
     def __init__(self, path: Path, run: dict[str, Any], ids: Sequence[str], overwrite: bool = False):
         self.path, self.done = path, {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RecordsError(f"{path} cannot be written: {error.strerror}.") from None
         try:
             self._lock()  # before anything is read or taken away
             if overwrite:
@@ -71,12 +75,10 @@ class RecordFile:
             self._file.truncate(whole)
         for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
             try:
-                record = json.loads(line)
-                key = record["id"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise RecordsError(
-                    f"{self.path}, line {number}: no record ({error}). --overwrite begins anew."
-                ) from None
+                record = _record(line, f"{self.path}, line {number}")
+            except RecordsError as error:
+                raise RecordsError(f"{error} --overwrite begins anew.") from None
+            key = record["id"]
             if key not in known:
                 raise RecordsError(
                     f"{self.path}, line {number}: there is no item {key!r} in the questions: these answer others."
@@ -121,8 +123,8 @@ def check_run(path: Path, run: dict[str, Any], way_out: str, unsaid: dict[str, A
     """
     beside = path.with_name(path.name + ".run.json")
     try:
-        before = {**(unsaid or {}), **json.loads(beside.read_text(encoding="utf-8"))}
-    except (FileNotFoundError, ValueError):
+        before = {**(unsaid or {}), **read_object(beside)}
+    except DataError:
         raise RecordsError(
             f"{path}: {beside.name}, which says what made these records, is missing or broken. {way_out}"
         ) from None
@@ -182,7 +184,7 @@ def _pieces(path: Path) -> list[tuple[int, int]]:
                 tensors = json.loads(file.read(length)) if length < size else {}
             starts = sorted(tuple(entry["data_offsets"]) for name, entry in tensors.items() if name != "__metadata__")
             return [(8 + length + begin, 8 + length + end) for begin, end in starts]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass  # a broken file: whoever loads it will say so
     step = max(_PIECE, -(-size // 1000))
     return [(begin, min(begin + step, size)) for begin in range(0, size, step)]
@@ -208,20 +210,17 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises:
         RecordsError: for a line that is no record, with its number.
     """
-    records = []
-    try:
-        # Not splitlines(): a text may hold other line separators than JSON lines' own.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise RecordsError(f"{path}: {error.strerror}.") from None
-    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, start=1):
-        try:
-            record = json.loads(line)
-            record["id"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise RecordsError(f"{path}, line {number}: no record ({error}).") from None
-        records.append(record)
-    return records
+    # Not splitlines(): a text may hold other line separators than JSON lines' own.
+    lines = read_text(path, RecordsError).split("\n")
+    lines = lines if lines[-1] else lines[:-1]
+    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _record(line: str | bytes, place: str) -> dict[str, Any]:
+    record = parse_json(line, place, RecordsError)
+    if not isinstance(record, dict) or not isinstance(record.get("id"), str | int):
+        raise RecordsError(f"{place}: no record, which is an object with an `id`.")
+    return record
 
 
 def fingerprint(items: Iterable[Any]) -> str:

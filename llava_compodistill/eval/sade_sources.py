@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..hosts.files import parse_json, read_json, read_text
 from .benchmarks.sade import CATEGORIES
 from .records import write_lines
 
@@ -33,17 +33,16 @@ def read_entries(path: Path) -> list[tuple[str, Any]]:
     """
     try:
         if path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 return [(f"{path}, row {number}", row) for number, row in enumerate(csv.DictReader(file), start=1)]
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            lines = enumerate(text.split("\n"), start=1)
-            return [(f"{path}, line {number}", json.loads(line)) for number, line in lines if line.strip()]
-        entries = json.loads(text)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from None
+    if path.suffix == ".jsonl":
+        lines = ((f"{path}, line {number}", line) for number, line in enumerate(read_text(path).split("\n"), start=1))
+        return [(place, parse_json(line, place)) for place, line in lines if line.strip()]
+    entries = read_json(path)
     if isinstance(entries, dict):
         return [(f"{path}, item {key}", entry) for key, entry in entries.items()]
     if not isinstance(entries, list):

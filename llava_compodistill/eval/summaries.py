@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import DataError
+from ..hosts.files import read_object
 from .benchmarks import get, registered
 from .benchmarks.base import PAPER_MODELS
 
@@ -95,15 +95,27 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+#: What `compare` and the tables take from a summary.
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("benchmark", "headline", "protocol", "model", "fingerprint"), str),
+    "figures": dict,
+    "items": int,
+    "value": (int, float, type(None)),
+}
+
+
 def read_summary(path: Path) -> dict[str, Any]:
     """A summary that `eval` wrote.
 
     Raises:
         DataError: for a file that is none.
     """
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        summary["benchmark"], summary["figures"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: no summary of `llava-compodistill eval` ({error}).") from None
+    summary = read_object(path)
+    for name, kinds in _FIELDS.items():
+        if name not in summary:
+            raise DataError(f"{path}: no summary of `llava-compodistill eval`, it has no {name!r}.")
+        if not isinstance(summary[name], kinds) or isinstance(summary[name], bool):
+            raise DataError(f"{path}: no summary of `llava-compodistill eval`, its {name!r} is {summary[name]!r:.60}.")
+    if not isinstance(summary.get("pins", {}), dict | None):
+        raise DataError(f"{path}: no summary of `llava-compodistill eval`, its 'pins' are {summary['pins']!r:.60}.")
     return summary

@@ -19,6 +19,7 @@ import shortuuid
 from tqdm import tqdm
 
 from ..errors import CompoDistillError, DataError, RecordsError, TemplateError
+from ..hosts.llava.images import most_pixels
 from .benchmarks.llava import read_questions
 from .checkpoint import check_checkpoint, check_template
 from .records import write_lines
@@ -150,6 +151,7 @@ def run(args: argparse.Namespace) -> None:
             raise DataError(f"{flag} {value}: must be 1 or more.")
     if (args.image_workers or 0) < 0:
         raise DataError(f"--image-workers {args.image_workers}: must be 0 or more.")
+    most_pixels()  # a limit that is none shows now
     questions = chunk(read_questions(args.question_file, args.image_folder), args.num_chunks, args.chunk_idx)
     check_checkpoint(args.model_path, args.model_base)
     try:

@@ -18,6 +18,7 @@ from rich.table import Table
 from ..about import environment
 from ..cli.miniature import find_scripts
 from ..errors import DataError
+from ..hosts.files import read_object
 from . import evidence
 from .grid import finished, run_folder, train_grid
 from .recipes import COMPODISTILL, KD, SFT, Recipe
@@ -212,7 +213,7 @@ def _teacher(world: World, root: Path, name: str) -> dict[str, Any]:
     """A teacher's figures, measured once."""
     path = root / ("teacher.json" if name == "default" else f"teacher-{name}.json")
     settings = json.loads(json.dumps(world.settings()))
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kept = read_object(path) if path.is_file() else {}
     if kept.get("world") != settings:
         world.prepare([])
         kept = {"world": settings, "scores": world.evaluate(None, name)}

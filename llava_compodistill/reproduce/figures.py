@@ -21,6 +21,7 @@ from ..analysis.experiments import (
     similarity_by_layer,
 )
 from ..analysis.plots import draw_intervention, draw_probability, draw_similarity
+from ..hosts.files import read_json
 from ..pair.layers import visual_understanding_layers
 from .claims import Verdict, judge
 from .recipes import COMPODISTILL, KD, SFT, Recipe
@@ -200,7 +201,7 @@ def draw(
                 teacher = teacher or world.load(None)
                 measured = figure.measure(world, teacher, world.load(Path(run["checkpoint"])))
                 kept.write_text(json.dumps(measured) + "\n", encoding="utf-8")
-            values.setdefault(student, {})[seed] = json.loads(kept.read_text(encoding="utf-8"))
+            values.setdefault(student, {})[seed] = read_json(kept)
     picture = figure.draw(
         {student: list(found.values()) for student, found in values.items()}, world, root / f"{name}.png"
     )

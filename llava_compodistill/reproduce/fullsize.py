@@ -19,6 +19,7 @@ from ..eval.benchmarks.base import EngineBenchmark
 from ..eval.benchmarks.llava import LlavaBenchmark
 from ..eval.checkpoint import check_checkpoint, template_of
 from ..eval.summaries import read_summary
+from ..hosts.files import read_object
 from ..methods import find_method
 from ..pair.layers import visual_understanding_layers
 from ..train.mix import read_sources
@@ -331,7 +332,7 @@ class FullSizeWorld:
         if self.file.device == "cpu":
             flags += ["--device", "cpu"]
         run_command(["analyze", *flags], environment, output.with_suffix(".log"))
-        found = json.loads((output / "similarity.json").read_text(encoding="utf-8"))["found"]
+        found = read_object(output / "similarity.json")["found"]
         layers = next([layer["value"] for layer in curve["layers"]] for curve in found if curve["keys"] == "visual")
         band = visual_understanding_layers(len(layers), self.band)
         return {"similarity": mean(layers[layer] for layer in band), "similarity_by_layer": layers}

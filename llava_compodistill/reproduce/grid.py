@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..about import environment
+from ..hosts.files import read_object
 from .devices import Stopped
 from .recipes import Recipe
 from .world import World
@@ -30,7 +31,7 @@ def run_folder(root: Path, world: World, recipe: Recipe, seed: int) -> Path:
 def finished(folder: Path) -> dict[str, Any] | None:
     """A run's record, or None where it is not finished."""
     path = folder / RUN_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_object(path) if path.is_file() else None
 
 
 def train_grid(

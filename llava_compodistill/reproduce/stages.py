@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..about import folder
+from ..hosts.files import read_object
 from ..train.mix import read_sources
 from ..train.resume import WITHOUT_EFFECT
 from .runner import StageFailed
@@ -127,7 +128,7 @@ def train_once(stage: Stage, run: str, train: Callable[[], float]) -> dict[str, 
     with stage.output.with_name(f".{stage.output.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_object(path)
         seconds = train()
         record = {
             "key": stage.key,

@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from ..errors import DataError
+from ..hosts.files import read_object
 from .grid import train_grid
 from .recipes import Recipe
 from .studies import Study
@@ -114,7 +115,7 @@ def read_tuning(root: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_object(path)
         if not (
             record["seeds"] and all(entry["rate"] > 0 and entry["trials"] for entry in record["recipes"].values())
         ):

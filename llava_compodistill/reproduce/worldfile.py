@@ -4,15 +4,13 @@ choice, in the folders where the training scripts expect it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import DataError
+from ..hosts.files import read_json, read_yaml
 
 #: The paper's averages (Tables 1 and 2): VQAv2 and VizWiz, which a server scores, are in Table 1's alone.
 VQA = ("gqa", "textvqa", "mme")
@@ -125,13 +123,8 @@ def read_world_file(path: Path | None) -> WorldFile:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except FileNotFoundError:
-        raise DataError(f"--world {path}: there is no such file.") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"--world {path}: cannot be read as {path.suffix or 'YAML'} ({error}).") from None
+    read = read_json if path.suffix == ".json" else read_yaml
+    content = read(path, option="--world ")
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -6,11 +6,11 @@ Every flag of `llava.train.train` keeps its name and meaning; the fields below a
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from .. import compat
+from ..hosts.files import parse_json
 from ..hosts.llava import training as llava_training
 from ..methods import METHODS, Method, find_method
 from ..pair.layers import parse_band
@@ -75,6 +75,12 @@ class DataArguments(llava_training.DataArguments):
     skip_samples: str | None = field(
         default=None,
         metadata={"help": "A list of samples to leave out, written by llava-compodistill check --write_skip."},
+    )
+    allow_outside_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Take images that samples name by an absolute path or by ../ and that lie outside --image_folder."
+        },
     )
 
 
@@ -309,10 +315,7 @@ class TrainingArguments(llava_training.TrainingArguments):
 
 
 def _read_method(name: str, options: str) -> Method:
-    try:
-        given = json.loads(options)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--method_options {options}: not valid JSON ({error}).") from None
+    given = parse_json(options, f"--method_options {options[:200]}")
     if not isinstance(given, dict):
         raise ValueError(f"--method_options {options}: must be a JSON object of names and values.")
     return find_method(name, given)

@@ -16,7 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NonFiniteLossError
+from ..errors import CheckpointError, NonFiniteLossError
+from ..hosts.files import read_object
 from ..hosts.llava.model import decoder_layers
 from ..pair.sight import LEAST_SAMPLES, LayerSight
 from ..pair.tokens import students_inputs, teachers_inputs
@@ -155,7 +156,11 @@ def write_calibration(folder: str, calibrated_by: Mapping[str, str], found: Mapp
 
 def read_calibration(folder: str, calibrated_by: Mapping[str, str]) -> dict[str, Any] | None:
     """What the terms had found when a checkpoint was made; None, and a warning, where it does not say, or where the
-    terms were asked for something else (`--resume_anyway`)."""
+    terms were asked for something else (`--resume_anyway`).
+
+    Raises:
+        CheckpointError: for a damaged file.
+    """
     path = Path(folder) / CALIBRATION_FILE
     again = "It is measured anew, on the weights that the stage starts from."
     if not path.is_file():
@@ -163,9 +168,12 @@ def read_calibration(folder: str, calibrated_by: Mapping[str, str]) -> dict[str,
             "%s was saved by an earlier release, without what was measured before training. %s", folder, again
         )
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_object(path, CheckpointError)
+    if not isinstance(content.get("by"), dict) or not isinstance(content.get("found"), dict):
+        raise CheckpointError(f"{path}: must hold `by` and `found`. Remove the file, and it is measured anew.")
     if content["by"] != dict(calibrated_by):
-        logger.warning("%s was made with other flags: %s. %s", path, ", ".join(content["by"].values()), again)
+        others = ", ".join(map(str, content["by"].values()))
+        logger.warning("%s was made with other flags: %s. %s", path, others, again)
         return None
     logger.info("What was measured before training is taken from %s.", path)
     return content["found"]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 
-from ..errors import DataError, SampleError
+from ..errors import DataError, ImageError, SampleError
 from ..hosts.llava import training as llava_training
+from ..hosts.llava.images import most_pixels, prepared_for
 from ..hosts.llava.training import IGNORE_INDEX, DataCollatorForSupervisedDataset, LazySupervisedDataset
 from ..pair.tokens import TEACHER
 from .mix import Mix, Source, read_sources
@@ -29,7 +28,8 @@ class CheckedDataset(LazySupervisedDataset):
     Args:
         data_path: JSON file, several with commas, or a YAML mix (`mix`).
         tokenizer: of the student.
-        data_args: LLaVA's data arguments with `bad_samples` ("error" or "skip") and `check_images`.
+        data_args: LLaVA's data arguments with `bad_samples` ("error" or "skip"), `check_images` and
+            `allow_outside_images`.
         seed: draws samples where a mix takes a share of a file.
         teacher: how a teacher with another tokenizer reads the samples, which then hold that, too.
         samples: the mix, where it has been read already.
@@ -53,10 +53,13 @@ class CheckedDataset(LazySupervisedDataset):
         self.tokenizer, self.teacher = tokenizer, teacher
         self.data_args = data_args
         data_args.image_folder = data_args.image_folder or ""
+        most_pixels()  # a limit that is none shows now
         if samples is None:
             sources = read_sources(data_path)
             options = data_args.image_folder, data_args.bad_samples, data_args.check_images
-            samples = Mix(sources, *options, seed, self.paired, samples_left_out(data_args, sources))
+            allowed = getattr(data_args, "allow_outside_images", False)
+            unwanted = samples_left_out(data_args, sources)
+            samples = Mix(sources, *options, seed, self.paired, allowed, unwanted)
         self.list_data_dict = samples
 
     @property
@@ -78,7 +81,7 @@ class CheckedDataset(LazySupervisedDataset):
             try:
                 return self.read(position)
             except Exception as error:
-                cause = self.fault(record, error)
+                cause = self.fault(error)
                 if cause is None:
                     raise
                 message = f"sample {record.get('id', position)!r} (image {record.get('image')!r}): {cause}"
@@ -89,7 +92,9 @@ class CheckedDataset(LazySupervisedDataset):
 
     def read(self, position: int) -> dict[str, Any]:
         """LLaVA's sample: input_ids, labels and image; under TEACHER, what a teacher with another tokenizer reads."""
-        sample = super().__getitem__(position)
+        how = (getattr(self.data_args, name, None) for name in ("image_aspect_ratio", "image_processor"))
+        with prepared_for(*how):
+            sample = super().__getitem__(position)
         if "image" in sample and not bool(torch.isfinite(sample["image"]).all()):
             raise SampleError("its pixels are NaN or infinite after preprocessing")
         if self.teacher is None:
@@ -109,21 +114,14 @@ class CheckedDataset(LazySupervisedDataset):
         sample = {name: batch[name][0] for name in ("input_ids", "labels")}
         return sample if self.teacher is None else {**sample, TEACHER: self.teacher.read(record, sample)}
 
-    def fault(self, record: dict[str, Any], error: Exception) -> str | None:
+    def fault(self, error: Exception) -> str | None:
         """What is wrong with a sample that could not be read; None when the error is not the sample's."""
-        if isinstance(error, DataError):
+        if isinstance(error, DataError) and not isinstance(error, ImageError):
             return None
         if isinstance(error, AssertionError):  # LLaVA's own preprocessing, which says no more
             return "the conversation does not have the form that the template asks for"
         if isinstance(error, (SampleError, OSError, ValueError)):
             return str(error)
-        if "image" not in record:
-            return None
-        # On damaged files PIL's decoders raise nearly anything, from SyntaxError to TypeError.
-        try:
-            decode(os.path.join(self.data_args.image_folder, record["image"]))
-        except Exception as cause:
-            return f"the image cannot be decoded ({type(cause).__name__}: {cause})"
         return None
 
 
@@ -157,12 +155,6 @@ def _at_last_answers(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[s
             if reading is not None:
                 reading["labels"] = last_answer(reading["labels"])
     return found
-
-
-def decode(path: str) -> Image.Image:
-    """An image as training reads it, before it is resized."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def samples_left_out(data_args: Any, sources: Sequence[Source]) -> dict[str, dict[int, int]]:

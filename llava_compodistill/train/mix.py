@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ..errors import DataError
+from ..hosts.files import read_yaml
 from .records import Records
 
 MANIFEST_FILE = "data_manifest.json"
@@ -62,12 +62,7 @@ def read_sources(data_path: str) -> list[Source]:
 
 
 def _read_yaml(path: str) -> list[Source]:
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"--data_path {path}: there is no such file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"--data_path {path}: not valid YAML ({error}).") from None
+    content = read_yaml(path, option="--data_path ")
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise DataError(f"--data_path {path}: must hold a list `datasets`, each entry with a path.")
@@ -126,6 +121,7 @@ class Mix(Sequence):
         check_images: bool,
         seed: int,
         paired: bool = False,
+        allow_outside: bool = False,
         left_out: Mapping[str, Mapping[int, int]] | None = None,
         files: Sequence[Records] | None = None,
     ):
@@ -133,8 +129,8 @@ class Mix(Sequence):
         self._files = list(files or ())
         for source in () if files else sources:
             folder = os.path.join(image_folder, source.image_folder)
-            unwanted = (left_out or {}).get(source.path)
-            self._files.append(Records(source.path, folder, bad_samples, check_images, paired, unwanted))
+            options = bad_samples, check_images, paired, allow_outside, (left_out or {}).get(source.path)
+            self._files.append(Records(source.path, folder, *options))
         self._file, self._place = array("q"), array("q")
         self.words, self.with_image = array("q"), array("b")
         self._used: list[int] = []

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import stat
 import time
 import weakref
 import zlib
@@ -39,6 +40,7 @@ class Records(Sequence):
         bad_samples: "error", or "skip" to leave bad samples out with a warning.
         check_images: whether to look if each image file exists.
         paired: whether each sample needs a second answer, `rejected`, that is worse than its last.
+        allow_outside: whether an image may lie outside the folder. (Links in the folder may lead anywhere.)
         left_out: by index, the CRC-32 of the text of each sample that is not wanted (`skip_list`).
 
     Attributes:
@@ -57,10 +59,11 @@ class Records(Sequence):
         bad_samples: str,
         check_images: bool = True,
         paired: bool = False,
+        allow_outside: bool = False,
         left_out: Mapping[int, int] | None = None,
     ):
         self._path = path
-        self._image_folder, self._paired = image_folder, paired
+        self._image_folder, self._paired, self._allow_outside = image_folder, paired, allow_outside
         self._files = ImageFiles() if check_images else None
         self._places, self._sizes, self.checksums = array("q"), array("q"), array("L")
         self.words, self.with_image = array("q"), array("b")
@@ -105,7 +108,7 @@ class Records(Sequence):
 
     def _problem(self, record: Any, index: int, place: int, checksum: int) -> str | None:
         """What keeps a sample from being used; `place` is where its text begins in the file."""
-        problem = find_problem(record, self._image_folder, self._files)
+        problem = find_problem(record, self._image_folder, self._files, self._allow_outside)
         return find_pair_problem(record) if problem is None and self._paired else problem
 
     def _report(self, problems: list[tuple[int, Any, str]], count: int, bad_samples: str) -> None:
@@ -136,9 +139,17 @@ class Records(Sequence):
 
     def _open(self) -> None:
         try:
-            self._descriptor = os.open(self._path, os.O_RDONLY)
+            wait_for_no_pipe = getattr(os, "O_NONBLOCK", 0)
+            self._descriptor = os.open(self._path, os.O_RDONLY | wait_for_no_pipe)
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                os.close(self._descriptor)
+                raise DataError(f"--data_path {self._path}: is no file. Name the JSON file, or several with commas.")
         except FileNotFoundError:
             raise DataError(f"--data_path {self._path}: there is no such file.") from None
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:
+            raise DataError(f"--data_path {self._path}: cannot be opened ({error}).") from None
         weakref.finalize(self, os.close, self._descriptor)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -275,7 +286,9 @@ def describe_problems(problems: list[tuple[int, Any, str]], count: int, source: 
     return "\n".join(lines)
 
 
-def find_problem(record: Any, image_folder: str | None, files: ImageFiles | None = None) -> str | None:
+def find_problem(
+    record: Any, image_folder: str | None, files: ImageFiles | None = None, allow_outside: bool = False
+) -> str | None:
     """What keeps a sample from being used, "kind" or "kind: details"; None when nothing does.
 
     Args:
@@ -313,9 +326,22 @@ def find_problem(record: Any, image_folder: str | None, files: ImageFiles | None
     if markers > 1:
         return f"{markers} <image> markers for one image"
     path = os.path.join(image_folder or "", image)
+    if image_folder and not allow_outside and leaves(image, image_folder):
+        return (
+            "an image outside --image_folder (--allow_outside_images True takes it, and so does an empty "
+            f"--image_folder): {image}"
+        )
     if files is not None and not files.exists(path):
         return f"missing image: {path}"
     return None
+
+
+def leaves(image: str, folder: str) -> bool:
+    """Whether an image's name leads out of the folder that it should begin in. (Links are not looked at.)"""
+    if not os.path.isabs(image) and ".." not in image:
+        return False
+    root = os.path.join(os.path.abspath(folder), "")
+    return not os.path.abspath(os.path.join(folder, image)).startswith(root)
 
 
 def find_pair_problem(record: dict[str, Any]) -> str | None:

@@ -29,6 +29,7 @@ CALIBRATION_FILE = "calibration.json"  # see `calibration`
 #: Flags of LLaVA and of this package that do not change what is learned: where things lie, how they are computed,
 #: what is logged, and what happens to samples that cannot be read. All others count.
 WITHOUT_EFFECT = {
+    "allow_outside_images",
     "attention_map_impl",
     "attn_implementation",
     "bad_samples",

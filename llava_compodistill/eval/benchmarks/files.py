@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import hashlib
-import json
 import os
 import re
 from collections import defaultdict
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError, MissingData
+from ...hosts.files import decode, parse_json
 from .base import Item
 
 #: At most so many missing images are named.
@@ -45,15 +45,12 @@ def read_text(path: Path, errors: str = "strict") -> str:
         data = path.read_bytes()
     except FileNotFoundError:
         raise
-    except OSError as error:  # a folder, or not ours to read
-        raise DataError(f"{path}: {error.strerror}.") from None
+    except (OSError, ValueError) as error:  # a folder, not ours to read, or a name that no file has
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}.") from None
     found = _noted.get()
     if found is not None:
         found[path] = hashlib.sha256(data).hexdigest()[:16]
-    try:
-        return data.decode("utf-8", errors)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: no UTF-8 text ({error}).") from None
+    return decode(data, path, errors=errors)
 
 
 def named_below(root: Path, found: Mapping[Path, str]) -> dict[str, str]:
@@ -83,10 +80,7 @@ def read_json(path: Path, how_to_get: str) -> Any:
         content = read_text(path)
     except FileNotFoundError:
         raise MissingData(f"{path} is missing: {how_to_get}") from None
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: no JSON ({error}).") from None
+    return parse_json(content, path)
 
 
 def read_object(path: Path, how_to_get: str) -> dict[str, Any]:
@@ -118,10 +112,7 @@ def read_lines(path: Path, how_to_get: str) -> Iterator[tuple[str, dict[str, Any
         if not line.strip():
             continue
         place = f"{path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: no JSON ({error}).") from None
+        entry = parse_json(line, place)
         if not isinstance(entry, dict):
             raise DataError(f"{place}: must be an object, is a {type(entry).__name__}.")
         yield place, entry

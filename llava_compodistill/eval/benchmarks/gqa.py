@@ -21,26 +21,40 @@ from .llava import (
     plain_records,
     read_accuracy,
     read_answers,
+    read_questions,
 )
 from .sums import Sums, mean_of_means
 
+QUESTIONS = "gqa/llava_gqa_testdev_balanced.jsonl"
 LABELS = "testdev_balanced_questions.json"
 
 
 def records(data: Path, answers: Answers) -> Records:
     """Labels: DATA/gqa/data/testdev_balanced_questions.json, or in questions1.2 there: {question id: {answer, …}}."""
+    made = plain_records(data, answers)
+    labels = _labels(data, [record["question_id"] for record in made])
+    return [{**record, "label": label} for record, label in zip(made, labels, strict=True)] if labels else made
+
+
+def verify(data: Path) -> None:
+    """Whether the labels, where they lie on this machine, have an answer to each question."""
+    _labels(data, [entry["question_id"] for entry in read_questions(data / QUESTIONS)])
+
+
+def _labels(data: Path, ids: Sequence[Any]) -> list[str]:
+    """The answers to some questions; none where the labels are not on this machine."""
     folder = data / "gqa" / "data"
     path = next((path for path in (folder / LABELS, folder / "questions1.2" / LABELS) if path.is_file()), None)
-    made = plain_records(data, answers)
     if path is None:
-        return made
+        return []
     questions = read_json(path, EVALUATION_MD)
-    for record in made:
-        try:
-            record["label"] = questions[str(record["question_id"])]["answer"]
-        except (KeyError, TypeError):
-            raise DataError(f"{path}: has no answer to question {record['question_id']!r}.") from None
-    return made
+    labels = []
+    for key in ids:
+        entry = questions.get(str(key)) if isinstance(questions, dict) else None
+        if not isinstance(entry, dict) or not isinstance(entry.get("answer"), str):
+            raise DataError(f"{path}: has no answer to question {key!r}.")
+        labels.append(entry["answer"])
+    return labels
 
 
 def score(records: Iterable[Record]) -> dict[str, Any]:
@@ -71,10 +85,11 @@ register(
         name="gqa",
         title="GQA",
         headline="accuracy",
-        questions="gqa/llava_gqa_testdev_balanced.jsonl",
+        questions=QUESTIONS,
         images="gqa/data/images",
         labels=f"gqa/data/{LABELS}",
         records=records,
+        verify=verify,
         score=score,
         sums=sums,
         read_printed=read_accuracy,

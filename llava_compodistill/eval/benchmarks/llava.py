@@ -4,7 +4,6 @@ that official scorers and servers take. scripts/eval/NAME.sh asks them through L
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MissingData, RecordsError
+from ...hosts.files import parse_json
 from .base import Benchmark
 from .files import read_text
 
@@ -68,11 +68,10 @@ def _text(path: Path) -> str:
 
 
 def _entry(path: Path, number: int, line: str, fields: Sequence[str]) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-        missing = [name for name in fields if name not in entry]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RecordsError(f"{path}, line {number}: no JSON object ({error}).") from None
+    entry = parse_json(line, f"{path}, line {number}", RecordsError)
+    if not isinstance(entry, dict):
+        raise RecordsError(f"{path}, line {number}: no JSON object, is {entry!r:.60}.")
+    missing = [name for name in fields if name not in entry]
     if missing:
         raise RecordsError(f"{path}, line {number}: has no {missing[0]!r}, only {', '.join(entry)}.")
     return entry

@@ -15,9 +15,10 @@ from ..reading import yes_no_other
 from . import figures, register
 from .base import Record
 from .files import read_text
-from .llava import Answers, LlavaBenchmark, Records, plain_records
+from .llava import Answers, LlavaBenchmark, Records, plain_records, read_questions
 from .sums import Sums, numbered
 
+QUESTIONS = "MME/llava_mme.jsonl"
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
@@ -28,23 +29,37 @@ _ENDINGS = ("Answer the question using a single word or phrase.", "Please answer
 def records(data: Path, answers: Answers) -> Records:
     """Labels: DATA/MME/MME_Benchmark_release_version/TASK[/questions_answers_YN]/IMAGE.txt, question, tab, Yes or No a
     line. LLaVA's question ids are TASK/IMAGE.jpg."""
-    root = data / "MME" / "MME_Benchmark_release_version"
     made = plain_records(data, answers)
+    found = _labels(data, [(record["question_id"], record["prompt"]) for record in made])
+    return [{**record, **label} for record, label in zip(made, found, strict=True)] if found else made
+
+
+def verify(data: Path) -> None:
+    """Whether the labels, where they lie on this machine, have an answer to each question."""
+    _labels(data, [(entry["question_id"], entry["text"]) for entry in read_questions(data / QUESTIONS)])
+
+
+def _labels(data: Path, asked: Sequence[tuple[Any, str]]) -> list[dict[str, str]]:
+    """category, image and label of each (question id, text); none where the labels are not on this machine."""
+    root = data / "MME" / "MME_Benchmark_release_version"
     if not any(root.glob("*/*.txt")) and not any(root.glob("*/questions_answers_YN/*.txt")):
-        return made
+        return []
     labels: dict[Path, dict[str, str]] = {}
-    for record in made:
-        task, *_, file = str(record["question_id"]).split("/")
-        stem = file.rsplit(".", 1)[0]
+    found = []
+    for key, text in asked:
+        task, slash, file = str(key).partition("/")
+        if not slash:
+            raise DataError(f"{data / QUESTIONS}: the question id {key!r} is not TASK/IMAGE.jpg, as MME's are.")
+        stem = file.rsplit("/", 1)[-1].rsplit(".", 1)[0]
         path = root / task / "questions_answers_YN" / f"{stem}.txt"
         path = path if path.is_file() else root / task / f"{stem}.txt"
         if path not in labels:
             labels[path] = _read_labels(path)
-        question = _question(record["prompt"])
+        question = _question(text)
         if question not in labels[path]:
             raise DataError(f"{path}: has no question {question!r}.")
-        record |= {"category": task, "image": stem, "label": labels[path][question].lower()}
-    return made
+        found.append({"category": task, "image": stem, "label": labels[path][question].lower()})
+    return found
 
 
 def _read_labels(path: Path) -> dict[str, str]:
@@ -130,10 +145,11 @@ register(
         name="mme",
         title="MME",
         headline="percent",
-        questions="MME/llava_mme.jsonl",
+        questions=QUESTIONS,
         images="MME/MME_Benchmark_release_version",
         labels="MME/MME_Benchmark_release_version/TASK/*.txt",
         records=records,
+        verify=verify,
         score=score,
         sums=sums,
         read_printed=read_printed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,10 +9,11 @@ from statistics import mean
 from typing import Any
 
 from ...errors import DataError
+from ...hosts.files import parse_json
 from ..reading import YES_NO_READINGS, Reading
 from . import figures, register
 from .base import Record
-from .files import read_text
+from .files import read_text, yes_no_label
 from .llava import Answers, LlavaBenchmark, Records, plain_records, read_questions
 from .sums import Sums, mean_f1
 
@@ -51,11 +51,12 @@ def _labels(data: Path, categories: Sequence[str]) -> dict[str, list[str]]:
         path = data / "pope" / "coco" / f"coco_pope_{category}.json"
         try:
             lines = read_text(path).splitlines()
-            labels[category] = [json.loads(line)["label"] for line in lines]
+            places = [f"{path}, line {number}" for number in range(1, len(lines) + 1)]
+            labels[category] = [
+                yes_no_label(parse_json(line, place), place) for line, place in zip(lines, places, strict=True)
+            ]
         except FileNotFoundError:
             raise DataError(f"{path} is missing: it has the labels of the category {category!r}.") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: must hold one {{label}} a line ({error}).") from None
         if len(lines) != categories.count(category):
             raise DataError(
                 f"{path}: {len(lines)} labels for {categories.count(category)} questions. LLaVA's questions belong to "

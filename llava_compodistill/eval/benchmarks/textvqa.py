@@ -6,14 +6,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError
+from ...errors import DataError, HostError
 from ..reading import Reading
 from . import figures, register
 from .base import Record
 from .files import read_json
-from .llava import EVALUATION_MD, Answers, LlavaBenchmark, Records, plain_records, read_accuracy
+from .llava import EVALUATION_MD, Answers, LlavaBenchmark, Records, plain_records, read_accuracy, read_questions
 from .sums import Sums, mean_of_means
 
+QUESTIONS = "textvqa/llava_textvqa_val_v051_ocr.jsonl"
 LABELS = "textvqa/TextVQA_0.5.1_val.json"
 
 
@@ -23,23 +24,50 @@ def records(data: Path, answers: Answers) -> Records:
 
     question_of = import_llava_scorer("llava.eval.eval_textvqa").prompt_processor
     evaluator = import_llava_scorer("llava.eval.m4c_evaluator").TextVQAAccuracyEvaluator()
+    made = plain_records(data, answers)
+    labels = _labels(data, [(record["question_id"], question_of(record["prompt"])) for record in made])
+    for record, wanted in zip(made, labels, strict=True):
+        # What its eval_pred_list does for each, which shows a progress bar for every call.
+        worth = evaluator._compute_answer_scores(wanted)
+        value = worth.get(evaluator.answer_processor(record["text"]), 0.0)
+        # It takes articles away on both sides: where people answered "a", an answer of nothing would be as right.
+        record |= {"answers": wanted, "value": value if record["text"].strip() else 0.0, "official_value": value}
+    return made
+
+
+def verify(data: Path) -> None:
+    """Whether the labels have ten answers to each question."""
+    from ...hosts.llava.host import import_llava_scorer
+
+    asked = read_questions(data / QUESTIONS)
+    questions = []
+    try:
+        question_of = import_llava_scorer("llava.eval.eval_textvqa").prompt_processor
+        questions = [(entry["question_id"], question_of(entry["text"])) for entry in asked]
+    except HostError:
+        pass  # `eval --check` needs no LLaVA, which finds the questions in the prompts: the file is read alone
+    except (AssertionError, AttributeError) as error:
+        raise DataError(f"{data / QUESTIONS}: a question is not worded as LLaVA's ({error!r}).") from None
+    _labels(data, questions)
+
+
+def _labels(data: Path, asked: Sequence[tuple[Any, str]]) -> list[list[str]]:
+    """Ten people's answers to each (image, question in small letters)."""
     path = data / LABELS
     try:
         entries = read_json(path, EVALUATION_MD)["data"]
-        wanted = {(str(a["image_id"]), a["question"].lower()): a["answers"] for a in entries}
-    except (KeyError, TypeError) as error:
+        labels = {(str(a["image_id"]), a["question"].lower()): a["answers"] for a in entries}
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: must hold data: [{{image_id, question, answers}}] ({error}).") from None
-    made = plain_records(data, answers)
-    for record in made:
-        key = (str(record["question_id"]), question_of(record["prompt"]))
-        if key not in wanted:
-            raise DataError(f"{path}: has no answers to {key[1]!r} on image {key[0]}.")
-        # What its eval_pred_list does for each, which shows a progress bar for every call.
-        worth = evaluator._compute_answer_scores(wanted[key])
-        value = worth.get(evaluator.answer_processor(record["text"]), 0.0)
-        # It takes articles away on both sides: where people answered "a", an answer of nothing would be as right.
-        record |= {"answers": wanted[key], "value": value if record["text"].strip() else 0.0, "official_value": value}
-    return made
+    found = []
+    for image, question in asked:
+        answers = labels.get((str(image), question))
+        if answers is None:
+            raise DataError(f"{path}: has no answers to {question!r} on image {image}.")
+        if not isinstance(answers, list) or len(answers) != 10 or not all(isinstance(text, str) for text in answers):
+            raise DataError(f"{path}: {question!r} on image {image} must have ten answers, has {answers!r:.200}.")
+        found.append(answers)
+    return found
 
 
 STRICT = Reading("strict", "soft accuracy over ten people's cleaned answers; a blank answer is wrong")
@@ -66,10 +94,11 @@ register(
         name="textvqa",
         title="TextVQA",
         headline="accuracy",
-        questions="textvqa/llava_textvqa_val_v051_ocr.jsonl",
+        questions=QUESTIONS,
         images="textvqa/train_images",
         needs=LABELS,
         records=records,
+        verify=verify,
         score=score,
         sums=sums,
         readings=(STRICT, OFFICIAL),

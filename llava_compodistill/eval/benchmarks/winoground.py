@@ -68,7 +68,7 @@ def from_hub(folder: Path, hub: Hub) -> None:
         hub.progress(f"{images}, unpacked")
         unpack(images, place / "images")
     if not (place / "examples.jsonl").is_file():
-        write_whole(place / "examples.jsonl", examples.read_text(encoding="utf-8"))
+        write_whole(place / "examples.jsonl", files.read_text(examples))
 
 
 register(

@@ -118,7 +118,7 @@ def _differs(ours: Path, theirs: Path) -> bool:
     if ours.suffix == ".json":
         try:
             return json.loads(ours.read_text(encoding="utf-8")) != json.loads(theirs.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return True
     return ours.read_bytes() != theirs.read_bytes()
 

@@ -8,7 +8,6 @@ folder, and what LLaVA's own loader would run is refused instead of being handed
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import warnings
@@ -18,14 +17,14 @@ from typing import Any
 import torch
 import transformers
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from ... import compat
 from ...errors import CheckpointError
+from ..files import read_object
 from .language_models import MODEL_CLASSES, model_class
 from .model import has_own_tower, holds_weights, llava_core
+from .weights import read_tensors, read_weights, refuse_damaged_weights
 
 ADAPTER_FILE = "mm_projector.bin"
 LORA_EXTRA_FILE = "non_lora_trainables.bin"
@@ -48,8 +47,7 @@ def checkpoint_kind(path: str) -> str:
         if ADAPTER_FILE in names:
             return "adapter"
         raise CheckpointError(f"{path} has a config.json but no weights: training may have stopped before saving.")
-    with open(os.path.join(path, "config.json")) as file:
-        return "full" if json.load(file).get("model_type", "").startswith("llava") else "base"
+    return "full" if _type_in(path).startswith("llava") else "base"
 
 
 def has_weights(path: str) -> bool:
@@ -62,34 +60,44 @@ def read_config(path: str) -> Any:
     """The config of a checkpoint (folder or hub name), read without running code that its `auto_map` names.
 
     Raises:
-        CheckpointError: for an architecture that the installed transformers and the plugin do not have.
-        OSError: when there is no config.json, or it is no JSON.
+        CheckpointError: for an architecture that the installed transformers and the plugin do not have, and for a
+            folder's config.json that is missing, damaged, or holds what no model can be made of.
+        OSError: when there is none under a name on the hub.
     """
+    name = os.path.join(path, "config.json")
+    if os.path.isdir(path):
+        _type_in(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: transformers and LLaVA have no model of the type in its config.json, and code that comes with a "
-            f"checkpoint (auto_map) is never run here. ({error})"
-        ) from error
+    except Exception as error:
+        if isinstance(error, OSError) and not os.path.isdir(path):
+            raise
+        if isinstance(error, (ValueError, KeyError)):
+            raise CheckpointError(
+                f"{path}: transformers and LLaVA have no model of the type in its config.json, and code that comes "
+                f"with a checkpoint (auto_map) is never run here. ({error})"
+            ) from error
+        raise CheckpointError(f"{name}: no model can be made of it ({type(error).__name__}: {error}).") from error
 
 
 def read_tokenizer(path: str, **options: Any) -> Any:
     """The slow tokenizer of a checkpoint (folder or hub name), as LLaVA loads it, without running code from there.
 
     Raises:
-        CheckpointError: when the tokenizer is code in the folder.
-        OSError, ValueError: as transformers says when its files are missing or damaged.
+        CheckpointError: when the tokenizer is code in the folder, or its files there are missing or damaged.
+        OSError, ValueError: as transformers says when a name on the hub holds none.
     """
     try:
         return AutoTokenizer.from_pretrained(path, use_fast=False, trust_remote_code=False, **options)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+    except Exception as error:
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{path}: its tokenizer_config.json names code in the folder (auto_map), which is never run here. "
+                "Save the tokenizer as one of transformers' own classes."
+            ) from error
+        if isinstance(error, ImportError) or not os.path.isdir(path):
             raise
-        raise CheckpointError(
-            f"{path}: its tokenizer_config.json names code in the folder (auto_map), which is never run here. Save "
-            "the tokenizer as one of transformers' own classes."
-        ) from error
+        raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
 
 
 def read_lora_config(path: str) -> dict[str, Any]:
@@ -98,28 +106,7 @@ def read_lora_config(path: str) -> dict[str, Any]:
     Raises:
         CheckpointError: when it is missing or no JSON object.
     """
-    return _read_json(os.path.join(path, "adapter_config.json"))
-
-
-def read_weights(path: str) -> dict[str, torch.Tensor]:
-    """Read a `.bin` of tensors without running any code that a pickle may hide."""
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete.")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zipfile and torch raise a dozen kinds
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def read_tensors(folder: str, stem: str) -> dict[str, torch.Tensor]:
-    """Read STEM.safetensors of a folder, or STEM.bin where there is none."""
-    path = os.path.join(folder, f"{stem}.safetensors")
-    if not os.path.isfile(path):
-        return read_weights(os.path.join(folder, f"{stem}.bin"))
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return read_object(os.path.join(path, "adapter_config.json"), CheckpointError)
 
 
 def load_lora_weights(model: torch.nn.Module, folder: str) -> None:
@@ -197,19 +184,29 @@ def load_model(
     model = _from_pretrained(cls, base, config, new=tuple(new), **kwargs)
     load_extra_weights(model, extra)
     if kind == "lora":
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, path, is_trainable=not merge_lora)
+        model = _with_lora(model, path, trainable=not merge_lora)
         if merge_lora:
             model = model.merge_and_unload()
     return model
+
+
+def _with_lora(model: torch.nn.Module, path: str, trainable: bool) -> torch.nn.Module:
+    from peft import PeftModel
+
+    config = compat.portable_lora_config(read_lora_config(path), os.path.join(path, "adapter_config.json"))
+    read_tensors(path, "adapter_model")  # PEFT does not name a damaged file, and old releases run what a pickle hides
+    return PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
 
 
 def _from_pretrained(cls: type, path: str, config: Any, new: tuple[str, ...] = (), **kwargs: Any) -> torch.nn.Module:
     """`from_pretrained` that insists on every weight but those of the `new` modules, where transformers would start
     from random ones and warn."""
     with _expecting_missing_weights() if new else contextlib.nullcontext():
-        model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+        try:
+            model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+        except Exception:  # what a damaged file makes of transformers does not always name it
+            refuse_damaged_weights(path)
+            raise
     elsewhere = new if has_own_tower(config) else (*new, "vision_tower")
     missing = sorted(name for name in info["missing_keys"] if not any(part in name for part in elsewhere))
     # Weights that a module has no place for, such as another architecture's biases, would change what it does.
@@ -248,6 +245,8 @@ def _expecting_missing_weights() -> Iterator[None]:
 def find_tower(config: Any, path: str, substitute: str | None) -> None:
     """A tower given as a folder may have moved since training; hub names are left to transformers."""
     name = getattr(config, "mm_vision_tower", None)
+    if not isinstance(name, str | None):
+        raise CheckpointError(f"{os.path.join(path, 'config.json')}: mm_vision_tower must be a text, is {name!r:.60}.")
     is_hub_name = name is None or (not name.startswith((".", "/")) and name.count("/") <= 1)
     if is_hub_name or os.path.isdir(name):
         return
@@ -350,20 +349,16 @@ def _model_type(path: str) -> str:
     """`model_type` of a checkpoint; of a folder it is read as text, since transformers may not know the type."""
     if not os.path.isdir(path):
         return read_config(path).model_type
-    return str(_read_json(os.path.join(path, "config.json")).get("model_type", ""))
+    return _type_in(path)
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): it is not a finished checkpoint.") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON file: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object.")
-    return content
+def _type_in(folder: str) -> str:
+    """`model_type` in a folder's config.json, empty where there is none."""
+    path = os.path.join(folder, "config.json")
+    kind = read_object(path, CheckpointError).get("model_type", "")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{path}: model_type must be a text, is {kind!r:.60}.")
+    return kind
 
 
 def _check_for_llava(path: str, base: str | None, name: str, model_type: str) -> None:
@@ -376,7 +371,7 @@ def _check_for_llava(path: str, base: str | None, name: str, model_type: str) ->
     for folder in (path, base):
         for file in ("config.json", "tokenizer_config.json"):
             there = folder is not None and os.path.isfile(os.path.join(folder, file))
-            if there and "auto_map" in _read_json(os.path.join(folder, file)):
+            if there and "auto_map" in read_object(os.path.join(folder, file), CheckpointError):
                 raise CheckpointError(
                     f"{os.path.join(folder, file)} names code in the folder (auto_map), which is never run here "
                     f"(model_type {model_type!r})."

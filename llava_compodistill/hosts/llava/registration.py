@@ -15,6 +15,7 @@ from typing import Any
 from ... import compat
 from ...errors import HostError
 from .host import SUPPORTED_REVISIONS, import_llava
+from .images import ImagesOfLlava, checked_padding
 
 #: (module, symbol) -> the parameters that the supported revisions have.
 SIGNATURES = {
@@ -31,6 +32,7 @@ SIGNATURES = {
         "use_flash_attn",
         "kwargs",
     ],
+    ("llava.mm_utils", "expand2square"): ["pil_img", "background_color"],
     ("llava.train.train", "preprocess"): ["sources", "tokenizer", "has_image"],
 }
 TRAIN_MODULE = "llava.train.train"
@@ -69,6 +71,8 @@ def register(train: bool = False) -> None:
     for key in wanted:
         module, symbol = key
         _rebind(module, symbol, replacements[key](getattr(sys.modules[module], symbol)))
+    if TRAIN_MODULE in sys.modules and (TRAIN_MODULE, "Image") not in _originals:
+        _rebind(TRAIN_MODULE, "Image", ImagesOfLlava())
     repair = compat.output_capturing_repair()
     if repair is not None:
         _rebind(*repair)
@@ -101,6 +105,7 @@ def _replacements() -> dict[tuple[str, str], Callable[[Callable], Callable]]:
         ("llava.model.llava_arch", "build_vision_tower"): _tower_builder,
         ("llava.model.llava_arch", "build_vision_projector"): _projector_builder,
         ("llava.model.builder", "load_pretrained_model"): dispatching_loader,
+        ("llava.mm_utils", "expand2square"): checked_padding,
         (TRAIN_MODULE, "preprocess"): checked_preprocess,
     }
 

@@ -129,6 +129,17 @@ def _open_by_lines(file: Any, mode: str = "r", buffering: int = -1, *args: Any, 
     return open(file, mode, buffering, *args, **kwargs)
 
 
+def opening_images(module: str) -> contextlib.AbstractContextManager:
+    """In here one of LLaVA's evaluation modules, which import PIL afresh, opens images as the plugin does."""
+    if not module.startswith("llava.eval"):
+        return contextlib.nullcontext()
+    from PIL import Image
+
+    from .images import as_llava_opens
+
+    return mock.patch.object(Image, "open", as_llava_opens)
+
+
 def _dotted(path: str) -> str:
     return path.removesuffix(".py").removeprefix("./").replace("/", ".")
 
@@ -160,7 +171,7 @@ def run(module: str, arguments: Sequence[str]) -> None:
     _check_template(arguments)
     if not torch.cuda.is_available():
         print(NOTICE, file=sys.stderr, flush=True)
-    with redirect_cuda(), mock.patch.object(sys, "argv", [module, *arguments]):
+    with redirect_cuda(), opening_images(module), mock.patch.object(sys, "argv", [module, *arguments]):
         runpy.run_module(module, {"open": _open_by_lines}, run_name="__main__", alter_sys=True)
 
 

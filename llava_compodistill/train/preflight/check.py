@@ -181,6 +181,7 @@ class Check:
                 data.image_folder or "",
                 data.check_images,
                 args.paired,
+                data.allow_outside_images,
                 args.seed_of_data,
                 left_out,
                 self.findings,

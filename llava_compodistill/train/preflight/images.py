@@ -10,12 +10,13 @@ from typing import Any
 
 from PIL import Image
 
-from ..data import decode
+from ...errors import ImageError
+from ...hosts.llava.images import open_rgb, prepared_for
 from .processes import in_processes
 
 _CHUNK = 32
 #: Pixels of the square that an image is padded to, from which on a note is made: 3 bytes each, several copies.
-LARGE_SQUARE = 100_000_000
+LARGE_SQUARE = 25_000_000
 #: Modes that do not simply hold eight bits of red, green and blue, and what becomes of them.
 _MODES = {
     "I;16": "16 bits a channel",
@@ -53,19 +54,19 @@ def inspect(path: str, padded: bool) -> Picture:
     Args:
         padded: whether training pads it to a square.
     """
-    found: dict[str, Any] = {}
-    notes = []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                found = {"format": image.format or "?", "mode": image.mode}
-                found |= {"width": image.width, "height": image.height}
-                if "transparency" in image.info and image.mode == "P":
-                    notes.append(f"an image with an alpha channel: {path} (P)")
-            decode(path)
-    except Exception as error:  # PIL's decoders raise nearly anything
-        return Picture(path, **found, problem=f"the image cannot be decoded: {type(error).__name__}: {error}")
+        with prepared_for("pad" if padded else None, None):
+            open_rgb(path)
+    except ImageError as error:
+        return Picture(path, problem=f"the image cannot be decoded: {error}")
+    notes = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(path) as image:  # its header, which has just been read without an error
+            found: dict[str, Any] = {"format": image.format or "?", "mode": image.mode}
+            found |= {"width": image.width, "height": image.height}
+            if "transparency" in image.info and image.mode == "P":
+                notes.append(f"an image with an alpha channel: {path} (P)")
     if found["mode"] in _MODES:
         notes.append(f"an image with {_MODES[found['mode']]}: {path} ({found['mode']})")
     if found["width"] * found["height"] > (Image.MAX_IMAGE_PIXELS or float("inf")):

@@ -105,7 +105,7 @@ class Reader:
             with contextlib.redirect_stdout(io.StringIO()):  # LLaVA prints its "tokenization mismatch"
                 sample = self.dataset.read_text(place)
         except Exception as error:
-            cause = self.dataset.fault(self.dataset.list_data_dict[place], error)
+            cause = self.dataset.fault(error)
             if cause is None:
                 name = f"an error that ends training: {type(error).__name__}: {error}"
                 return Reading(place, problem=name, fatal=True)

@@ -35,6 +35,7 @@ class InspectedRecords(Records):
         image_folder: str,
         check_images: bool,
         paired: bool,
+        allow_outside: bool,
         left_out: Mapping[int, int] | None,
         findings: Findings,
         keep_paths: bool,
@@ -43,9 +44,8 @@ class InspectedRecords(Records):
         self.numbers, self.images = array("q"), []
         self._source, self._findings = source, findings
         self._keep_paths, self._done, self._read = keep_paths, done, 0
-        super().__init__(
-            source.path, os.path.join(image_folder, source.image_folder), "skip", check_images, paired, left_out
-        )
+        folder = os.path.join(image_folder, source.image_folder)
+        super().__init__(source.path, folder, "skip", check_images, paired, allow_outside, left_out)
 
     def _problem(self, record: Any, index: int, place: int, checksum: int) -> str | None:
         if index % _STEP == 0:
@@ -71,10 +71,6 @@ class InspectedRecords(Records):
                 NOTE, "an empty answer", example, "the model learns to say nothing there: fill it in if not meant"
             )
         image = record.get("image")
-        if image is not None and (os.path.isabs(image) or ".." in image.split("/")):
-            self._findings.add(
-                NOTE, f"an image path that leaves --image_folder: {image}", example, "name images below --image_folder"
-            )
         if self._keep_paths:
             self.images.append("" if image is None else os.path.join(self._image_folder or "", image))
 
@@ -97,6 +93,7 @@ def read_manifest(
     image_folder: str,
     check_images: bool,
     paired: bool,
+    allow_outside: bool,
     seed: int,
     left_out: Mapping[str, Mapping[int, int]],
     findings: Findings,
@@ -111,7 +108,8 @@ def read_manifest(
     files: list[InspectedRecords] = []
     for source in sources:
         try:
-            options = check_images, paired, left_out.get(source.path), findings, keep_paths, done
+            unwanted = left_out.get(source.path)
+            options = check_images, paired, allow_outside, unwanted, findings, keep_paths, done
             files.append(InspectedRecords(source, image_folder, *options))
         except (DataError, OSError) as error:
             findings.add(STOPS, f"a data file that cannot be used: {error}", Example(file=source.path))

@@ -48,7 +48,7 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
     if continued:
         _keep_vision(core.config, model_args)
     elif model_args.mm_projector_type == PROJECTOR_TYPE:
-        _describe_taf(core.config, model_args, teacher)
+        describe_taf(core.config, model_args, None if teacher is None else teacher.config)
     _initialize_vision(core, model_args, training_args)
     if not model_args.pretrain_mm_mlp_adapter and not continued:
         if isinstance(projector(core), TAFProjector):
@@ -57,7 +57,7 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
             logger.warning("The adapter starts from random weights: --pretrain_mm_mlp_adapter loads a trained one.")
     continues_lora = _is_peft(model)
     if training_args.lora_enable and not continues_lora:
-        model = _add_lora(model, training_args)
+        model = add_lora(model, training_args)
     set_trainable(
         model,
         stage,
@@ -111,8 +111,12 @@ def set_trainable(
         adapter.teacher_adapter.requires_grad_(False)
 
 
-def _load_student(model_args: Any, training_args: Any) -> nn.Module:
-    from ..hosts import load_model
+def check_start(model_args: Any, training_args: Any) -> None:
+    """Refuse a folder that the student cannot start from, by the kind of checkpoint that it holds.
+
+    Raises:
+        CheckpointError: naming the flag, the folder and the way out.
+    """
     from ..hosts.llava.loader import checkpoint_kind
 
     path = model_args.model_name_or_path
@@ -126,6 +130,12 @@ def _load_student(model_args: Any, training_args: Any) -> nn.Module:
         raise CheckpointError(f"--model_name_or_path {path} is a LoRA checkpoint: go on with --lora_enable True.")
     if kind == "lora":
         _keep_lora(path, training_args)
+
+
+def _load_student(model_args: Any, training_args: Any) -> nn.Module:
+    from ..hosts import load_model
+
+    check_start(model_args, training_args)
     options = compat.dtype_argument(student_dtype(training_args))
     if model_args.attn_implementation is not None:
         options["attn_implementation"] = model_args.attn_implementation
@@ -134,7 +144,7 @@ def _load_student(model_args: Any, training_args: Any) -> nn.Module:
 
         options["quantization_config"] = _quantization(training_args.bits == 4, compute_dtype(training_args))
         options["device_map"] = {"": training_args.device}
-    return load_model(path, merge_lora=False, vision_tower=model_args.vision_tower, **options)
+    return load_model(model_args.model_name_or_path, merge_lora=False, vision_tower=model_args.vision_tower, **options)
 
 
 def _keep_lora(path: str, training_args: Any) -> None:
@@ -188,11 +198,19 @@ def student_dtype(training_args: Any) -> torch.dtype:
     return torch.float32
 
 
-def _describe_taf(config: Any, model_args: Any, teacher: nn.Module | None) -> None:
+def describe_taf(config: Any, model_args: Any, teacher: Any = None) -> None:
+    """Write into a student's config what its new TAF adapter is like.
+
+    Args:
+        teacher: the config of the teacher that P_T comes from; None where it comes from an earlier stage's adapter.
+
+    Raises:
+        ValueError: where there is neither.
+    """
     from ..hosts.llava.loader import read_config
 
     if teacher is not None:
-        entries = taf_config(teacher.config, model_args.taf_depth)
+        entries = taf_config(teacher, model_args.taf_depth)
     else:
         folder = os.path.dirname(model_args.pretrain_mm_mlp_adapter or "")
         if not os.path.isfile(os.path.join(folder, "config.json")):
@@ -255,16 +273,26 @@ def _initialize_vision(core: nn.Module, model_args: Any, training_args: Any) -> 
 def _load_adapter(core: nn.Module, path: str) -> None:
     from ..hosts.llava.loader import load_extra_weights
 
+    check_adapter_path(path)
+    load_extra_weights(core, path)
+
+
+def check_adapter_path(path: str) -> None:
+    """Refuse what --pretrain_mm_mlp_adapter cannot be.
+
+    Raises:
+        CheckpointError: naming it.
+    """
     if os.path.isdir(path):
         raise CheckpointError(f"--pretrain_mm_mlp_adapter {path} is a folder: name the mm_projector.bin in it.")
-    load_extra_weights(core, path)
 
 
 def _is_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def _add_lora(model: nn.Module, training_args: Any) -> nn.Module:
+def add_lora(model: nn.Module, training_args: Any) -> nn.Module:
+    """The model with a new LoRA on the linear layers of its language model."""
     from peft import LoraConfig, get_peft_model
 
     core = llava_core(model)

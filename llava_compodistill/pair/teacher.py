@@ -36,12 +36,8 @@ def load_teacher(
     """
     register()
     from ..hosts import load_model
-    from ..hosts.llava.loader import checkpoint_kind
 
-    if os.path.isdir(path) and checkpoint_kind(path) == "base":
-        raise CheckpointError(
-            f"--teacher_model_path {path} is a language model without vision: give a LLaVA checkpoint."
-        )
+    check_teacher(path)
     options = compat.dtype_argument(dtype)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -51,3 +47,17 @@ def load_teacher(
     teacher.config.use_cache = False
     teacher.requires_grad_(False)
     return teacher.to(device=device, dtype=dtype).eval()
+
+
+def check_teacher(path: str) -> None:
+    """Refuse a folder that holds no LLaVA model.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    from ..hosts.llava.loader import checkpoint_kind
+
+    if os.path.isdir(path) and checkpoint_kind(path) == "base":
+        raise CheckpointError(
+            f"--teacher_model_path {path} is a language model without vision: give a LLaVA checkpoint."
+        )

@@ -71,8 +71,10 @@ class DataArguments(llava_training.DataArguments):
             "help": "What to do with samples whose image or conversation cannot be used: stop, or skip and log."
         },
     )
-    check_images: bool = field(
-        default=True, metadata={"help": "Check that every image file exists before training (one stat a file)."}
+    check_images: bool = field(default=True, metadata={"help": "Check that every image file exists before training."})
+    skip_samples: str | None = field(
+        default=None,
+        metadata={"help": "A list of samples to leave out, written by llava-compodistill check --write_skip."},
     )
     allow_outside_images: bool = field(
         default=False,

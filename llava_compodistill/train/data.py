@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from ..errors import DataError, ImageError, SampleError
+from ..hosts.llava import training as llava_training
 from ..hosts.llava.images import most_pixels, prepared_for
 from ..hosts.llava.training import IGNORE_INDEX, DataCollatorForSupervisedDataset, LazySupervisedDataset
 from ..pair.tokens import TEACHER
-from .mix import Mix, read_sources
+from .mix import Mix, Source, read_sources
+from .skip_list import read_skip_list
 from .teacher_text import TeacherText, TeacherTextCollator
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ class CheckedDataset(LazySupervisedDataset):
             `allow_outside_images`.
         seed: draws samples where a mix takes a share of a file.
         teacher: how a teacher with another tokenizer reads the samples, which then hold that, too.
+        samples: the mix, where it has been read already.
 
     Raises:
         DataError: for an unreadable file, or bad samples under "error".
@@ -39,15 +42,25 @@ class CheckedDataset(LazySupervisedDataset):
     paired = False
 
     def __init__(
-        self, data_path: str, tokenizer: Any, data_args: Any, seed: int = 0, teacher: TeacherText | None = None
+        self,
+        data_path: str,
+        tokenizer: Any,
+        data_args: Any,
+        seed: int = 0,
+        teacher: TeacherText | None = None,
+        samples: Mix | None = None,
     ):
         self.tokenizer, self.teacher = tokenizer, teacher
         self.data_args = data_args
         data_args.image_folder = data_args.image_folder or ""
         most_pixels()  # a limit that is none shows now
-        options = data_args.image_folder, data_args.bad_samples, data_args.check_images
-        allowed = getattr(data_args, "allow_outside_images", False)
-        self.list_data_dict = Mix(read_sources(data_path), *options, seed, self.paired, allowed)
+        if samples is None:
+            sources = read_sources(data_path)
+            options = data_args.image_folder, data_args.bad_samples, data_args.check_images
+            allowed = getattr(data_args, "allow_outside_images", False)
+            unwanted = samples_left_out(data_args, sources)
+            samples = Mix(sources, *options, seed, self.paired, allowed, unwanted)
+        self.list_data_dict = samples
 
     @property
     def lengths(self) -> list[int]:
@@ -68,7 +81,7 @@ class CheckedDataset(LazySupervisedDataset):
             try:
                 return self.read(position)
             except Exception as error:
-                cause = self._fault(error)
+                cause = self.fault(error)
                 if cause is None:
                     raise
                 message = f"sample {record.get('id', position)!r} (image {record.get('image')!r}): {cause}"
@@ -88,7 +101,20 @@ class CheckedDataset(LazySupervisedDataset):
             return sample
         return {**sample, TEACHER: self.teacher.read(self.list_data_dict[position], sample)}
 
-    def _fault(self, error: Exception) -> str | None:
+    def conversation(self, record: dict[str, Any]) -> tuple[list[dict[str, str]], bool]:
+        """The turns of a sample as they are tokenized, and whether there is an image."""
+        turns, seen = copy.deepcopy(record["conversations"]), "image" in record
+        return (llava_training.preprocess_multimodal([turns], self.data_args)[0] if seen else turns), seen
+
+    def read_text(self, position: int) -> dict[str, Any]:
+        """What `read` gives of a sample, without its image."""
+        record = self.list_data_dict[position]
+        turns, seen = self.conversation(record)
+        batch = llava_training.preprocess([turns], self.tokenizer, has_image=seen)
+        sample = {name: batch[name][0] for name in ("input_ids", "labels")}
+        return sample if self.teacher is None else {**sample, TEACHER: self.teacher.read(record, sample)}
+
+    def fault(self, error: Exception) -> str | None:
         """What is wrong with a sample that could not be read; None when the error is not the sample's."""
         if isinstance(error, DataError) and not isinstance(error, ImageError):
             return None
@@ -116,12 +142,25 @@ class PreferenceDataset(CheckedDataset):
 
     def read(self, position: int) -> dict[str, Any]:
         """{"chosen": LLaVA's sample, "rejected": the same with the other answer}, labelled at its last answer."""
-        found = {"chosen": super().read(position), "rejected": CheckedDataset.read(self._rejected, position)}
-        for sample in found.values():
-            for reading in (sample, sample.get(TEACHER)):
-                if reading is not None:
-                    reading["labels"] = last_answer(reading["labels"])
-        return found
+        return _at_last_answers(super().read(position), CheckedDataset.read(self._rejected, position))
+
+    def read_text(self, position: int) -> dict[str, Any]:
+        return _at_last_answers(super().read_text(position), CheckedDataset.read_text(self._rejected, position))
+
+
+def _at_last_answers(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
+    found = {"chosen": chosen, "rejected": rejected}
+    for sample in found.values():
+        for reading in (sample, sample.get(TEACHER)):
+            if reading is not None:
+                reading["labels"] = last_answer(reading["labels"])
+    return found
+
+
+def samples_left_out(data_args: Any, sources: Sequence[Source]) -> dict[str, dict[int, int]]:
+    """What --skip_samples leaves out, by data file."""
+    path = getattr(data_args, "skip_samples", None)
+    return read_skip_list(path, [source.path for source in sources]) if path else {}
 
 
 def last_answer(labels: torch.Tensor) -> torch.Tensor:

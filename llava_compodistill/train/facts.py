@@ -57,13 +57,13 @@ class BatchFacts:
         """
         images = batch.get("images")
         single = torch.is_tensor(images) and images.ndim == 4
-        seen = _answer_tokens(batch, visual_tokens if single else 1, limit)
+        seen = answer_tokens(batch, visual_tokens if single else 1, limit)
         tokens = seen.tolist()
         with_image = (batch["input_ids"] == IMAGE_TOKEN_INDEX).any(dim=1)
         spans = 0
         if teacher is not None and TEACHER in batch:
             theirs = batch[TEACHER]
-            other = _answer_tokens(theirs, teacher[0] if single else 1, teacher[1])
+            other = answer_tokens(theirs, teacher[0] if single else 1, teacher[1])
             spans = int(in_both(theirs["aligned"], seen, other).sum())
         first = batch[OWN].tolist() if OWN in batch else []
         own = [count - start for count, start in zip(tokens, first, strict=False) if start >= 0]
@@ -71,7 +71,7 @@ class BatchFacts:
         return cls(sum(tokens), int(with_image.sum()), len(tokens), tokens.count(0), spans, len(own), own_tokens)
 
 
-def _answer_tokens(batch: dict[str, Any], width: int, limit: int | None) -> torch.Tensor:
+def answer_tokens(batch: dict[str, Any], width: int, limit: int | None) -> torch.Tensor:
     """[B]: the answer tokens that are predicted, with `width` visual tokens in an image's place."""
     labels, ids = batch["labels"], batch["input_ids"]
     is_image = ids == IMAGE_TOKEN_INDEX

@@ -1,6 +1,6 @@
 """Training data from several files (paper, Table 9): what a mix holds, and how often each sample is seen.
 
-`--data_path` is one JSON file, several with commas between them, or a YAML file:
+`--data_path` is one file of samples (a JSON list, or JSON Lines), several with commas between them, or a YAML file:
 
     datasets:
       - path: llava_v1_5_mix665k.json
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,8 @@ class Mix(Sequence):
     Args:
         sources: the files.
         seed: draws the samples where a weight is no whole number.
+        left_out: by path, what `Records` is given under that name.
+        files: the records of each source, where they have been read already.
         Others as for `Records`.
 
     Attributes:
@@ -120,12 +122,15 @@ class Mix(Sequence):
         seed: int,
         paired: bool = False,
         allow_outside: bool = False,
+        left_out: Mapping[str, Mapping[int, int]] | None = None,
+        files: Sequence[Records] | None = None,
     ):
         self.sources, self.seed = list(sources), seed
-        options = bad_samples, check_images, paired, allow_outside
-        self._files = [
-            Records(source.path, os.path.join(image_folder, source.image_folder), *options) for source in sources
-        ]
+        self._files = list(files or ())
+        for source in () if files else sources:
+            folder = os.path.join(image_folder, source.image_folder)
+            options = bad_samples, check_images, paired, allow_outside, (left_out or {}).get(source.path)
+            self._files.append(Records(source.path, folder, *options))
         self._file, self._place = array("q"), array("q")
         self.words, self.with_image = array("q"), array("b")
         self._used: list[int] = []
@@ -142,6 +147,10 @@ class Mix(Sequence):
 
     def __len__(self) -> int:
         return len(self._place)
+
+    def origin(self, index: int) -> tuple[int, int]:
+        """The number of a sample's file, and its place among the file's usable samples."""
+        return self._file[index], self._place[index]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A sample; its image's name begins at `--image_folder`."""

@@ -16,10 +16,11 @@ import weakref
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import DataError
+from .image_files import ImageFiles
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class Records(Sequence):
-    """Usable samples of a JSON list of {"id", "image" (optional), "conversations": [{"from", "value"}, ...]}.
+    """Usable samples of a JSON list of {"id", "image" (optional), "conversations": [{"from", "value"}, ...]}, or of
+    JSON Lines (.jsonl), one sample a line.
 
     Args:
         path: the JSON file. It must stay as it is while the object is in use.
@@ -39,10 +41,12 @@ class Records(Sequence):
         check_images: whether to look if each image file exists.
         paired: whether each sample needs a second answer, `rejected`, that is worse than its last.
         allow_outside: whether an image may lie outside the folder. (Links in the folder may lead anywhere.)
+        left_out: by index, the CRC-32 of the text of each sample that is not wanted (`skip_list`).
 
     Attributes:
         words: number of words in the conversation of each sample.
         with_image: 1 for each sample with an image, else 0.
+        checksums: CRC-32 of the text of each sample.
 
     Raises:
         DataError: for an unreadable file, for bad samples under "error", or when no sample is left.
@@ -56,38 +60,62 @@ class Records(Sequence):
         check_images: bool = True,
         paired: bool = False,
         allow_outside: bool = False,
+        left_out: Mapping[int, int] | None = None,
     ):
         self._path = path
-        self._places, self._sizes, self._checksums = array("q"), array("q"), array("L")
+        self._image_folder, self._paired, self._allow_outside = image_folder, paired, allow_outside
+        self._files = ImageFiles() if check_images else None
+        self._places, self._sizes, self.checksums = array("q"), array("q"), array("L")
         self.words, self.with_image = array("q"), array("b")
         self._open()
         logger.info("Reading the samples of %s (%.1f MiB).", path, os.fstat(self._descriptor).st_size / 2**20)
         start = time.perf_counter()
         problems: list[tuple[int, Any, str]] = []
-        seen: dict[str, bool] = {}
+        left_out, missed = left_out or {}, 0
         count = 0
         for record, place, text in scan(path):
-            problem = find_problem(record, image_folder, check_images, seen, allow_outside)
-            if problem is None and paired:
-                problem = find_pair_problem(record)
-            if problem is None:
+            checksum = zlib.crc32(text)
+            if count in left_out:
+                if left_out[count] != checksum:
+                    raise DataError(
+                        f"--skip_samples: sample {count} of {path} is not the one that the list was written for. Run "
+                        "llava-compodistill check --write_skip again."
+                    )
+                missed += 1
+            elif (problem := self._problem(record, count, place, checksum)) is None:
                 self._places.append(place)
                 self._sizes.append(len(text))
-                self._checksums.append(zlib.crc32(text))
+                self.checksums.append(checksum)
                 self.words.append(sum(len(turn["value"].split()) for turn in record["conversations"]))
                 self.with_image.append(record.get("image") is not None)
             else:
                 problems.append((count, record.get("id", count) if isinstance(record, dict) else count, problem))
             count += 1
+        if missed != len(left_out):
+            raise DataError(
+                f"--skip_samples: the list was written for more than the {count} samples of {path}. Run "
+                "llava-compodistill check --write_skip again."
+            )
+        if missed:
+            logger.info("%s: %d of %d samples are left out (--skip_samples).", path, missed, count)
+        self._files = None  # a listing of folders, which workers need no copy of
         if problems:
-            summary = describe_problems(problems, count, path)
-            if bad_samples == "error":
-                raise DataError(f"{summary}\n--bad_samples skip leaves them out.")
-            logger.warning("%s\nThey are left out.", summary)
+            self._report(problems, count, bad_samples)
         if not self._places:
             raise DataError(f"{path}: no usable sample is left.")
         seconds = time.perf_counter() - start
         logger.info("%d samples, %d with an image, checked in %.1f s.", len(self), sum(self.with_image), seconds)
+
+    def _problem(self, record: Any, index: int, place: int, checksum: int) -> str | None:
+        """What keeps a sample from being used; `place` is where its text begins in the file."""
+        problem = find_problem(record, self._image_folder, self._files, self._allow_outside)
+        return find_pair_problem(record) if problem is None and self._paired else problem
+
+    def _report(self, problems: list[tuple[int, Any, str]], count: int, bad_samples: str) -> None:
+        summary = describe_problems(problems, count, self._path)
+        if bad_samples == "error":
+            raise DataError(f"{summary}\n--bad_samples skip leaves them out.")
+        logger.warning("%s\nThey are left out.", summary)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -99,7 +127,7 @@ class Records(Sequence):
             DataError: when the file has been changed since the samples were checked.
         """
         text = os.pread(self._descriptor, self._sizes[index], self._places[index])
-        if zlib.crc32(text) != self._checksums[index]:
+        if zlib.crc32(text) != self.checksums[index]:
             raise DataError(
                 f"--data_path {self._path} has been changed while it was in use: start the training again, and put a "
                 "new file in its place instead of writing into it."
@@ -134,7 +162,7 @@ class Records(Sequence):
 
 
 def scan(path: str) -> Iterator[tuple[Any, int, bytes]]:
-    """Read a JSON list entry by entry.
+    """Read a JSON list, or JSON Lines, entry by entry.
 
     Yields:
         (entry, its place in bytes, its text).
@@ -143,7 +171,7 @@ def scan(path: str) -> Iterator[tuple[Any, int, bytes]]:
         DataError: naming the file and, for malformed JSON, the line.
     """
     try:
-        yield from _blaming_lines(path)
+        yield from _lines(path) if path.endswith(".jsonl") else _blaming_lines(path)
     except DataError:
         raise
     except UnicodeDecodeError as error:
@@ -152,6 +180,24 @@ def scan(path: str) -> Iterator[tuple[Any, int, bytes]]:
         raise DataError(f"--data_path {path}: a sample is nested too deeply.") from None
     except ValueError as error:  # a number of thousands of digits
         raise DataError(f"--data_path {path}: {error}.") from None
+
+
+def _lines(path: str) -> Iterator[tuple[Any, int, bytes]]:
+    """`scan` of JSON Lines; empty lines are passed over."""
+    place, empty = 0, True
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            text = line.strip()
+            if text:
+                empty = False
+                try:
+                    entry = json.loads(text.decode())
+                except json.JSONDecodeError as error:
+                    raise DataError(f"--data_path {path}, line {number}: not valid JSON ({error.msg}).") from None
+                yield entry, place + line.index(text), text
+            place += len(line)
+    if empty:
+        raise DataError(f"--data_path {path}: must hold at least one sample.")
 
 
 def _blaming_lines(path: str) -> Iterator[tuple[Any, int, bytes]]:
@@ -241,12 +287,12 @@ def describe_problems(problems: list[tuple[int, Any, str]], count: int, source: 
 
 
 def find_problem(
-    record: Any, image_folder: str | None, check_images: bool, seen: dict[str, bool], allow_outside: bool = False
+    record: Any, image_folder: str | None, files: ImageFiles | None = None, allow_outside: bool = False
 ) -> str | None:
     """What keeps a sample from being used, "kind" or "kind: details"; None when nothing does.
 
     Args:
-        seen: whether image files exist that were looked for before; more are added.
+        files: tells which image files exist; None not to look.
     """
     if not isinstance(record, dict):
         return f"not an object: {str(record)[:40]!r}"
@@ -285,11 +331,8 @@ def find_problem(
             "an image outside --image_folder (--allow_outside_images True takes it, and so does an empty "
             f"--image_folder): {image}"
         )
-    if check_images:
-        if path not in seen:
-            seen[path] = os.path.isfile(path)
-        if not seen[path]:
-            return f"missing image: {path}"
+    if files is not None and not files.exists(path):
+        return f"missing image: {path}"
     return None
 
 
@@ -311,5 +354,5 @@ def find_pair_problem(record: dict[str, Any]) -> str | None:
     if rejected.strip() == last["value"].strip():
         return "the rejected answer is the chosen one"
     turns = [*record["conversations"][:-1], {**last, "value": rejected}]
-    problem = find_problem({**record, "conversations": turns}, None, False, {})
+    problem = find_problem({**record, "conversations": turns}, None)
     return None if problem is None else f"the rejected answer: {problem}"

@@ -12,7 +12,7 @@ from ..hosts.llava.host import import_llava
 from ..hosts.llava.loader import find_tower, read_config
 from ..hosts.llava.model import count_visual_tokens
 from ..hosts.llava.taf import PROJECTOR_TYPE
-from ..methods.base import prepared
+from ..methods.base import Term, prepared
 from ..pair import Pair
 from ..pair.layers import parse_band, visual_understanding_layers
 from ..pair.vision import check_taf
@@ -31,22 +31,27 @@ class ConfigOnly:
         return self._tower
 
 
-def rehearse(model_args: ModelArguments, args: TrainingArguments, teacher_text: TeacherText | None = None) -> None:
+def rehearse(
+    model_args: ModelArguments, args: TrainingArguments, teacher_text: TeacherText | None = None
+) -> list[Term]:
     """Let the terms of a stage look at the pair.
 
     Args:
         teacher_text: of a teacher with another tokenizer.
 
+    Returns:
+        The terms as they will run on the pair.
+
     Raises:
         ValueError: as the terms do: which of them cannot run on this pair, and what can be done.
     """
     if not args.distilled:
-        return
+        return []
     config = read_config(model_args.teacher_model_path)
     args.chosen_method.check_student(read_config(model_args.model_name_or_path), args.stage)
     if getattr(config, "mm_vision_tower", None) is None:
-        return  # no LLaVA checkpoint, which loading it will say
-    student, teacher = _student(model_args), _sketch(config, model_args.teacher_model_path, model_args)
+        return []  # no LLaVA checkpoint, which loading it will say
+    student, teacher = sketch_student(model_args), sketch(config, model_args.teacher_model_path, model_args)
     if getattr(student.config, "mm_projector_type", None) == PROJECTOR_TYPE:
         check_taf(student.config, teacher.config)
     limit = args.model_max_length
@@ -64,6 +69,7 @@ def rehearse(model_args: ModelArguments, args: TrainingArguments, teacher_text: 
         methods.setLevel(level)
     if getattr(args, "hf_deepspeed_config", None) is not None and args.hf_deepspeed_config.is_zero3():
         refuse_zero3({term.name: term.calibrated_by for term in terms if term.calibrated_by})
+    return terms
 
 
 def check_image_layers(model_args: ModelArguments, args: TrainingArguments) -> None:
@@ -81,16 +87,31 @@ def check_image_layers(model_args: ModelArguments, args: TrainingArguments) -> N
         raise ValueError(f"--image_layers {args.image_layers}: {error}") from None
 
 
-def _student(model_args: ModelArguments) -> ConfigOnly:
+def sketch_student(model_args: ModelArguments) -> ConfigOnly:
+    """The student that a stage starts from, without its weights."""
     config = read_config(model_args.model_name_or_path)
     if getattr(config, "mm_vision_tower", None) is None:  # a base language model: the flags decide
         config.mm_vision_tower = model_args.vision_tower
-        for name in ("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type"):
+        for name in (
+            "mm_vision_select_layer",
+            "mm_vision_select_feature",
+            "mm_projector_type",
+            "mm_use_im_start_end",
+            "mm_use_im_patch_token",
+        ):
             setattr(config, name, getattr(model_args, name))
-    return _sketch(config, model_args.model_name_or_path, model_args)
+    return sketch(config, model_args.model_name_or_path, model_args)
 
 
-def _sketch(config: Any, path: str, model_args: ModelArguments) -> ConfigOnly:
+def sketch(config: Any, path: str, model_args: ModelArguments) -> ConfigOnly:
+    """A model without its weights.
+
+    Args:
+        path: where its config comes from.
+
+    Raises:
+        CheckpointError, OSError: for a vision tower that cannot be found.
+    """
     find_tower(config, path, model_args.vision_tower)
     build = import_llava("llava.model.llava_arch").build_vision_tower
     tower = SimpleNamespace(

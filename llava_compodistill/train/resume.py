@@ -80,6 +80,7 @@ _PATHS = {
     "data_path",
     "model_name_or_path",
     "pretrain_mm_mlp_adapter",
+    "skip_samples",
     "teacher_model_base",
     "teacher_model_path",
     "vision_tower",

@@ -180,6 +180,11 @@ def load_tokenizer(model_args: ModelArguments, args: TrainingArguments, template
             f"--model_name_or_path {path} holds an adapter only: name the language model there, and the adapter with "
             f"--pretrain_mm_mlp_adapter {os.path.join(path, 'mm_projector.bin')}."
         )
+    return read_prepared_tokenizer(path, args, template)
+
+
+def read_prepared_tokenizer(path: str, args: TrainingArguments, template: Any) -> Any:
+    """The tokenizer of a folder or hub name, as `load_tokenizer` gives it."""
     tokenizer = read_tokenizer(
         path, cache_dir=args.cache_dir, model_max_length=args.model_max_length, padding_side="right"
     )

@@ -43,12 +43,17 @@ def checkpoint_kind(path: str) -> str:
     names = os.listdir(path)
     if "adapter_config.json" in names:
         return "lora"
-    weights = any(name.endswith((".safetensors", ".index.json")) or name.startswith("pytorch_model") for name in names)
-    if not weights:
+    if not has_weights(path):
         if ADAPTER_FILE in names:
             return "adapter"
         raise CheckpointError(f"{path} has a config.json but no weights: training may have stopped before saving.")
     return "full" if _type_in(path).startswith("llava") else "base"
+
+
+def has_weights(path: str) -> bool:
+    """Whether a local folder holds the weights of a language model or of a LoRA."""
+    names = os.listdir(path)
+    return any(name.endswith((".safetensors", ".index.json")) or name.startswith("pytorch_model") for name in names)
 
 
 def read_config(path: str) -> Any:
@@ -320,12 +325,17 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"
 
 def add_image_tokens(model: torch.nn.Module, tokenizer: Any) -> None:
     """Add LLaVA's image markers to a tokenizer; the vocabulary grows where needed and never shrinks."""
-    if getattr(model.config, "mm_use_im_patch_token", False):
-        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
-    if getattr(model.config, "mm_use_im_start_end", False):
-        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    add_marker_tokens(model.config, tokenizer)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # ZeRO-3 gives weights no shape
         model.resize_token_embeddings(len(tokenizer))
+
+
+def add_marker_tokens(config: Any, tokenizer: Any) -> None:
+    """Add those of LLaVA's image markers to a tokenizer that a model's config asks for."""
+    if getattr(config, "mm_use_im_patch_token", False):
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+    if getattr(config, "mm_use_im_start_end", False):
+        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
 
 
 def suppress_padded_vocabulary(model: torch.nn.Module, tokenizer: Any) -> None:

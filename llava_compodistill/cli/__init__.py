@@ -32,6 +32,9 @@ COMMANDS: dict[str, Command] = {
         "llava_compodistill.hosts.llava.checkout", "main", "put our scripts and patches into a LLaVA checkout"
     ),
     "run": Command("llava_compodistill.hosts.llava.runner", "main", "run a LLaVA module with the plugin registered"),
+    "plan": Command(
+        "llava_compodistill.train.plan.cli", "main", "memory, micro-batch and hours of a run, from config files alone"
+    ),
     "train": Command("llava_compodistill.train.run", "main", "train one stage (flags as in LLaVA's scripts)", True),
     "eval": Command("llava_compodistill.eval.cli", "main", "compositional and hallucination benchmarks"),
     "compare": Command("llava_compodistill.eval.compare", "main", "models side by side, with intervals and p-values"),

@@ -128,7 +128,7 @@ def bytes_of(tensors: Any) -> int:
 
 
 def measure(spec: PairSpec, case: Case, device: torch.device, folder: str, length: int) -> dict[str, float]:
-    """Bytes before a micro-batch and at the peak, and seconds of the micro-batch."""
+    """Bytes before a micro-batch, by term and in all, and at the peak; trained weights; seconds of the micro-batch."""
     arguments = TrainingArguments(
         output_dir=folder, report_to="none", use_cpu=device.type == "cpu", stage=case.stage,
         lora_enable=bool(case.lora), lora_r=case.lora or 64,
@@ -162,10 +162,16 @@ def measure(spec: PairSpec, case: Case, device: torch.device, folder: str, lengt
         optimizer.step()
     if not case.accumulated:
         pair.student.zero_grad(set_to_none=True)
-    held = [p for model in filter(None, (pair.student, pair.teacher)) for p in (*model.parameters(), *model.buffers())]
-    held += [parameter.grad for parameter in trained if parameter.grad is not None]
+    held = [p for model in filter(None, (pair.student, pair.teacher)) for p in model.parameters()]
+    parts = {
+        "trained": sum(parameter.numel() for parameter in trained),
+        "weights": bytes_of(held),
+        "gradients": bytes_of(parameter.grad for parameter in trained if parameter.grad is not None),
+        "optimizer": 0,
+    }
     if optimizer is not None:
-        held += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        states = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        parts["optimizer"] = bytes_of(states)
     seconds = []
 
     def call() -> None:
@@ -176,9 +182,9 @@ def measure(spec: PairSpec, case: Case, device: torch.device, folder: str, lengt
         if optimizer is not None:
             optimizer.step()
 
-    before = bytes_of(held)
+    before = parts["weights"] + parts["gradients"] + parts["optimizer"]
     peak = before + extra_memory(call, device) * 2**20
-    return {"before": before, "peak": peak, "seconds": min(first, *seconds)}
+    return {**parts, "before": before, "peak": peak, "seconds": min(first, *seconds)}
 
 
 def run(

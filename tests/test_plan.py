@@ -17,7 +17,6 @@ import torch
 import transformers
 from torch import nn
 
-from llava_compodistill import about
 from llava_compodistill.cli import main
 from llava_compodistill.hosts.llava.taf import TAFProjector
 from llava_compodistill.methods import find_method
@@ -25,7 +24,7 @@ from llava_compodistill.ops.answer_loss import head as answer_head
 from llava_compodistill.ops.visual_attention import chunked, fused
 from llava_compodistill.train.plan import configs, flops, memory, planner
 
-SCRIPTS = about.folder("scripts")
+SCRIPTS = Path(os.environ.get("COMPODISTILL_SOURCE", Path(__file__).resolve().parents[1])) / "scripts"
 CURRENT = int(transformers.__version__.split(".")[0]) >= 5
 QWEN3 = hasattr(transformers, "Qwen3Config")
 SIZES = {
@@ -367,6 +366,15 @@ def test_the_papers_run(capsys):
     assert "attention maps" in dft["memory_gib"] and "attention maps" not in dpt["memory_gib"]
     assert any("assum" in sentence.lower() or "Reserve" in sentence for sentence in found["assumptions"])
     assert (dpt["steps"], dft["steps"], sft["steps"]) == (2181, 5198, 5198)
+
+
+def test_the_table_in_the_readme(capsys):
+    text = (SCRIPTS / "README.md").read_text()
+    (line,) = re.findall(r"^llava-compodistill plan (--student Qwen.*)$", text, re.MULTILINE)
+    _, found = plan(*shlex.split(line), capsys=capsys)
+    for stage in found["stages"]:
+        figures = stage["batch"], f"{stage['peak_gib']:.1f}", f"{stage['hours']:.1f}"
+        assert f"| {stage['stage'].upper()} | {' | '.join(map(str, figures))} |" in text
 
 
 def test_more_memory_means_larger_micro_batches(capsys):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ def measure(spec: PairSpec, case: Case, device: torch.device, folder: str, lengt
 
 
 def run(
-    spec: PairSpec, device: torch.device, folder: str, cases: tuple[Case, ...] = CASES
+    spec: PairSpec, device: torch.device, folder: str, cases: Sequence[Case] = CASES
 ) -> Iterator[tuple[dict[str, Any], float, float]]:
     """For each case a row, the FLOPs that its micro-batch executes, and its seconds."""
     length = spec.lengths[0]

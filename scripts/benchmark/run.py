@@ -28,6 +28,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", default="op,head", help=f"suites separated by commas, of {', '.join(SUITES)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=PRESETS, help="sizes (default: paper on cuda, cpu on cpu)")
-    parser.add_argument("--batch", help="micro-batches of step, such as 1,8; profile and compile take the last")
+    parser.add_argument(
+        "--batch", help="micro-batches of step and plan, such as 1,8; profile and compile take the last"
+    )
     parser.add_argument("--length", help="sequence lengths of op, step, fit, profile and compile, such as 1024,2048")
     parser.add_argument("--limit", help="memory limits of fit in GiB, such as 48,139 (default: the preset's)")
     parser.add_argument("--no-checkpointing", action="store_true", help="whole steps without gradient checkpointing")
@@ -151,8 +154,11 @@ def plan(preset: Preset, device: torch.device, folder: str, args: argparse.Names
     chosen = numbers(args.cases) or range(len(plan_suite.CASES))
     if not set(chosen) <= set(range(len(plan_suite.CASES))):
         raise SystemExit(f"--cases {args.cases}: numbers from 0 to {len(plan_suite.CASES) - 1}.")
+    cases = [plan_suite.CASES[number] for number in chosen]
+    if args.batch:  # instead of the cases' own
+        cases = [replace(case, batch=size) for case in cases for size in preset.batches]
     found = []
-    for result in plan_suite.run(preset.pair, device, folder, tuple(plan_suite.CASES[number] for number in chosen)):
+    for result in plan_suite.run(preset.pair, device, folder, cases):
         found.append(result)
         yield result[0]
     if args.calibration:

@@ -400,8 +400,9 @@ def phases(models: Models, setup: Setup) -> dict[str, Terms]:
     always = resident(models, setup)
     kept, recomputed = student_activations(models, setup)
     grown = gradients(models, setup)
-    # Without accumulation gradients appear while activations go.
-    before = grown if setup.accumulation > 1 else 0.0
+    # Without accumulation gradients appear while activations go; DDP's buckets are there from the beginning.
+    buckets_of_ddp = grown / 2 if setup.gpus > 1 and not setup.zero else 0.0
+    before = grown if setup.accumulation > 1 else buckets_of_ddp
     buckets = gradient_buckets(models, setup)
     answer, answer_kept = answer_work(models, setup)
     casts, back = cast_weights(models, setup), backward_work(models, setup)
@@ -433,7 +434,7 @@ def phases(models: Models, setup: Setup) -> dict[str, Terms]:
         loss = 2 * count * one + (count - 1) * 1.25 * one + 5.25 * one
         result["attention"] = {**forward, "attention maps": loss, "answer rows and logits": answer_kept}
     head = models.student.embedding * setup.trained if setup.full else 0.0
-    begins = before if setup.accumulation > 1 or setup.zero else head * (2 if setup.gpus > 1 else 1)
+    begins = before if setup.accumulation > 1 or setup.zero else before + head
     result["backward"] = {
         **always,
         "gradients": begins,

@@ -278,6 +278,19 @@ def test_zero_and_lora_share_what_they_share():
     assert lora == 24 * 128 * (4 * 4096 + 3 * 7552) + 2560 * 2048 + 2048
 
 
+def test_eager_attention_would_keep_much_more_than_maps():
+    models = pair_of(configs.LANGUAGE_MODELS["Qwen/Qwen1.5-1.8B"], configs.LANGUAGE_MODELS["Qwen/Qwen1.5-4B"])
+    setup = memory.Setup(trains_llm=True, distils=True, aligns=True, batch=8, length=1024)
+    eager = memory.eager_maps(models, setup)
+    # Layers, samples, heads, pairs; a softmax in float32 and its copy in bf16; the teacher's copies alone.
+    assert eager == (24 * 8 * 16 * 1024**2 * 6, 40 * 8 * 20 * 1024**2 * 2)
+    maps = memory.phases(models, setup)["attention"]["attention maps"]
+    # Of 9 layers: both models' maps, the loss's gradients; and what the loss works with.
+    assert (
+        maps == pytest.approx(4 * 8 * 1024 * 729 * (9 * 3 + 8 * 0.25 + 5.25 - 1), rel=1e-6) and maps < sum(eager) / 30
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # FLOPs
 # ---------------------------------------------------------------------------------------------------------------------

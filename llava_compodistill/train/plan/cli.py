@@ -14,9 +14,9 @@ from ...pair.layers import match_layers, visual_understanding_layers
 from . import configs, flops
 from .configs import DEFAULT_TOWER, Described
 from .launch import launch_line, student_path, teacher_path
-from .memory import BYTES, Models
 from .planner import RECIPES, RESERVE_GIB, RESERVE_SHARE, Machine, Request, plan_stage
 from .report import as_json, print_tables
+from .setup import BYTES, Models
 
 
 def build_parser() -> argparse.ArgumentParser:

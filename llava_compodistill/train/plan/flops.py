@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 
 from .configs import LanguageModel, Tower
-from .memory import Models, Setup, aligned_layers, lora_parameters
+from .memory import aligned_layers, lora_parameters
+from .setup import Models, Setup
 
 #: Dense 16-bit tensor-core peaks in TFLOP/s with float32 sums, and memory in GiB: the vendors' data sheets.
 GPUS = {

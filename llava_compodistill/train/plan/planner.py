@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from ...errors import PlanError
 from . import flops, memory
 from .configs import LANGUAGE_MODELS, LanguageModel
-from .memory import GIB, Models, Setup
+from .setup import GIB, Models, Setup
 
 #: What a card loses to the CUDA context, communication buffers, workspaces and fragmentation: GiB, and a share of the
 #: card. An assumption.

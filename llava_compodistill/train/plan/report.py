@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .memory import GIB, PHASES
+from .memory import PHASES
 from .planner import Request, StagePlan
+from .setup import GIB
 
 HOUR = 3600.0
 

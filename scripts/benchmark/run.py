@@ -16,7 +16,7 @@ Suites
 All rivals of a suite run in one process on the same inputs. Each is first held against a float64 (op, head) or the
 usual (step) computation; what fails gets no time. Presets give the sizes: `paper` (Qwen1.5-4B and 1.8B, SigLIP so400m,
 bf16; a GPU of 80 GB or more), `cpu` (two cores, a few minutes), `medium` (a student of 134M parameters, for `sight`),
-`miniature` (the quick start's models).
+`short` (the same on short samples, for `plan`), `miniature` (the quick start's models).
 """
 
 from __future__ import annotations

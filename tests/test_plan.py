@@ -421,7 +421,7 @@ def test_what_to_change_where_nothing_fits(capsys):
     arguments = ["--student", "qwen1.5-1.8b", "--teacher", "Qwen/Qwen1.5-7B", "--stage", "dft", "--lora"]
     _, found = plan(*arguments, "--gpu-memory", 16, capsys=capsys)
     last = found["stages"][0]["changes"][-1]
-    assert last["settings"] == "TEACHER=a LLaVA of Qwen/Qwen1.5-4B" and last["fits"]
+    assert last["settings"] == "TEACHER=./checkpoints/llava-qwen1.5-4b" and last["fits"]
 
 
 def test_measured_speed(tmp_path, capsys):

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from .configs import DEFAULT_TOWER, Described
-from .planner import Request, StagePlan
+from .planner import Request, StagePlan, checkpoint_of
 
 #: The scripts' own defaults, which need not be said.
 DEFAULTS = {"TOWER": DEFAULT_TOWER, "LORA": "0", "LORA_R": "128", "MAX_LENGTH": "2048", "PROJECTOR": "taf"}
@@ -23,7 +23,7 @@ def teacher_path(described: Described) -> str:
     makes of it."""
     if described.tower is not None:
         return _folder(described.source)
-    return f"./checkpoints/llava-{Path(_folder(described.source)).name.lower()}"
+    return checkpoint_of(Path(_folder(described.source)).name)
 
 
 def launch_line(request: Request, plan: StagePlan, student: str, teacher: str | None, tower: str) -> str:

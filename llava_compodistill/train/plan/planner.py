@@ -258,7 +258,7 @@ def changes(request: Request, stage: Stage, name: str) -> list[Change]:
     """What to change, in order of cost, each on top of those before it, up to the first that fits.
 
     Time (checkpointing), communication (ZeRO-2, ZeRO-3), what is trained (LoRA), what is read (shorter samples), and
-    last another model. Where the teacher has no smaller known relative, the weights that a teacher may have.
+    last another model.
     """
     found: list[Change] = []
     each = (request.global_batch or stage.global_batch) // request.machine.gpus
@@ -301,13 +301,21 @@ def changes(request: Request, stage: Stage, name: str) -> list[Change]:
             models = request.models
             adapter = replace(models.teacher_adapter, outputs=smaller.hidden)
             changed = replace(request, models=replace(models, teacher=smaller, teacher_adapter=adapter))
-            if len(_aligned(changed)) and attempt("a smaller teacher", f"TEACHER=a LLaVA of {smaller.name}", changed):
+            if smaller.parameters <= models.student.parameters or not _aligned(changed):
+                break
+            request = changed
+            if attempt("a smaller teacher", f"TEACHER={checkpoint_of(smaller.name)}", request):
                 return found
     for smaller in _smaller(request.models.student):
-        changed = replace(request, models=replace(request.models, student=smaller))
-        if attempt("a smaller student", f"STUDENT={smaller.name}", changed):
+        request = replace(request, models=replace(request.models, student=smaller))
+        if attempt("a smaller student", f"STUDENT={smaller.name}", request):
             return found
     return found
+
+
+def checkpoint_of(model: str) -> str:
+    """Where teacher_finetune.sh puts the LLaVA that it makes of a language model."""
+    return f"./checkpoints/llava-{model.rsplit('/', 1)[-1].lower()}"
 
 
 def _aligned(request: Request) -> list[int]:

@@ -83,3 +83,7 @@ class NonFiniteModelError(CompoDistillError, RuntimeError):
 
 class BlindError(CompoDistillError, RuntimeError):
     """The loss of a run does not depend on its images."""
+
+
+class PlanError(CompoDistillError, ValueError):
+    """A plan cannot be made of what is given; the message names the flag, or the file and its field."""

@@ -32,6 +32,9 @@ COMMANDS: dict[str, Command] = {
         "llava_compodistill.hosts.llava.checkout", "main", "put our scripts and patches into a LLaVA checkout"
     ),
     "run": Command("llava_compodistill.hosts.llava.runner", "main", "run a LLaVA module with the plugin registered"),
+    "plan": Command(
+        "llava_compodistill.train.plan.cli", "main", "memory, micro-batch and hours of a run, from config files alone"
+    ),
     "check": Command(
         "llava_compodistill.train.preflight.cli", "main", "before training: data, images and models, without weights"
     ),

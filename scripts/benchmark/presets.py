@@ -98,6 +98,12 @@ MEDIUM = Preset(
     batches=(4,),
     limits=(8,),
 )
+#: Its models on short samples: nearly all memory is weights, gradients and optimizer states (`plan`).
+SHORT = replace(
+    MEDIUM,
+    name="short",
+    pair=replace(MEDIUM.pair, tower=replace(MEDIUM.pair.tower, pixels=112), answers=32, lengths=(128,)),
+)
 #: scripts/miniature/settings.py: nine visual tokens, about 60 positions.
 MINIATURE = Preset(
     name="miniature",
@@ -116,4 +122,4 @@ MINIATURE = Preset(
     limits=(0.05,),
     global_batch=32,
 )
-PRESETS = {preset.name: preset for preset in (PAPER, CPU, MEDIUM, MINIATURE)}
+PRESETS = {preset.name: preset for preset in (PAPER, CPU, MEDIUM, SHORT, MINIATURE)}

@@ -11,21 +11,24 @@ Suites
     eval     items a second of the evaluation engine against one question at a time, and against LLaVA's module, on the
              miniature
     images   the share of the time that an evaluation waits for images, by workers
+    plan     memory that `llava-compodistill plan` predicts beside what is measured, by stage
 
 All rivals of a suite run in one process on the same inputs. Each is first held against a float64 (op, head) or the
 usual (step) computation; what fails gets no time. Presets give the sizes: `paper` (Qwen1.5-4B and 1.8B, SigLIP so400m,
 bf16; a GPU of 80 GB or more), `cpu` (two cores, a few minutes), `medium` (a student of 134M parameters, for `sight`),
-`miniature` (the quick start's models).
+`short` (the same on short samples, for `plan`), `miniature` (the quick start's models).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +51,14 @@ import evaluation  # noqa: E402
 import head as head_suite  # noqa: E402
 import images as image_suite  # noqa: E402
 import op as op_suite  # noqa: E402
+import plan as plan_suite  # noqa: E402
 import sight as sight_suite  # noqa: E402
 import step as step_suite  # noqa: E402
 from measure import machine, write_csv  # noqa: E402
 from pair import Pair  # noqa: E402
 from presets import PRESETS, Preset  # noqa: E402
 
-SUITES = ("op", "head", "step", "fit", "profile", "compile", "sight", "eval", "images")
+SUITES = ("op", "head", "step", "fit", "profile", "compile", "sight", "eval", "images", "plan")
 console = Console()
 
 
@@ -65,12 +69,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", default="op,head", help=f"suites separated by commas, of {', '.join(SUITES)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=PRESETS, help="sizes (default: paper on cuda, cpu on cpu)")
-    parser.add_argument("--batch", help="micro-batches of step, such as 1,8; profile and compile take the last")
+    parser.add_argument(
+        "--batch", help="micro-batches of step and plan, such as 1,8; profile and compile take the last"
+    )
     parser.add_argument("--length", help="sequence lengths of op, step, fit, profile and compile, such as 1024,2048")
     parser.add_argument("--limit", help="memory limits of fit in GiB, such as 48,139 (default: the preset's)")
     parser.add_argument("--no-checkpointing", action="store_true", help="whole steps without gradient checkpointing")
     parser.add_argument("--seconds", type=float, default=5.0, help="time spent on each comparison")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--cases", help="cases of plan by number from 0, such as 0,3 (default: all)")
+    parser.add_argument(
+        "--calibration", type=Path, help="plan: write its FLOP/s here, for llava-compodistill plan --calibration"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("benchmark.csv"), help="CSV to write (default: %(default)s)"
     )
@@ -123,6 +133,9 @@ def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Na
         if suite == "images":
             yield from image_suite.run(folder, device, args.seconds)
             return
+        if suite == "plan":
+            yield from plan(preset, device, folder, args)
+            return
         with console.status("building models with random weights"):
             pair = Pair(preset.pair, device, Path(folder), checkpointing=not args.no_checkpointing)
         if suite == "step":
@@ -135,6 +148,22 @@ def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Na
             yield from step_suite.run_compiled(pair, folder, preset.batches[-1], args.seconds)
         else:
             yield from step_suite.run_profile(pair, folder, preset.batches[-1])
+
+
+def plan(preset: Preset, device: torch.device, folder: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    chosen = numbers(args.cases) or range(len(plan_suite.CASES))
+    if not set(chosen) <= set(range(len(plan_suite.CASES))):
+        raise SystemExit(f"--cases {args.cases}: numbers from 0 to {len(plan_suite.CASES) - 1}.")
+    cases = [plan_suite.CASES[number] for number in chosen]
+    if args.batch:  # instead of the cases' own
+        cases = [replace(case, batch=size) for case in cases for size in preset.batches]
+    found = []
+    for result in plan_suite.run(preset.pair, device, folder, cases):
+        found.append(result)
+        yield result[0]
+    if args.calibration:
+        text = json.dumps(plan_suite.calibration(found, machine(device)), indent=2)
+        args.calibration.write_text(text + "\n", encoding="utf-8")
 
 
 def numbers(text: str | None, kind: type = int) -> tuple | None:
@@ -156,6 +185,10 @@ TITLES = {
     "rows": "rows",
     "p50_ms": "ms",
     "extra_mib": "MiB",
+    "measured_mib": "measured MiB",
+    "predicted_mib": "predicted",
+    "error": "error",
+    "step_error": "error above rest",
     "samples_per_s": "samples/s",
     "flops_share": "MFU",
 }

@@ -7,14 +7,13 @@ same branches. Each shim names what changed and when it can go.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_PATTERN
-
-from .errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -170,37 +167,6 @@ def make_tokenizer_portable(folder: str | os.PathLike, sentencepiece: str | os.P
     config["additional_special_tokens"] = [*listed, *(token for token in special if token not in known)]
     text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-
-
-#: Keys of newer releases of PEFT that change nothing by themselves, whatever their value.
-_SAYS_NOTHING = {"peft_version", "runtime_config", "qalora_group_size", "megatron_core"}
-
-
-def portable_lora_config(values: Mapping[str, Any], path: str | os.PathLike) -> Any:
-    """The installed PEFT's LoraConfig of an adapter_config.json (its `values`, and its `path` for messages).
-
-    Each release writes all the keys that it has. PEFT 0.9, which goes with transformers 4.37, fails on those that it
-    does not know, newer ones warn: here those are left out that are switched off.
-
-    Raises:
-        CheckpointError: naming unknown keys that change what the model computes, and for values that make no LoRA.
-    """
-    import peft
-
-    if values.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type {values.get('peft_type')!r} is no LORA.")
-    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    unknown = {name: value for name, value in values.items() if name not in known | _SAYS_NOTHING}
-    used = [f"{name} {value!r:.60}" for name, value in unknown.items() if value not in (None, False, [], {}, "")]
-    if used:
-        raise CheckpointError(
-            f"{path} was written by another PEFT and uses what the installed {peft.__version__} does not know: "
-            f"{', '.join(used)}. Load it with a newer PEFT."
-        )
-    try:
-        return peft.LoraConfig(**{name: values[name] for name in values if name in known - {"peft_type"}})
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: no LoRA can be made of it ({error}).") from None
 
 
 def _is_qwen2_tokenizer(state: dict[str, Any]) -> bool:

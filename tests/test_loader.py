@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_compodistill import compat
 from llava_compodistill.hosts.llava import register
 from llava_compodistill.hosts.llava.host import import_llava
+from llava_compodistill.hosts.llava.weights import portable_lora_config
 from llava_compodistill.pair.teacher import load_teacher
 
 register()
@@ -323,7 +323,7 @@ LORA = {
 
 
 def test_a_lora_of_another_release_of_peft_loads():
-    config = compat.portable_lora_config({**LORA, "of_next_year": None}, "adapter_config.json")
+    config = portable_lora_config({**LORA, "of_next_year": None}, "adapter_config.json")
     assert (config.r, config.lora_alpha, config.target_modules) == (3, 6, {"q_proj"})
     assert config.use_rslora and config.lora_dropout == 0.05 and config.task_type == "CAUSAL_LM"
 
@@ -340,7 +340,7 @@ def test_a_lora_of_another_release_of_peft_loads():
 )
 def test_a_lora_that_would_be_another_one_is_refused(changes, message):
     with pytest.raises(CheckpointError, match=rf"folder/adapter_config\.json.*{message}"):
-        compat.portable_lora_config({**LORA, **changes}, "folder/adapter_config.json")
+        portable_lora_config({**LORA, **changes}, "folder/adapter_config.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

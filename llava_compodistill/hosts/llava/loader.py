@@ -24,7 +24,7 @@ from ...errors import CheckpointError
 from ..files import read_object
 from .language_models import MODEL_CLASSES, model_class
 from .model import has_own_tower, holds_weights, llava_core
-from .weights import read_tensors, read_weights, refuse_damaged_weights
+from .weights import portable_lora_config, read_tensors, read_weights, refuse_damaged_weights
 
 ADAPTER_FILE = "mm_projector.bin"
 LORA_EXTRA_FILE = "non_lora_trainables.bin"
@@ -193,7 +193,7 @@ def load_model(
 def _with_lora(model: torch.nn.Module, path: str, trainable: bool) -> torch.nn.Module:
     from peft import PeftModel
 
-    config = compat.portable_lora_config(read_lora_config(path), os.path.join(path, "adapter_config.json"))
+    config = portable_lora_config(read_lora_config(path), os.path.join(path, "adapter_config.json"))
     read_tensors(path, "adapter_model")  # PEFT does not name a damaged file, and old releases run what a pickle hides
     return PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
 

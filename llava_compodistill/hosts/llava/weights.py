@@ -1,8 +1,12 @@
-"""Files of weights, read without running anything that a pickle may hide; a damaged one is named."""
+"""Files of weights, read without running anything that a pickle may hide; a damaged one is named. LoRA folders of any
+PEFT."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -40,3 +44,34 @@ def refuse_damaged_weights(folder: str) -> None:
             read_tensors(folder, stem)
         elif suffix == ".bin" and name.startswith(("pytorch_model", "adapter_model")):
             read_weights(os.path.join(folder, name))
+
+
+#: Keys of newer releases of PEFT that change nothing by themselves, whatever their value.
+_SAYS_NOTHING = {"peft_version", "runtime_config", "qalora_group_size", "megatron_core"}
+
+
+def portable_lora_config(values: Mapping[str, Any], path: str | os.PathLike) -> Any:
+    """The installed PEFT's LoraConfig of an adapter_config.json (its `values`, and its `path` for messages).
+
+    Each release writes all the keys that it has. PEFT 0.9, which goes with transformers 4.37, fails on those that it
+    does not know, newer ones warn: here those are left out that are switched off.
+
+    Raises:
+        CheckpointError: naming unknown keys that change what the model computes, and for values that make no LoRA.
+    """
+    import peft
+
+    if values.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type {values.get('peft_type')!r} is no LORA.")
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    unknown = {name: value for name, value in values.items() if name not in known | _SAYS_NOTHING}
+    used = [f"{name} {value!r:.60}" for name, value in unknown.items() if value not in (None, False, [], {}, "")]
+    if used:
+        raise CheckpointError(
+            f"{path} was written by another PEFT and uses what the installed {peft.__version__} does not know: "
+            f"{', '.join(used)}. Load it with a newer PEFT."
+        )
+    try:
+        return peft.LoraConfig(**{name: values[name] for name in values if name in known - {"peft_type"}})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: no LoRA can be made of it ({error}).") from None

@@ -10,6 +10,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import tiny
 import torch
@@ -204,10 +205,20 @@ def test_workers_that_load_data_outlast_a_signal_to_their_group(tmp_path):
     assert not batches._workers[0].is_alive()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
 def test_the_trainers_workers_are_shielded_and_still_seeded(dft):
+    """Also those of the loader that skips what a resumed run has seen."""
     trainer, _ = dft(max_steps=1)
-    shield = trainer.get_train_dataloader().worker_init_fn
-    assert isinstance(shield, preempt.Shielded) and shield.first is not None
+    trainer.args.dataloader_num_workers = 1
+    loader = trainer.get_train_dataloader()
+    for part in (loader, accelerate.skip_first_batches(loader, 2)):
+        batches, alone = iter(part), set(multiprocessing.active_children())
+        next(batches)
+        (worker,) = set(multiprocessing.active_children()) - alone
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+        assert len([next(batches) for _ in range(4)]) == 4 and worker.is_alive()
+        assert part.worker_init_fn.first is not None
+        batches.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -117,6 +117,15 @@ class StopOnSignal(transformers.TrainerCallback):
         self._before = {}
 
 
+def shield_workers(loader: Any) -> Any:
+    """A data loader, as accelerate has prepared it, whose workers go on when signals reach them (see `Shielded`)."""
+    shield = Shielded(loader.worker_init_fn)
+    # accelerate 1.0 wraps PyTorch's loader, which starts the workers; from the wrapper a loader is made that skips.
+    for each in (loader, getattr(loader, "base_dataloader", loader)):
+        each.worker_init_fn = shield
+    return loader
+
+
 class Shielded:
     """What a worker that loads data does first: it goes on when the signals reach it, too (they are sent to whole
     groups of processes, by Ctrl-C and by schedulers), and the step can be finished. It still ends with its trainer.

@@ -36,7 +36,7 @@ from .objective import Objective
 from .on_policy import PARTITIONED, refuse_other_tokenizer
 from .own_answers import OwnAnswers
 from .pickles import loads_tensors_alone
-from .preempt import Shielded, StopOnSignal
+from .preempt import StopOnSignal, shield_workers
 from .samplers import SeededLengthGroupedSampler, SeededRandomSampler, TellEpoch
 from .sight import SightGuard, can_measure
 from .teacher_text import TeacherText
@@ -290,9 +290,7 @@ class CompoDistillTrainer(LLaVATrainer):
         return self.train_sampler
 
     def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        loader.worker_init_fn = Shielded(loader.worker_init_fn)
-        return loader
+        return shield_workers(super().get_train_dataloader())
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train to the end, or until a signal stops the run: `preempt.Preempted`, its checkpoint saved."""

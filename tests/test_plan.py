@@ -20,6 +20,7 @@ from torch import nn
 from llava_compodistill.cli import main
 from llava_compodistill.hosts.llava.taf import TAFProjector
 from llava_compodistill.methods import find_method
+from llava_compodistill.ops.answer_loss import answer_loss
 from llava_compodistill.ops.answer_loss import head as answer_head
 from llava_compodistill.ops.visual_attention import chunked, fused
 from llava_compodistill.train.plan import configs, flops, memory, planner
@@ -154,6 +155,20 @@ def pair_of(student: configs.LanguageModel, teacher: configs.LanguageModel) -> m
     return memory.Models(student, tower, teacher, configs.Adapter(tower.hidden, teacher.hidden, 2))
 
 
+@pytest.fixture
+def suite(monkeypatch):
+    """The benchmark's suite, as scripts/benchmark/run.py imports it."""
+    monkeypatch.setattr(sys, "path", [str(SCRIPTS / "benchmark"), *sys.path])
+    before = set(sys.modules)
+    import plan
+    import presets
+
+    yield plan, presets.MINIATURE
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == SCRIPTS / "benchmark":
+            del sys.modules[name]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Activations
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,20 +238,6 @@ def test_the_ops_constants():
 # ---------------------------------------------------------------------------------------------------------------------
 # A step as it runs
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def suite(monkeypatch):
-    """The benchmark's suite, as scripts/benchmark/run.py imports it."""
-    monkeypatch.setattr(sys, "path", [str(SCRIPTS / "benchmark"), *sys.path])
-    before = set(sys.modules)
-    import plan
-    import presets
-
-    yield plan, presets.MINIATURE
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == SCRIPTS / "benchmark":
-            del sys.modules[name]
-
-
 @pytest.mark.parametrize(
     ("stage", "lora", "checkpointing"), [("dpt", 0, True), ("dft", 0, False), ("dft", 8, False), ("sft", 0, True)]
 )
@@ -276,6 +277,30 @@ def test_zero_and_lora_share_what_they_share():
     lora = memory.trained_parameters(models, replace(setup, lora_rank=128))
     # 24 layers: q, k, v, o of 2048 x 2048; gate, up, down of 2048 x 5504
     assert lora == 24 * 128 * (4 * 4096 + 3 * 7552) + 2560 * 2048 + 2048
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("kind", ["alone", "teacher", "teacher of a smaller vocabulary"])
+def test_the_answer_loss_at_work(suite, kind, trained):
+    """Of three chunks of rows: what the allocator counts, within 3 %."""
+    from measure import extra_memory
+
+    size = configs.LanguageModel("m", "qwen2", 64, 1, 1, 1, 64, 64, 20_000)
+    rows = 3 * memory.chunk_rows(size.vocab, 10_000, "cpu")
+    hidden, head = torch.randn(2, rows, 64), torch.randn(2, size.vocab, 64)
+    labels = torch.randint(0, 100, (rows,))
+    mine, weight = hidden[0].clone().requires_grad_(), head[0].clone().requires_grad_(trained)
+    theirs = (hidden[1], head[1]) if kind != "alone" else ()
+    vocab = size.vocab - 16 if "smaller" in kind else None
+
+    def call():
+        return answer_loss(mine, weight, labels, *theirs, vocab_size=vocab)
+
+    models = memory.Models(size, configs.TOWERS[configs.DEFAULT_TOWER], size, configs.Adapter(1, 64, 1))
+    setup = memory.Setup(trained, kind != "alone", False, dtype="fp32", zero=0, rows=rows, device="cpu")
+    work, kept = memory.answer_work(models, replace(setup, whole_vocabulary=vocab is None))
+    given = 4 * 64 * rows * (1 + bool(theirs))  # the rows themselves were there
+    assert extra_memory(call, torch.device("cpu")) * 2**20 == pytest.approx(work + kept - given, rel=0.03)
 
 
 def test_eager_attention_would_keep_much_more_than_maps():

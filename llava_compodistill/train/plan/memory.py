@@ -242,12 +242,13 @@ def answer_work(models: Models, setup: Setup) -> tuple[float, float]:
 
     Kept: answer rows of both models, the gradient of the student's (c R D each), and that of a trained head, made in
     the same pass. At work, with a teacher: student's log-probabilities, twice where the common vocabulary is smaller,
-    the teacher's and their difference in float32, and one model's logits; without: log-probabilities and logits.
+    the teacher's and their difference in float32, and one model's logits; without: log-probabilities and logits, and
+    the log-probabilities of the chunk before.
     """
     student, c, rows = models.student, setup.compute, setup.rows
     size = chunk_rows(student.vocab, rows, setup.device)
     kept = 2.0 * c * rows * student.hidden
-    each = 4 + c
+    each = (8 if rows > size else 4) + c
     if setup.distils:
         kept += c * rows * models.teacher.hidden
         each = (12 if setup.whole_vocabulary else 16) + c

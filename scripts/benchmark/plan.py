@@ -20,7 +20,7 @@ from measure import extra_memory, synchronize
 from pair import Pair, PairSpec
 from step import columns, our_step
 
-from llava_compodistill.pair.student import _add_lora, set_trainable
+from llava_compodistill.pair.student import add_lora, set_trainable
 from llava_compodistill.train.arguments import TrainingArguments
 from llava_compodistill.train.plan import configs, flops, memory
 
@@ -135,7 +135,7 @@ def measure(spec: PairSpec, case: Case, device: torch.device, folder: str, lengt
     )  # fmt: skip
     pair = Pair(spec, device, Path(folder), checkpointing=case.checkpointing)
     if case.lora:
-        pair.student = _add_lora(pair.student, arguments)
+        pair.student = add_lora(pair.student, arguments)
     set_trainable(pair.student, case.stage)
     if case.checkpointing:
         pair.student.enable_input_require_grads()

@@ -88,7 +88,8 @@ class World:
             "use_cpu": True,
             "dataloader_num_workers": 0,
             "disable_tqdm": True,
-            "blind": "off",
+            "sight_steps": 2,  # a measurement of sight, which every way of wrapping the student has to bear
+            "sight_samples": 4,
             **(LORA if link.kind == "lora" else {}),
             **before,
             **changes,

@@ -1,0 +1,83 @@
+"""Every way to train on several processes gives the losses and weights of one, goes on from its checkpoints, and saves
+what the next stage and LLaVA load. scripts/scale/run.py asks this of every stage; here are the cells that differ most.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llava_compodistill import compat
+from llava_compodistill.errors import FlagError
+from llava_compodistill.train import sharding
+from llava_compodistill.train.pickles import refuse_unknown
+from scale import modes, world
+from scale.matrix import TOLERANCE, Matrix
+
+pytestmark = pytest.mark.invariant
+LINKS = {link.name: link for link in world.links()}
+CELLS = [
+    ("fsdp2", "dpt"),
+    ("fsdp2", "dft-lora-after-dpt"),
+    ("zero2", "dft-lora-after-dpt"),
+    ("zero3", "sft-full-after-dft"),
+]
+
+
+@pytest.fixture(scope="module")
+def matrix(ranks, tmp_path_factory):
+    return Matrix(world.make(tmp_path_factory.mktemp("scale")), ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, run", CELLS)
+def test_a_cell_holds(matrix, mode, run):
+    if modes.missing(mode):
+        pytest.skip(modes.missing(mode))
+    link = LINKS[run]
+    chain = [link]
+    while chain[0].after is not None:
+        chain.insert(0, LINKS[chain[0].after])
+    for each in chain:
+        assert matrix.reference(each) is None
+    cell = matrix.cell(mode, link, resumed_from=(world.MIDDLE,), before="one")
+    assert cell.problem is None, cell.problem
+    assert cell.losses <= TOLERANCE["losses"] and cell.weights <= TOLERANCE["weights"], cell
+    assert cell.moved <= TOLERANCE["moved"], cell
+    assert cell.resumed <= TOLERANCE["resumed"] and cell.resumed_losses <= TOLERANCE["resumed"], cell
+    folder = matrix.root / mode / link.name / f"checkpoint-{world.MIDDLE}"
+    refuse_unknown(folder, trusted=False)
+    assert not list(folder.glob("pytorch_model_fsdp*")), "the weights are there a second time"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What FSDP cannot do here
+# ---------------------------------------------------------------------------------------------------------------------
+def fsdp(**config):
+    return SimpleNamespace(fsdp=True, fsdp_config=config, fsdp_plugin_args={"fsdp_version": config.get("version", 2)})
+
+
+def test_the_first_fsdp_is_refused(monkeypatch):
+    monkeypatch.setattr(compat.accelerate, "__version__", "1.6.0")
+    sharding.check_fsdp(SimpleNamespace(fsdp=[]))
+    sharding.check_fsdp(fsdp())
+    with pytest.raises(FlagError, match=r"--fsdp: this is the first FSDP \(the version in --fsdp_config\).*zero3"):
+        sharding.check_fsdp(fsdp(version=1))
+    with pytest.raises(FlagError, match="transformers .* starts no other"):
+        sharding.check_fsdp(SimpleNamespace(fsdp=["full_shard"], fsdp_config={}))
+    monkeypatch.setattr(compat.accelerate, "__version__", "0.30.1")
+    with pytest.raises(FlagError, match="accelerate 0.30.1 has no other"):
+        sharding.check_fsdp(fsdp())
+
+
+def test_weights_saved_in_parts_are_refused(monkeypatch):
+    monkeypatch.setattr(compat.accelerate, "__version__", "1.6.0")
+    with pytest.raises(FlagError, match="state_dict_type SHARDED_STATE_DICT would save the weights in parts"):
+        sharding.check_fsdp(fsdp(state_dict_type="SHARDED_STATE_DICT"))
+
+
+def test_weights_that_nobody_has_split_are_whole():
+    weight = torch.ones(3)
+    assert sharding.whole(weight) is weight and sharding.own_part(weight) is weight

@@ -17,16 +17,20 @@ from .world import MIDDLE, STEPS, Link, World
 #: What may be apart, relatively, by rounding: losses and weights (fp32), what LLaVA's loader makes of them.
 TOLERANCE = {"losses": 1e-4, "weights": 1e-4, "moved": 5e-3, "logits": 1e-3, "resumed": 1e-5}
 SAMPLES_A_STEP = 4
-#: New weights are drawn from the same numbers in every mode: under ZeRO-3, a language model that is loaded has drawn
-#: others by then.
+#: New weights (an adapter's, a LoRA's) are drawn from the same numbers in every mode: under ZeRO-3, a model that is
+#: loaded has drawn others by then.
 SAME_NUMBERS = """
 import torch
 from llava_compodistill.pair import student
-for name in ("_initialize_vision", "_add_lora"):
-    def seeded(*args, original=getattr(student, name), **kwargs):
+
+def seeded(original):
+    def call(*args, **kwargs):
         torch.manual_seed(1)
         return original(*args, **kwargs)
-    setattr(student, name, seeded)
+    return call
+
+torch.nn.Linear.reset_parameters = seeded(torch.nn.Linear.reset_parameters)
+student._add_lora = seeded(student._add_lora)
 """
 LOAD = """
 import torch

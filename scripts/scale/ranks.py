@@ -8,6 +8,7 @@ processes of each run, which takes a second instead of fifteen. They meet throug
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -156,6 +157,7 @@ def _live(job: dict[str, Any], rank: int, port: int) -> None:
             if job["machines"]:
                 place |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
             os.environ.update({name: str(value) for name, value in place.items()})
+        faulthandler.enable()
         import torch
 
         # A fork leaves PyTorch without its pool of threads. The first call makes it anew.
@@ -191,9 +193,12 @@ def _wait(children: list[int], until: float) -> list[int]:
                 if statuses[child]:
                     until = min(until, time.monotonic() + GRACE)
         if time.monotonic() > until:
+            # First with the stacks of its threads, then for certain.
+            number = signal.SIGABRT if time.monotonic() < until + 1 else signal.SIGKILL
             for child in children:
                 if child not in statuses:
-                    os.killpg(child, signal.SIGKILL)
+                    os.killpg(child, number)
+            time.sleep(0.3)
         time.sleep(_POLL)
     return [statuses[child] for child in children]
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from llava_compodistill import compat
-from llava_compodistill.errors import FlagError
+from llava_compodistill.errors import CheckpointError, FlagError
+from llava_compodistill.pair import student
 from llava_compodistill.train import sharding
 from llava_compodistill.train.pickles import refuse_unknown
 from scale import modes, world
@@ -22,6 +23,7 @@ CELLS = [
     ("fsdp2", "dpt"),
     ("fsdp2", "dft-lora-after-dpt"),
     ("zero2", "dft-lora-after-dpt"),
+    ("zero3", "dft-full-after-dpt"),  # one of its micro-batches has no image
     ("zero3", "sft-full-after-dft"),
 ]
 
@@ -81,3 +83,12 @@ def test_weights_saved_in_parts_are_refused(monkeypatch):
 def test_weights_that_nobody_has_split_are_whole():
     weight = torch.ones(3)
     assert sharding.whole(weight) is weight and sharding.own_part(weight) is weight
+
+
+def test_a_trained_encoder_is_refused_under_fsdp():
+    """Its weights would be in no checkpoint."""
+    core = SimpleNamespace(config=SimpleNamespace(unfreeze_mm_vision_tower=True))
+    with pytest.raises(
+        CheckpointError, match="--model_name_or_path there has an encoder of its own.*leave --fsdp out"
+    ):
+        student._hide_tower(core, "there")

@@ -190,6 +190,8 @@ meeting() {
         ((NNODES == 1)) || endpoint=$MASTER_ADDR:$MASTER_PORT
         COMMAND+=(--rdzv_backend c10d --rdzv_endpoint "$endpoint")
         COMMAND+=(--rdzv_id "${RDZV_ID:-llava-compodistill}" --max_restarts "$MAX_RESTARTS")
+        # Otherwise (torch 2.13) the first machine does not tell one that comes back where the others are.
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
         [[ -z ${NODE_RANK:-} ]] || COMMAND+=(--rdzv_conf "is_host=$((NODE_RANK == 0))")
     fi
 }

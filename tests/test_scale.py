@@ -89,6 +89,6 @@ def test_a_trained_encoder_is_refused_under_fsdp():
     """Its weights would be in no checkpoint."""
     core = SimpleNamespace(config=SimpleNamespace(unfreeze_mm_vision_tower=True))
     with pytest.raises(
-        CheckpointError, match="--model_name_or_path there has an encoder of its own.*leave --fsdp out"
+        CheckpointError, match="there has an encoder of its own.*leave --fsdp out"
     ):
         student._hide_tower(core, "there")

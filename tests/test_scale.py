@@ -4,6 +4,7 @@ what the next stage and LLaVA load. scripts/scale/run.py asks this of every stag
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from llava_compodistill.pair import student
 from llava_compodistill.train import sharding
 from llava_compodistill.train.pickles import refuse_unknown
 from scale import modes, world
-from scale.matrix import TOLERANCE, Matrix
+from scale.matrix import TOLERANCE, Matrix, apart, read_log, weights_in
 
 pytestmark = pytest.mark.invariant
 LINKS = {link.name: link for link in world.links()}
@@ -54,6 +55,29 @@ def test_a_cell_holds(matrix, mode, run):
     assert not list(folder.glob("pytorch_model_fsdp*")), "the weights are there a second time"
 
 
+@pytest.mark.slow
+def test_machines_without_a_shared_folder_save_and_go_on(matrix, ranks, tmp_path):
+    """One of them has lost its newest checkpoint."""
+
+    def run(name):
+        options = {**modes.flags("ddp", tmp_path), "save_on_each_node": True, "gradient_accumulation_steps": 2}
+        flags = matrix.world.flags(LINKS["dpt"], tmp_path, tmp_path / f"{name}-{{rank}}", **options)
+        done = ranks.train(flags, 2, tmp_path / f"{name}.log", machines=True)
+        assert done.ok, done.text[-3000:]
+
+    run("first")
+    for rank, steps in enumerate(((1, 2, 3), (1, 2))):
+        for step in steps:
+            shutil.copytree(
+                tmp_path / f"first-{rank}" / f"checkpoint-{step}", tmp_path / f"again-{rank}/checkpoint-{step}"
+            )
+    run("again")
+    expected = weights_in(tmp_path / "first-0")
+    for folder in ("first-1", "again-0", "again-1"):
+        assert apart(weights_in(tmp_path / folder), expected)[0] == 0, folder
+        assert read_log(tmp_path / folder) == read_log(tmp_path / "first-0"), folder
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What FSDP cannot do here
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +112,5 @@ def test_weights_that_nobody_has_split_are_whole():
 def test_a_trained_encoder_is_refused_under_fsdp():
     """Its weights would be in no checkpoint."""
     core = SimpleNamespace(config=SimpleNamespace(unfreeze_mm_vision_tower=True))
-    with pytest.raises(
-        CheckpointError, match="there has an encoder of its own.*leave --fsdp out"
-    ):
+    with pytest.raises(CheckpointError, match="there has an encoder of its own.*leave --fsdp out"):
         student._hide_tower(core, "there")

@@ -67,10 +67,8 @@ def test_machines_without_a_shared_folder_save_and_go_on(matrix, ranks, tmp_path
 
     run("first")
     for rank, steps in enumerate(((1, 2, 3), (1, 2))):
-        for step in steps:
-            shutil.copytree(
-                tmp_path / f"first-{rank}" / f"checkpoint-{step}", tmp_path / f"again-{rank}/checkpoint-{step}"
-            )
+        for name in (f"checkpoint-{step}" for step in steps):
+            shutil.copytree(tmp_path / f"first-{rank}" / name, tmp_path / f"again-{rank}" / name)
     run("again")
     expected = weights_in(tmp_path / "first-0")
     for folder in ("first-1", "again-0", "again-1"):

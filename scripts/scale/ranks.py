@@ -8,7 +8,9 @@ processes of each run, which takes a second instead of fifteen. They meet throug
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import importlib
 import json
 import os
 import signal
@@ -109,6 +111,7 @@ def serve() -> None:
         job = json.loads(line)
         begun = time.monotonic()
         statuses = _wait(_fork(job), begun + job["timeout"])
+        _import_what_a_rank_has(Path(f"{job['log']}.modules"))
         answers.write(json.dumps({"statuses": statuses, "seconds": time.monotonic() - begun}) + "\n")
         answers.flush()
 
@@ -127,6 +130,17 @@ def _import_all() -> None:
     except ImportError:
         return
     deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)  # compiled on first use, not needed
+
+
+def _import_what_a_rank_has(path: Path) -> None:
+    """So that the next ones need not (DeepSpeed's ZeRO-3 imports a compiler that takes seconds)."""
+    if not path.exists():
+        return
+    for name in path.read_text().split():
+        if name not in sys.modules:
+            with contextlib.suppress(Exception):  # a module that was made, or that somebody has replaced
+                importlib.import_module(name)
+    path.unlink()
 
 
 def _fork(job: dict[str, Any]) -> list[int]:
@@ -175,6 +189,9 @@ def _live(job: dict[str, Any], rank: int, port: int) -> None:
         traceback.print_exc()
         status = 1
     finally:
+        if not rank:
+            names = (name for name in list(sys.modules) if not name.startswith(("__", "llava.")))
+            Path(f"{job['log']}.modules").write_text("\n".join(names))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

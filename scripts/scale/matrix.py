@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from .world import MIDDLE, STEPS, Link, World
 #: What may be apart, relatively, by rounding: losses and weights (fp32), what LLaVA's loader makes of them.
 TOLERANCE = {"losses": 1e-4, "weights": 1e-4, "moved": 5e-3, "logits": 1e-3, "resumed": 1e-5}
 SAMPLES_A_STEP = 4
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 #: New weights (an adapter's, a LoRA's) are drawn from the same numbers in every mode: under ZeRO-3, a model that is
 #: loaded has drawn others by then.
 SAME_NUMBERS = """
@@ -189,6 +192,29 @@ class Matrix:
         cell.weights, difference = apart(weights_in(found), theirs)
         moved = apart(weights_in(expected / f"checkpoint-{MIDDLE}"), theirs)[1]
         cell.moved = difference / moved if moved else math.inf
+
+
+def made_with() -> dict[str, Any]:
+    """The commit and the versions of a report."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return {"commit": found.stdout.strip() or None, "versions": {name: _version(name) for name in PACKAGES}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from scale import world  # noqa: E402
-from scale.matrix import apart, read_log, weights_in  # noqa: E402
+from scale.matrix import apart, made_with, read_log, weights_in  # noqa: E402
 
 STEPS = 30
 KILLED_AFTER = 5
@@ -44,7 +44,7 @@ def main() -> int:
     for name, value in found.items():
         print(f"{name}: {value}")
     if args.output:
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
+        args.output.write_text(json.dumps({**made_with(), **found}, indent=1) + "\n")
     return int(not found["holds"])
 
 

@@ -12,11 +12,9 @@ import csv
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,10 +28,9 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from scale import modes, world  # noqa: E402
-from scale.matrix import TOLERANCE, Cell, Matrix  # noqa: E402
+from scale.matrix import TOLERANCE, Cell, Matrix, made_with  # noqa: E402
 from scale.ranks import Ranks  # noqa: E402
 
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "llava-compodistill")
 COLUMNS = ("losses", "grad_norm", "weights", "moved", "resumed", "resumed_losses", "at_end", "logits")
 console = Console()
 
@@ -119,24 +116,8 @@ def write(path: Path, cells: list[Cell]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    made_with = {name: _version(name) for name in PACKAGES}
-    content = {"commit": _commit(), "versions": made_with, "processes": 2, "tolerance": TOLERANCE, "cells": rows}
+    content = {**made_with(), "processes": 2, "tolerance": TOLERANCE, "cells": rows}
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy
 import torch
 import transformers
@@ -264,6 +265,17 @@ def reads_own_rng_state() -> Iterator[bool]:
     needed = [core.multiarray._reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32))]
     with torch.serialization.safe_globals(needed):
         yield True
+
+
+def fsdp_version(args: Any) -> tuple[int, str]:
+    """The version of FSDP that `--fsdp` starts, and what keeps it from being the second. (accelerate 1.6 has FSDP2;
+    transformers knows of it by `fsdp_plugin_args`, where it has become the default.)"""
+    plugin = getattr(args, "fsdp_plugin_args", None)
+    if plugin is None:
+        return 1, f"transformers {TRANSFORMERS} starts no other; 5.18 does"
+    if Version(accelerate.__version__) < Version("1.6"):
+        return 1, f"accelerate {accelerate.__version__} has no other; 1.6 has"
+    return plugin.get("fsdp_version", 1), "the version in --fsdp_config"
 
 
 def hands_out_windows(trainer: transformers.Trainer) -> bool:

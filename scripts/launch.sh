@@ -5,7 +5,14 @@
 # Settings that every script understands (environment variables; the value after the colon is the default):
 #   LAUNCHER         auto | deepspeed | torchrun | python. auto: deepspeed or torchrun on several GPUs, python otherwise
 #   NPROC            processes on this machine: the number of GPUs, or 1
-#   NNODES           machines (torchrun, deepspeed): 1; further launcher flags in LAUNCHER_ARGS
+#   NNODES           machines: 1. The same script is started on each of them, with the same settings, and with
+#   MASTER_ADDR, MASTER_PORT   the first machine, as the others reach it, and a free port there: 29500
+#   NODE_RANK        this machine's number, from 0, which keeps its ranks the same when the run is started again
+#   MAX_RESTARTS     torchrun: how often a failed process, or a machine that comes back, makes all processes begin
+#                    again, from the last checkpoint: 0
+#   HOSTFILE         deepspeed: machines and their GPUs ("name slots=8", one a line). The script is started on one
+#                    machine, which reaches the others by ssh
+#   LAUNCHER_ARGS    further flags of the launcher
 #   DEEPSPEED_CONFIG with LAUNCHER=deepspeed: zero2.json beside this file (paper: ZeRO-2); zero3.json for less memory
 #                    (in a clone of LLaVA compodistill_zero2.json and compodistill_zero3.json: LLaVA's own leave
 #                    --max_grad_norm out, and DeepSpeed clips at its own default)
@@ -32,7 +39,7 @@ SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PYTHON=${PYTHON:-$(command -v python || command -v python3 || echo python3)}
 LAUNCHER=${LAUNCHER:-auto}
 PRECISION=${PRECISION:-auto}
-NNODES=${NNODES:-1}
+MAX_RESTARTS=${MAX_RESTARTS:-0}
 DRY_RUN=${DRY_RUN:-0}
 
 fail() {
@@ -114,8 +121,83 @@ PY
     read -r GPUS HAS_BF16 HAS_TF32 HAS_DEEPSPEED <<<"$answer"
 }
 
-choose_launcher() {
+# whole_number NAME VALUE LEAST
+whole_number() {
+    if [[ ! $2 =~ ^[0-9]+$ ]] || ((10#$2 < $3)); then
+        fail "$1=$2: must be a whole number of at least $3."
+    fi
+}
+
+# read_hostfile: NNODES and NPROC, from DeepSpeed's file of machines.
+read_hostfile() {
+    [[ -f $HOSTFILE ]] || fail "HOSTFILE=$HOSTFILE: no such file. It names the machines: \"name slots=8\", one a line."
+    local slots
+    slots=$(sed -nE 's/^[^#]*[[:space:]]slots=([0-9]+).*/\1/p' "$HOSTFILE")
+    [[ -n $slots ]] || fail "HOSTFILE=$HOSTFILE: no machine in it. Write \"name slots=8\", one a line."
+    [[ $(sort -u <<<"$slots" | wc -l) == 1 ]] || fail "HOSTFILE=$HOSTFILE: give all machines the same number of slots."
+    [[ -z ${NNODES:-} ]] || ((NNODES <= $(wc -l <<<"$slots"))) ||
+        fail "NNODES=$NNODES: there are $(wc -l <<<"$slots") machines in HOSTFILE=$HOSTFILE."
+    NNODES=${NNODES:-$(wc -l <<<"$slots")}
+    NPROC=${NPROC:-$(head -n 1 <<<"$slots")}
+}
+
+# machines: check what is said about the others.
+machines() {
+    [[ -z ${HOSTFILE:-} ]] || read_hostfile
+    NNODES=${NNODES:-1}
     NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
+    MASTER_PORT=${MASTER_PORT:-29500}
+    whole_number NNODES "$NNODES" 1
+    whole_number NPROC "$NPROC" 1
+    whole_number MASTER_PORT "$MASTER_PORT" 1
+    whole_number MAX_RESTARTS "$MAX_RESTARTS" 0
+    if [[ -n ${NODE_RANK:-} ]]; then
+        whole_number NODE_RANK "$NODE_RANK" 0
+        ((NODE_RANK < NNODES)) || fail "NODE_RANK=$NODE_RANK: with NNODES=$NNODES machines it is at most $((NNODES - 1))."
+    fi
+    if ((NNODES > 1)) && [[ -z ${HOSTFILE:-} ]]; then
+        [[ $LAUNCHER != deepspeed ]] ||
+            fail "LAUNCHER=deepspeed on NNODES=$NNODES machines needs HOSTFILE; or set LAUNCHER=torchrun, with DEEPSPEED_CONFIG."
+        [[ -n ${MASTER_ADDR:-} ]] || fail "NNODES=$NNODES needs MASTER_ADDR, the first machine as the others reach it."
+    fi
+    if [[ -n ${HOSTFILE:-} ]]; then
+        [[ $LAUNCHER != auto ]] || LAUNCHER=deepspeed
+        [[ $LAUNCHER == deepspeed ]] || fail "HOSTFILE is for LAUNCHER=deepspeed; with torchrun set NNODES and MASTER_ADDR."
+    elif [[ $LAUNCHER == auto ]] && ((NNODES > 1 || MAX_RESTARTS)); then
+        # Each machine starts its own processes; ZeRO needs no launcher of its own.
+        LAUNCHER=torchrun
+        ((NPROC * NNODES == 1 || !HAS_DEEPSPEED)) || DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-$(default_zero)}
+    fi
+    if ((MAX_RESTARTS)); then
+        [[ $LAUNCHER == torchrun ]] || fail "MAX_RESTARTS=$MAX_RESTARTS: LAUNCHER=$LAUNCHER cannot restart: use torchrun."
+    fi
+}
+
+# default_zero: in a checkout whose own zero2.json differs, as LLaVA's does, ours has the longer name.
+default_zero() {
+    local config=$SCRIPTS/compodistill_zero2.json
+    [[ -f $config ]] || config=$SCRIPTS/zero2.json
+    echo "$config"
+}
+
+# meeting: how torchrun's processes on several machines find each other, into COMMAND.
+meeting() {
+    if ((NNODES > 1)) && [[ -n ${NODE_RANK:-} ]] && ((!MAX_RESTARTS)); then
+        COMMAND+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+    elif ((NNODES > 1 || MAX_RESTARTS)); then
+        # Machines may come back, and get other numbers then.
+        local endpoint=localhost:0
+        ((NNODES == 1)) || endpoint=$MASTER_ADDR:$MASTER_PORT
+        COMMAND+=(--rdzv_backend c10d --rdzv_endpoint "$endpoint")
+        COMMAND+=(--rdzv_id "${RDZV_ID:-llava-compodistill}" --max_restarts "$MAX_RESTARTS")
+        # Otherwise (torch 2.13) the first machine does not tell one that comes back where the others are.
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+        [[ -z ${NODE_RANK:-} ]] || COMMAND+=(--rdzv_conf "is_host=$((NODE_RANK == 0))")
+    fi
+}
+
+choose_launcher() {
+    machines
     if [[ $LAUNCHER == auto ]]; then
         if ((NPROC * NNODES == 1)); then
             LAUNCHER=python
@@ -131,7 +213,10 @@ choose_launcher() {
     case $LAUNCHER in
         deepspeed)
             COMMAND=("$PYTHON" -m deepspeed.launcher.runner)
-            if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]] && ((GPUS && NNODES == 1)); then
+            if [[ -n ${HOSTFILE:-} ]]; then
+                COMMAND+=(--hostfile "$HOSTFILE" --num_nodes "$NNODES" --num_gpus "$NPROC" --master_port "$MASTER_PORT")
+                [[ -z ${MASTER_ADDR:-} ]] || COMMAND+=(--master_addr "$MASTER_ADDR")
+            elif [[ -n ${CUDA_VISIBLE_DEVICES:-} ]] && ((GPUS)); then
                 # With --num_gpus deepspeed ignores CUDA_VISIBLE_DEVICES and takes the first GPUs of the machine.
                 COMMAND+=(--include "localhost:$(cut -d, -f "1-$NPROC" <<<"$CUDA_VISIBLE_DEVICES")")
             else
@@ -142,6 +227,7 @@ choose_launcher() {
             ;;
         torchrun)
             COMMAND=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC" --nnodes "$NNODES")
+            meeting
             COMMAND+=("${more[@]}" -m llava_compodistill.train)
             ;;
         python)
@@ -157,9 +243,7 @@ machine_flags() {
     MACHINE=()
     local config=${DEEPSPEED_CONFIG:-}
     if [[ -z $config && $LAUNCHER == deepspeed ]]; then
-        # In a checkout whose own zero2.json differs, as LLaVA's does, ours has the longer name.
-        config=$SCRIPTS/compodistill_zero2.json
-        [[ -f $config ]] || config=$SCRIPTS/zero2.json
+        config=$(default_zero)
     fi
     if [[ -n $config && $config != none ]]; then
         [[ -f $config ]] || fail "DEEPSPEED_CONFIG=$config: no such file. There are zero2.json and zero3.json in $SCRIPTS."
@@ -276,7 +360,7 @@ run_command() {
         kill -0 "$JOB" 2>/dev/null || break
     done
     trap - USR1 INT TERM HUP
-    if ((status)) && [[ -s $told ]]; then
+    if [[ -s $told && $(<"$told") != 0 ]]; then
         status=$(<"$told")
     fi
     rm -f "$told"

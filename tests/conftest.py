@@ -87,6 +87,15 @@ def world(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def ranks():
+    """Runs of several processes, which need not import everything each (`scale.ranks`)."""
+    from scale.ranks import Ranks
+
+    with Ranks() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def siglip(tmp_path_factory) -> Path:
     """A random SigLIP tower: 56 pixels, 16 patches (`factory.save_tower`)."""
     import factory

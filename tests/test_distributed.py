@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 
-import accelerate
 import pytest
 import tiny
 import torch
 from checks import PLAIN, assert_same_log, assert_same_weights, trained_weights
-from packaging.version import Version
 from safetensors.torch import load_file
 
 from llava_compodistill.train import manifest, pickles, resume
+from scale import modes
 
 pytestmark = pytest.mark.invariant
 
@@ -82,40 +80,19 @@ def test_two_processes_give_the_losses_of_one(dft, world, sharp_teacher, mixed, 
     assert_same_weights({name: weights[name] for name in names}, names, 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(Version(accelerate.__version__) < Version("1.6"), reason="this accelerate has no FSDP2")
-def test_fsdp_gives_the_losses_of_one_process(dft, world, dpt_path, sharp_teacher, mixed, tmp_path):
-    """FSDP2; the first FSDP does not run without an accelerator."""
-    options = {**PLAIN, "pretrain_mm_mlp_adapter": dpt_path / "mm_projector.bin", "mm_projector_type": "taf"}
-    single, expected = dft("one", max_steps=2, gradient_accumulation_steps=2, **options)
-    config = tmp_path / "fsdp.json"
-    config.write_text(json.dumps({"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}))
-    options |= {"fsdp": "full_shard auto_wrap", "fsdp_config": config, "ddp_backend": "gloo", "max_steps": 2}
-    launch(parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", **options))
-    assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-5)
-    saved = load_file(tmp_path / "two" / "model.safetensors")
-    assert_same_weights(
-        {name: saved[name] for name in trained_weights(single.model)}, trained_weights(single.model), 1e-5
-    )
-
-
-def zero_config(folder, stage: int):
-    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
-    if stage == 3:
-        zero["stage3_param_persistence_threshold"] = 0  # the tiny weights too are partitioned
-    values = {
-        name: "auto" for name in ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
-    }
-    path = folder / f"zero{stage}.json"
-    values |= {"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto"}
-    path.write_text(json.dumps({**values, "zero_optimization": zero, "zero_allow_untested_optimizer": True}))
-    return path
+#: Tells that DeepSpeed is there.
+ENGINE = """
+initialize = deepspeed.initialize
+deepspeed.initialize = lambda *args, **kwargs: print("ENGINE", flush=True) or initialize(*args, **kwargs)
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize("stage, kind", [pytest.param(2, "full", marks=pytest.mark.once), (3, "lora")])
-def test_deepspeed_gives_the_losses_of_one_process(dft, world, dpt_path, sharp_teacher, mixed, tmp_path, stage, kind):
+def test_deepspeed_gives_the_losses_of_one_process(
+    ranks, dft, world, dpt_path, sharp_teacher, mixed, tmp_path, stage, kind
+):
     options = {"pretrain_mm_mlp_adapter": dpt_path / "mm_projector.bin", "mm_projector_type": "taf"}
     if (
         kind == "lora"
@@ -123,22 +100,11 @@ def test_deepspeed_gives_the_losses_of_one_process(dft, world, dpt_path, sharp_t
         options |= {"lora_enable": True, "lora_r": 4, "lora_dropout": 0, "learning_rate": 0}
     options = {**PLAIN, **options, "save_strategy": "steps", "save_steps": 2}
     single, expected = dft("one", max_steps=3, gradient_accumulation_steps=2, **options)
-    # Told to use the CPU, accelerate before 1.0 forgets DeepSpeed; newer ones stay with one process unless told.
-    modern = Version(accelerate.__version__) >= Version("1.0")
-    device = {"ddp_backend": "gloo"} if modern else {"use_cpu": None}
-    config = zero_config(tmp_path, stage)
-    flags = parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", deepspeed=config, **device, **options)
-    # With a GPU accelerate starts DeepSpeed's communication; on the CPU it starts torch's alone.
-    (tmp_path / "entry.py").write_text(
-        "import deepspeed, runpy\n"
-        "deepspeed.ops.__compatible_ops__.pop('deepspeed_shm_comm', None)\n"  # compiled on first use, not needed
-        "initialize = deepspeed.initialize\n"
-        "deepspeed.initialize = lambda *a, **k: print('ENGINE', flush=True) or initialize(*a, **k)\n"
-        "deepspeed.init_distributed('gloo', auto_mpi_discovery=False)\n"
-        "runpy.run_module('llava_compodistill.train', run_name='__main__')\n"
-    )
-    output = launch(flags, entry=[str(tmp_path / "entry.py")], DS_ACCELERATOR="cpu")
-    assert output.count("ENGINE") == 2, "DeepSpeed was not used"
+    mode = f"zero{stage}"
+    flags = parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", **{**options, **modes.flags(mode, tmp_path)})
+    done = ranks.train(flags, 2, tmp_path / "log", modes.prelude(mode) + ENGINE)
+    assert done.ok, done.text[-6000:]
+    assert done.text.count("ENGINE") == 2, "DeepSpeed was not used"
     assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-4)
     folder = tmp_path / "two" / "checkpoint-2"
     assert any(name.startswith("global_step2/") for name in manifest.names_in(folder))

@@ -250,3 +250,15 @@ def test_a_process_that_was_stopped_tells_it_by_its_status(monkeypatch, tmp_path
         monkeypatch.setattr(run, "main", main)
         assert run.run_process([]) == status
         assert (tmp_path / "status").read_text() == f"{status}\n"
+
+
+def test_torchrun_does_not_start_a_run_again_that_was_asked_to_stop(monkeypatch, tmp_path):
+    def main(argv):
+        raise preempt.Preempted(75)
+
+    monkeypatch.setattr(run, "main", main)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert run.run_process([]) == 75, "nobody else would know"
+    monkeypatch.setenv("COMPODISTILL_STATUS", str(tmp_path / "status"))
+    assert run.run_process([]) == 0
+    assert (tmp_path / "status").read_text() == "75\n"

@@ -245,6 +245,92 @@ def test_launchers():
     assert "--fp16" in command and "--tf32" not in command
 
 
+def launcher(*given: str, **settings: str) -> list[str]:
+    """What stands before the training's own flags."""
+    (command,) = commands("dft", *given, **settings)
+    return command[1 : command.index("llava_compodistill.train")]
+
+
+TWO = {**EIGHT_GPUS, "NNODES": "2", "MASTER_ADDR": "first"}
+
+
+def test_several_machines(tmp_path):
+    begun = ["-m", "torch.distributed.run", "--nproc_per_node", "8", "--nnodes", "2"]
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "first:29500", "--rdzv_id", "llava-compodistill"]
+    assert launcher(**TWO) == [*begun, *meeting, "--max_restarts", "0", "-m"]
+    # Numbered, a machine has the same ranks each time, unless it may be lost on the way.
+    static = ["--node_rank", "1", "--master_addr", "first", "--master_port", "7000"]
+    assert launcher(**TWO, NODE_RANK="1", MASTER_PORT="7000") == [*begun, *static, "-m"]
+    elastic = [*begun, *meeting, "--max_restarts", "3", "--rdzv_conf", "is_host=0", "-m"]
+    assert launcher(**TWO, NODE_RANK="1", MAX_RESTARTS="3") == elastic
+    (command,) = commands("dft", **TWO)
+    assert command[command.index("--deepspeed") + 1] == str(SCRIPTS / "zero2.json"), (
+        "ZeRO needs no launcher of its own"
+    )
+    _, _, training = parse(command)
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 16 == 128
+    assert "--deepspeed" not in commands("dft", **TWO, LAUNCHER="torchrun")[0]
+
+
+def test_restarts_on_one_machine():
+    begun = ["-m", "torch.distributed.run", "--nproc_per_node", "8", "--nnodes", "1"]
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--rdzv_id", "llava-compodistill"]
+    assert launcher(**EIGHT_GPUS, MAX_RESTARTS="2") == [*begun, *meeting, "--max_restarts", "2", "-m"]
+    assert "--deepspeed" in commands("dft", **EIGHT_GPUS, MAX_RESTARTS="2")[0]
+
+
+def test_a_hostfile(tmp_path):
+    file = tmp_path / "hosts"
+    file.write_text("# ours\nfirst slots=4\nsecond slots=4\n")
+    (command,) = commands("dft", **EIGHT_GPUS, HOSTFILE=str(file))
+    expected = ["--hostfile", str(file), "--num_nodes", "2", "--num_gpus", "4", "--master_port", "29500"]
+    assert command[1:12] == ["-m", "deepspeed.launcher.runner", *expected, "--no_local_rank"]
+    _, _, training = parse(command)
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == 128
+    for text, message in (
+        ("", "no machine in it"),
+        ("first slots=4\nsecond slots=8\n", "give all machines the same number of slots"),
+    ):
+        file.write_text(text)
+        result = bash("dft", DRY_RUN="1", **EIGHT_GPUS, HOSTFILE=str(file))
+        assert result.returncode == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize("status, requeues", [("75", 1), ("2", 0), ("0", 0)])
+def test_a_slurm_job_that_was_stopped_is_queued_again(tmp_path, status, requeues):
+    """Slurm itself is a stub: srun runs the task of each of two machines."""
+    (tmp_path / "srun").write_text(
+        "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nstatus=0\n"
+        'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@" || status=$?; done\nexit $status\n'
+    )
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/bash\nif [[ $1 == show ]]; then printf "first\nsecond\n"; else echo "$@" >>requeued; fi\n'
+    )
+    (tmp_path / "stage.sh").write_text(
+        f'echo "$NNODES $NODE_RANK $MASTER_ADDR $MASTER_PORT $RDZV_ID $*" >>notes\nexit {status}\n'
+    )
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "machines[1-2]"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = bash("slurm", "stage.sh", "--learning_rate", "1e-4", cwd=tmp_path, **{**slurm, "PATH": path})
+    assert result.returncode == int(status), result.stderr
+    told = [f"2 {rank} first 23456 123456 --learning_rate 1e-4" for rank in range(2)]
+    assert (tmp_path / "notes").read_text().splitlines() == told
+    assert (tmp_path / "requeued").exists() == bool(requeues)
+    if requeues:
+        assert (tmp_path / "requeued").read_text() == "requeue 123456\n"
+        (tmp_path / "requeued").unlink()
+        bash("slurm", "stage.sh", cwd=tmp_path, **{**slurm, "PATH": path, "SLURM_RESTART_COUNT": "100"})
+        assert not (tmp_path / "requeued").exists(), "not for ever"
+
+
+def test_the_slurm_script_says_how_it_is_used(tmp_path):
+    assert "sbatch [OPTIONS] scripts/slurm.sh scripts/dft.sh" in bash("slurm").stderr
+    result = bash("slurm", "no.sh", cwd=tmp_path, SLURM_JOB_ID="1")
+    assert result.returncode == 2 and "no.sh: name a training script" in result.stderr
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize("limit", [0.3, 0.0])
 @pytest.mark.parametrize("name", ["zero2.json", "zero3.json"])
@@ -271,6 +357,12 @@ def test_the_machine_is_asked_when_nothing_is_set():
         ({"GLOBAL_BATCH": "10", "BATCH": "4"}, "GLOBAL_BATCH=10 is no multiple of BATCH*NPROC*NNODES=4*1*1"),
         ({"DEEPSPEED_CONFIG": "zero9.json"}, "DEEPSPEED_CONFIG=zero9.json: no such file"),
         ({"LAUNCHER": "python", "NPROC": "2"}, "LAUNCHER=python runs one process"),
+        ({"NNODES": "two"}, "NNODES=two: must be a whole number of at least 1"),
+        ({"NNODES": "2"}, "NNODES=2 needs MASTER_ADDR"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1: with NNODES=1 machines it is at most 0"),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "LAUNCHER": "deepspeed"}, "needs HOSTFILE; or set LAUNCHER=torchrun"),
+        ({"MAX_RESTARTS": "1", "LAUNCHER": "deepspeed"}, "MAX_RESTARTS=1: LAUNCHER=deepspeed cannot restart"),
+        ({"HOSTFILE": "no-file"}, "HOSTFILE=no-file: no such file"),
     ],
 )
 def test_a_bad_setting_is_named_with_the_values_allowed(settings, message):

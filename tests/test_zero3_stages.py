@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 
-import accelerate
 import pytest
 import tiny
 import torch
 from checks import PLAIN, assert_same_log, assert_same_weights
-from packaging.version import Version
 from safetensors.torch import load_file
-from test_distributed import launch, parallel_flags, zero_config
+from test_distributed import parallel_flags
 
 from llava_compodistill.train import resume
+from scale import modes
 
 pytestmark = [
     pytest.mark.invariant,
@@ -21,31 +20,24 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
 ]
 
-ENTRY = """
-import deepspeed, runpy
-deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)  # compiled on first use, not needed
-deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-runpy.run_module("llava_compodistill.train", run_name="__main__")
-"""
+
+def train(ranks, flags, folder):
+    """Under ZeRO-3; what the ranks print."""
+    done = ranks.train(flags, 2, folder / "log", modes.prelude("zero3"))
+    assert done.ok, done.text[-6000:]
+    return done.text
 
 
-def test_a_stage_goes_on_from_a_lora_checkpoint(dft, world, dpt_path, teacher_path, mixed, tmp_path):
+def test_a_stage_goes_on_from_a_lora_checkpoint(ranks, dft, world, dpt_path, teacher_path, mixed, tmp_path):
     """The adapter takes the checkpoint's weights, and its frozen part is known as the teacher's."""
     lora = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0, "teacher_model_path": teacher_path}
     lora |= {"mm_projector_type": "taf", "pretrain_mm_mlp_adapter": dpt_path / "mm_projector.bin"}
     dft("first", learning_rate=1e-2, **lora)
     lora |= {"model_name_or_path": tmp_path / "first", "pretrain_mm_mlp_adapter": None, "max_steps": 2, **PLAIN}
     _, expected = dft("one", **lora)
-    # Told to use the CPU, accelerate before 1.0 forgets DeepSpeed; newer ones stay with one process unless told.
-    modern = Version(accelerate.__version__) >= Version("1.0")
-    device = {"ddp_backend": "gloo"} if modern else {"use_cpu": None}
-    (tmp_path / "entry.py").write_text(ENTRY)
-    lora |= {"save_strategy": "steps", "save_steps": 1}
-    flags = parallel_flags(
-        world, teacher_path, mixed, tmp_path / "two", deepspeed=zero_config(tmp_path, 3), **device,
-        **{**lora, "per_device_train_batch_size": 1},
-    )  # fmt: skip
-    printed = launch(flags, entry=[str(tmp_path / "entry.py")], DS_ACCELERATOR="cpu")
+    lora |= {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 1}
+    flags = parallel_flags(world, teacher_path, mixed, tmp_path / "two", **{**lora, **modes.flags("zero3", tmp_path)})
+    printed = train(ranks, flags, tmp_path)
     assert "the encoder and teacher adapter run once a batch for both models" in printed
     assert "does not match this teacher's" not in printed
     assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-4)
@@ -61,18 +53,15 @@ def test_a_stage_goes_on_from_a_lora_checkpoint(dft, world, dpt_path, teacher_pa
 
 
 @pytest.mark.once
-def test_experts_are_made_before_their_weights_are_split(dft, world, sharp_teacher, mixed, tmp_path):
+def test_experts_are_made_before_their_weights_are_split(ranks, dft, world, sharp_teacher, mixed, tmp_path):
     """And every rank meets all of them in every step, whatever its tokens choose."""
     # Every rank draws for itself: where all experts are chosen, that decides nothing.
     options = {"method": "llava_mod", "method_options": '{"choices": 4}', "per_device_train_batch_size": 1, **PLAIN}
     dft("dense", stage="d2d", **options)
     options |= {"model_name_or_path": tmp_path / "dense", "max_steps": 2}
     _, expected = dft("one", stage="d2s", gradient_accumulation_steps=2, **options)
-    (tmp_path / "entry.py").write_text(ENTRY)
     options |= {"teacher_model_path": sharp_teacher, "mm_projector_type": "mlp2x_gelu", "data_path": mixed}
-    options |= {"deepspeed": zero_config(tmp_path, 3), "ddp_backend": "gloo"}
-    flags = tiny.flags(world, "d2s", tmp_path / "two", **options)
-    launch(flags, entry=[str(tmp_path / "entry.py")], DS_ACCELERATOR="cpu")
+    train(ranks, tiny.flags(world, "d2s", tmp_path / "two", **{**options, **modes.flags("zero3", tmp_path)}), tmp_path)
     log = tiny.read_log(tmp_path / "two")
     assert_same_log(log, expected, 2e-4)
     assert [entry["balance"] for entry in log] == pytest.approx([entry["balance"] for entry in expected], rel=1e-4)

@@ -262,12 +262,32 @@ def _initialize_vision(core: nn.Module, model_args: Any, training_args: Any) -> 
     without_adapter.pretrain_mm_mlp_adapter = None  # loaded by us: weights only, and with errors that name the file
     # LLaVA asks for a length, which transformers 5 has made a bool; it keeps the tower out of FSDP's units.
     fsdp = ["fsdp"] if getattr(training_args, "fsdp", None) else None
+    if fsdp:
+        _hide_tower(core, model_args.model_name_or_path)
     core.get_model().initialize_vision_modules(model_args=without_adapter, fsdp=fsdp)
     # Weights that are saved, and may be trained, are held as the language model's.
     tower_dtype = (student_dtype if has_own_tower(core.config) else compute_dtype)(training_args)
     core.get_vision_tower().to(dtype=tower_dtype, device=training_args.device)
     core.config.mm_use_im_start_end = model_args.mm_use_im_start_end
     core.config.mm_use_im_patch_token = model_args.mm_use_im_patch_token
+
+
+def _hide_tower(core: nn.Module, path: str) -> None:
+    """A tower that came with a checkpoint, as LLaVA expects it under FSDP: in a list, so that it is no child.
+
+    Raises:
+        CheckpointError: when its weights have to be saved with the model's, which they would not be.
+    """
+    if has_own_tower(core.config):
+        raise CheckpointError(
+            f"--model_name_or_path {path} has an encoder of its own, which LLaVA keeps out of FSDP's units and so out "
+            "of checkpoints: go on with DDP or DeepSpeed (leave --fsdp out)."
+        )
+    inner = core.get_model()
+    tower = getattr(inner, "vision_tower", None)
+    if isinstance(tower, nn.Module):
+        del inner.vision_tower
+        inner.vision_tower = [tower]
 
 
 def _load_adapter(core: nn.Module, path: str) -> None:

@@ -31,6 +31,7 @@ from ..errors import CheckpointError, DiskError
 from ..hosts.llava.model import has_own_tower, llava_core
 from . import manifest
 from .resume import write_description
+from .sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,9 @@ def save(
 
     Args:
         model: the student, wrapped in PEFT or not.
-        state_dict: gathered weights, where the trainer has them (DeepSpeed); else they are read from the model.
-        adapter, modules: what `adapter_weights` and `module_weights` give, which under ZeRO-3 all ranks have to call;
-            else they are called here.
+        state_dict: gathered weights, where the trainer has them (DeepSpeed, FSDP); else they are read from the model.
+        adapter, modules: what `adapter_weights` and `module_weights` give, which under ZeRO-3 and FSDP all ranks have
+            to call; else they are called here.
 
     Raises:
         CheckpointError: when DeepSpeed was not asked to gather the weights.
@@ -114,6 +115,8 @@ def save_sealed(trainer: Any, save: Callable[[], None]) -> None:
     wait()
     if args.should_save:
         manifest.seal(folder, whole=args.verify_checkpoints)
+    wait()  # with --save_on_each_node: a checkpoint that all machines have is there at any time
+    if args.should_save:
         _rotate(folder, args.save_total_limit, trainer.state.best_model_checkpoint)
     wait()
 
@@ -146,7 +149,7 @@ def attach_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def module_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The terms' own weights by name. Under ZeRO-3 all ranks call it."""
+    """The terms' own weights by name. Under ZeRO-3 and FSDP all ranks call it."""
     attached = getattr(llava_core(model), MODULES, None)
     parameters = {} if attached is None else dict(attached.named_parameters())
     with compat.gathered(list(parameters.values())):
@@ -154,10 +157,16 @@ def module_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's weights by name ("mm_projector. ..."), frozen part included. Under ZeRO-3 all ranks call it."""
+    """The adapter's weights by name ("mm_projector. ..."), frozen part included. Under ZeRO-3 and FSDP all ranks
+    call it."""
     parameters = dict(llava_core(model).get_model().mm_projector.named_parameters())
     with compat.gathered(list(parameters.values())):
         return {f"mm_projector.{name}": _copy(parameter) for name, parameter in parameters.items()}
+
+
+def saves_trained_alone(model: nn.Module, args: Any) -> bool:
+    """Whether a checkpoint of this run holds what is trained, and not the whole language model."""
+    return args.stage in ("pt", "dpt") or hasattr(model, "peft_config")
 
 
 def _elsewhere(name: str, core: nn.Module) -> bool:
@@ -200,7 +209,7 @@ def check_disk_space(model: nn.Module, args: Any) -> None:
         DiskError: with the space needed, the space free, and the folder.
     """
     core = llava_core(model)
-    if args.stage in ("pt", "dpt") or hasattr(model, "peft_config"):
+    if saves_trained_alone(model, args):
         frozen = [p for p in core.get_model().mm_projector.parameters() if not p.requires_grad]
         weights = _size([p for p in model.parameters() if p.requires_grad] + frozen)
     else:
@@ -259,7 +268,7 @@ def _prefixed(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.
 
 
 def _copy(weight: torch.Tensor) -> torch.Tensor:
-    return weight.detach().cpu().clone()
+    return whole(weight.detach()).cpu().clone()
 
 
 def _trained_bias(name: str, parameter: torch.Tensor) -> bool:

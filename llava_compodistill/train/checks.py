@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..methods.schedule import ENDS
 from ..pair.layers import parse_band
+from .sharding import check_fsdp
 
 if TYPE_CHECKING:
     from .arguments import DataArguments, ModelArguments, TrainingArguments
@@ -127,6 +128,7 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         flag = "--lora_enable" if training.lora_enable else f"--bits {training.bits}"
         raise ValueError(f"--stage {training.stage} of {training.method} takes whole weights: leave {flag} out.")
     _check_trained_tower(model, training)
+    check_fsdp(training)
     if model.mm_use_im_start_end and (training.stage in ADAPTER_STAGES or training.lora_enable):
         what = "the adapter alone" if training.stage in ADAPTER_STAGES else "the adapter and LoRA weights"
         raise ValueError(

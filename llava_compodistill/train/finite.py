@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import NonFiniteLossError
+from .sharding import own_part
 
 
 def _way_out(args: Any) -> str:
@@ -56,7 +57,7 @@ def refuse_broken_gradient(norm: float | torch.Tensor | None, step: int, args: A
 def refuse_broken_weights(
     model: nn.Module, over_ranks: Callable[[torch.Tensor], torch.Tensor], step: int, args: Any
 ) -> None:
-    """Check the trained weights, on all ranks (under ZeRO-3 each has a part of them).
+    """Check the trained weights, on all ranks (under ZeRO-3 and FSDP each has a part of them).
 
     Raises:
         NonFiniteLossError: on all ranks, naming the first weights.
@@ -77,8 +78,8 @@ def refuse_broken_weights(
 
 
 def _is_finite(parameter: torch.Tensor) -> torch.Tensor:
-    """Whether all of it is, as a tensor on its device; under ZeRO-3, all of this rank's part."""
-    values = parameter.detach()
+    """Whether all of it is, as a tensor on its device; under ZeRO-3 and FSDP, all of this rank's part."""
+    values = own_part(parameter.detach())
     if hasattr(parameter, "ds_tensor"):
         part = parameter.ds_tensor.detach().flatten()
         # The last ranks' parts are padded, with whatever the memory held.

@@ -206,7 +206,17 @@ class Objective:
                 self._sums[term.name].loss = _zero_of(term.module)
         if all(sums.loss is None for sums in self._sums.values()):
             self._sums[self.terms[0].name].loss = _zero_of(self.pair.student)
+        if any(hasattr(parameter, "ds_id") for parameter in self.pair.student.parameters()):
+            self._lose_everywhere()
         return {name: sums.loss for name, sums in self._sums.items() if sums.loss is not None}
+
+    def _lose_everywhere(self) -> None:
+        """Give a loss to the terms that have met nothing, such as L_ADL in text alone. The ranks of ZeRO-3 expect the
+        same hooks of each other in every micro-batch, and these hang on the losses: they would wait forever."""
+        met = next(sums.loss for sums in self._sums.values() if sums.loss is not None)
+        for sums in self._sums.values():
+            if sums.loss is None:
+                sums.loss = 0.0 * met
 
     # -----------------------------------------------------------------------------------------------------------------
     # Before training

@@ -123,7 +123,7 @@ STATUS_VARIABLE = "COMPODISTILL_STATUS"
 
 def run_process(argv: list[str] | None = None) -> int:
     """Run one stage as a process, on every rank, and return its exit status: 2 after an error that explains itself,
-    those of `preempt` after a signal.
+    those of `preempt` after a signal (0 where torchrun has restarts left and a script asks for the status).
 
     Args:
         argv: the command line; `sys.argv[1:]` when None.
@@ -145,7 +145,10 @@ def run_process(argv: list[str] | None = None) -> int:
         print(f"llava_compodistill.train: error{place}: {error}", file=sys.stderr)
         return _tell(2)
     end_processes()
-    return _tell(status)
+    _tell(status)
+    # torchrun would start a run again that was asked to stop; launch.sh has been told.
+    is_restarted = STATUS_VARIABLE in os.environ and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    return 0 if is_restarted else status
 
 
 def _tell(status: int) -> int:

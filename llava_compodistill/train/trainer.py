@@ -25,7 +25,7 @@ from ..methods import Sums
 from ..methods.base import COUNTS
 from ..pair.layers import parse_band
 from ..pair.student import computing
-from . import checkpoint, facts
+from . import checkpoint, facts, sharding
 from .answer_watch import AnswerWatch
 from .arguments import TrainingArguments
 from .calibration import Batches, read_calibration, refuse_zero3, samples_with_image, write_calibration
@@ -295,6 +295,9 @@ class CompoDistillTrainer(LLaVATrainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train to the end, or until a signal stops the run: `preempt.Preempted`, its checkpoint saved."""
         self._move_teacher()
+        if resume_from_checkpoint and self.is_fsdp_enabled:
+            # While the weights are still whole: afterwards each rank has its part of them alone.
+            checkpoint.load_into(self.model, resume_from_checkpoint)
         if self.objective.calibrated_by:
             self._calibrate(resume_from_checkpoint)
         if resume_from_checkpoint and not self.is_deepspeed_enabled:
@@ -365,7 +368,7 @@ class CompoDistillTrainer(LLaVATrainer):
         self._refuse_broken()
         # Not LLaVATrainer's: it saves an adapter without the state that resuming needs.
         save = functools.partial(transformers.Trainer._save_checkpoint, self, model, trial, *args, **kwargs)
-        with self._stop.saving_all(self.args):
+        with self._stop.saving_all(self.args), sharding.without_second_weights():
             checkpoint.save_sealed(self, save)
         self._stop.leave(self)
 
@@ -374,7 +377,11 @@ class CompoDistillTrainer(LLaVATrainer):
             self._refuse_broken()
         # On every rank; what follows runs on one.
         self._gathered = checkpoint.adapter_weights(self.model), checkpoint.module_weights(self.model)
-        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled:
+            weights = sharding.gather_weights(self.model, checkpoint.saves_trained_alone(self.model, self.args))
+            self._save(output_dir, weights)
+        else:
+            super().save_model(output_dir, _internal_call)
         self._gathered = None, None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -396,4 +403,5 @@ class CompoDistillTrainer(LLaVATrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        checkpoint.load_into(self.model if model is None else model, resume_from_checkpoint)
+        if not self.is_fsdp_enabled:  # `train` has done it
+            checkpoint.load_into(self.model if model is None else model, resume_from_checkpoint)

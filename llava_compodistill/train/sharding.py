@@ -1,0 +1,73 @@
+"""FSDP2: each rank holds a part of every weight. What is saved is whole all the same, and loads in LLaVA."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from .. import compat
+from ..errors import FlagError
+
+
+def check_fsdp(args: Any) -> None:
+    """Refuse what FSDP cannot do here, before anything is loaded.
+
+    Raises:
+        FlagError: naming the flag and the way out.
+    """
+    if not args.fsdp:
+        return
+    version, missing = compat.fsdp_version(args)
+    if version != 2:
+        raise FlagError(
+            f"--fsdp: this is the first FSDP ({missing}), whose runs and checkpoints are not supported. Train without "
+            "--fsdp, with LAUNCHER=deepspeed and DEEPSPEED_CONFIG=zero3.json for less memory; or use FSDP2."
+        )
+    kind = args.fsdp_config.get("state_dict_type", "FULL_STATE_DICT")
+    if kind != "FULL_STATE_DICT":
+        raise FlagError(
+            f"--fsdp_config: state_dict_type {kind} would save the weights in parts, which LLaVA cannot load. Leave "
+            "the entry out."
+        )
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """A weight with all ranks' parts. All ranks have to call it."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def own_part(weight: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a weight."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
+def gather_weights(model: nn.Module, trained_alone: bool) -> dict[str, torch.Tensor]:
+    """The whole weights by name, on the CPU of the first rank; empty on the others. All ranks have to call it.
+
+    Args:
+        trained_alone: leave out the frozen ones.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_alone)
+    return get_model_state_dict(model, options=options)
+
+
+@contextlib.contextmanager
+def without_second_weights() -> Iterator[None]:
+    """Inside, a checkpoint gets the weights once: transformers would put FSDP's whole model, frozen parts included,
+    beside what `checkpoint.save` writes, in a file that nothing here reads."""
+    module = transformers.trainer
+    function = getattr(module, "save_fsdp_model", None)
+    if function is not None:
+        module.save_fsdp_model = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        if function is not None:
+            module.save_fsdp_model = function

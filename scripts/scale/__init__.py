@@ -1,0 +1,1 @@
+"""Runs of several processes, compared with one: see README.md."""

@@ -1,5 +1,5 @@
-"""Kills and full disks during `llava-compodistill eval` and `init --patch`: after the same command once more, all files
-are those of a run that nothing has disturbed."""
+"""Kills, power cuts and full disks during `llava-compodistill eval` and `init --patch`: after the same command once
+more, all files are those of a run that nothing has disturbed."""
 
 from __future__ import annotations
 

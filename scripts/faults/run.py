@@ -37,11 +37,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["OMP_NUM_THREADS"] = "1"  # a process of many threads cannot be forked
 
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
-
 import shim  # noqa: E402
 from cases import Case, Outcome, Suite, table, write_report  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 
 NAMES = ("kills", "cuts", "disks", "damage", "pairs", "eval", "init", "fuzz")
 #: What part of --cases each suite gets where several are asked for; a fuzzed case takes milliseconds, a kill seconds.
@@ -122,9 +121,8 @@ def suites() -> dict[str, Suite]:
 def _run(args: argparse.Namespace, names: Sequence[str], folder: Path) -> int:
     began = time.monotonic()
     with console.status("importing torch, transformers and LLaVA"):
-        import torch
-
         import forks
+        import torch
         from world import make
 
         torch.set_num_threads(1)

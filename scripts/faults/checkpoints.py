@@ -86,7 +86,7 @@ def resume(world: World, folder: Path, rng: random.Random) -> Prepared:
 def _change(place: Path, folder: Path, rng: random.Random) -> tuple[Path, str]:
     path = rng.choice(sorted(path for path in place.iterdir() if path.is_file()))
     if rng.random() < 0.15:
-        return path, _wants_to_run(place, folder, rng)
+        return _wants_to_run(place, folder, rng)
     data = path.read_bytes()
     if path.suffix == ".json":
         content, words = mutations.of_file(data, path.name, rng)
@@ -152,7 +152,7 @@ def _torch_file(data: bytes, marker: Path, rng: random.Random) -> tuple[bytes, s
     return kinds[kind](), f"{kind} ({name})"
 
 
-def _wants_to_run(place: Path, folder: Path, rng: random.Random) -> str:
+def _wants_to_run(place: Path, folder: Path, rng: random.Random) -> tuple[Path, str]:
     """Code in the folder, and files that name it."""
     (place / "own.py").write_text(_CODE.format(marker=str(folder / MARKER)), encoding="utf-8")
     kind = rng.choice(("auto_map", "tokenizer", "model_type", "processor", "custom generate"))
@@ -177,4 +177,4 @@ def _wants_to_run(place: Path, folder: Path, rng: random.Random) -> str:
         (place / "custom_generate").mkdir()
         shutil.copy(place / "own.py", place / "custom_generate" / "generate.py")
     path.write_text(json.dumps(config), encoding="utf-8")
-    return f"code in the folder, by {kind}"
+    return path, f"code in the folder, by {kind}"

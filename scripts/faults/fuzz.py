@@ -59,7 +59,7 @@ def perform(world: World, case: Case, folder: Path) -> Outcome:
     logging.disable(logging.CRITICAL)
     if not _limited:
         _limited.append(True)
-        limit_memory(2 * MEMORY)
+        limit_memory(4 * MEMORY)  # a pool of threads alone maps some of it
     rng = random.Random(case.name)
     said, names, read = TARGETS[case.kind](world, folder, rng)
     before = _peak(reset=True)

@@ -21,9 +21,9 @@ _RAW = {
     "@bare@": "Nope",
 }
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), -float("inf"), "", " ",
-    "0", "yes", "no", "\ud800", "<image>", "<image>\n<image>", "x" * 300, "y " * 20_000, "../../etc/passwd", "/", ".",
-    "\x00", "human", "gpt", "A", [], {}, [[]], [None], {"a": 1}, [1, 2, 3], ["a", "b"], *_RAW,
+    None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), -float("inf"), "",
+    " ", "0", "yes", "no", "\ud800", "<image>", "<image>\n<image>", "x" * 300, "y " * 20_000, "../../etc/passwd", "/",
+    ".", "\x00", "human", "gpt", "A", [], {}, [[]], [None], {"a": 1}, [1, 2, 3], ["a", "b"], *_RAW,
 )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def mix(world: World, folder: Path, rng: random.Random) -> Prepared:
     content, words = mutations.of_file(text, "mix.yaml", rng)
     write(folder / "mix.yaml", content, folder)
     # An entry may name another file now, which is as good a name.
-    return words, ["--data_path"], lambda: _read_data(folder / "mix.yaml", world.images, rng)
+    return words, ["--data_path", "one.json", "two.json"], lambda: _read_data(folder / "mix.yaml", world.images, rng)
 
 
 def image(world: World, folder: Path, rng: random.Random) -> Prepared:
@@ -114,12 +114,11 @@ def _read_data(path: Path, images: Path, rng: random.Random) -> None:
         insist(bool((labels != -100).any()), f"sample {number} has no answer")
         insist(int(ids.max()) < len(_shared.tokenizer), f"sample {number} has unknown tokens")
         places = int((ids == -200).sum())
-        if "image" in found.list_data_dict[number]:
-            pixels = sample["image"]
-            insist(places == 1 and pixels.ndim == 3 and pixels.shape[0] == 3, f"sample {number}: image and its place")
-            insist(bool(pixels.isfinite().all()), f"sample {number} has pixels that are no numbers")
-        else:
-            insist(places == 0, f"sample {number} has a place for an image and none")
+        insist(bool(sample["image"].isfinite().all()), f"sample {number} has pixels that are no numbers")
+        insist(sample["image"].ndim == 3 and sample["image"].shape[0] == 3, f"sample {number}: shape of the image")
+        if arguments.bad_samples == "error":  # else another sample may have taken this one's place
+            with_image = "image" in found.list_data_dict[number]
+            insist(places == int(with_image), f"sample {number} has {places} places for an image")
 
 
 def _read_for_eval(path: Path) -> None:
@@ -195,7 +194,9 @@ def answers(world: World, folder: Path, rng: random.Random) -> Prepared:
     path = _answers(folder, chosen, folder / "answers.jsonl", rng)
     content, words = mutations.of_file(path.read_bytes(), path.name, rng)
     write(path, content, folder)
-    return f"{chosen.name}: {words}", [path.name], lambda: _score_answers(chosen, folder, path)
+    # Of two files that do not fit together either may be the wrong one.
+    home = f"/{chosen.questions.split('/')[0]}/"
+    return f"{chosen.name}: {words}", [path.name, home], lambda: _score_answers(chosen, folder, path)
 
 
 def _answers(folder: Path, chosen: Any, path: Path, rng: random.Random) -> Path:
@@ -237,7 +238,7 @@ def records(world: World, folder: Path, rng: random.Random) -> Prepared:
     content, words = mutations.of_file(path.read_bytes(), path.name, rng)
     write(path, content, folder)
     read = _resume_records if path.name.endswith(".run.json") or rng.random() < 0.3 else _compare
-    return f"{path.name}: {words}", [path.name, f"{name}.jsonl"], lambda: read(folder, name, world)
+    return f"{path.name}: {words}", [path.name, f"{name}.json"], lambda: read(folder, name, world)
 
 
 def _compare(folder: Path, name: str, world: World) -> None:

@@ -1,4 +1,4 @@
-"""Injected faults and hostile input: python scripts/faults/run.py [--suite all] [--cases 1000] [--seed 0]
+"""Injected faults and hostile input: python scripts/faults/run.py [--suite all] [--cases kills=500,…] [--seed 0]
 
 Suites
     kills   `train` is killed at a file operation, also inside half-written files, once or twice; then restarted
@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,6 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 
 NAMES = ("kills", "cuts", "disks", "damage", "pairs", "eval", "init", "fuzz")
-#: What part of --cases each suite gets where several are asked for; a fuzzed case takes milliseconds, a kill seconds.
-SHARES = {"kills": 10, "cuts": 2, "disks": 4, "damage": 4, "pairs": 1, "eval": 4, "init": 4, "fuzz": 200}
 console = Console()
 
 
@@ -55,7 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", default="all", help=f"all, or some of {','.join(NAMES)}")
     parser.add_argument("--kind", help="of the suites' kinds, these alone, separated by commas")
     parser.add_argument(
-        "--cases", type=_positive, default=11500, help="in all, shared out among the suites (default: %(default)s)"
+        "--cases",
+        type=_counts,
+        default="kills=500,cuts=100,disks=200,damage=200,pairs=40,eval=150,init=150,fuzz=10000",
+        help="of each suite, as the default has them: %(default)s",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first case of each kind (default: %(default)s)")
     parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="cases at a time")
@@ -72,6 +73,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"must be a number of 1 or more, is {text!r}")
     return int(text)
+
+
+def _counts(text: str) -> dict[str, int]:
+    found = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        if name not in NAMES:
+            raise argparse.ArgumentTypeError(f"unknown suite {name!r}; there are {', '.join(NAMES)}")
+        found[name] = _positive(number)
+    return found
 
 
 def main() -> int:
@@ -132,7 +143,8 @@ def _run(args: argparse.Namespace, names: Sequence[str], folder: Path) -> int:
     if args.case:
         cases = [Case.parse(name) for name in args.case]
     else:
-        cases = planned(known, names, args.cases, args.seed, args.kind.split(",") if args.kind else None)
+        counts = {name: args.cases[name] for name in names if name in args.cases}
+        cases = planned(known, counts, args.seed, args.kind.split(",") if args.kind else None)
     wanted = list(dict.fromkeys(case.suite for case in cases))
     with console.status("running everything undisturbed"):
         world = make(folder / "world")
@@ -175,15 +187,13 @@ def _run(args: argparse.Namespace, names: Sequence[str], folder: Path) -> int:
 
 
 def planned(
-    known: dict[str, Suite], names: Sequence[str], count: int, seed: int, kinds: Sequence[str] | None
+    known: dict[str, Suite], counts: Mapping[str, int], seed: int, kinds: Sequence[str] | None = None
 ) -> list[Case]:
-    """So many cases, each suite's share in turn over its kinds."""
-    shares = sum(SHARES[name] for name in names)
+    """So many cases of each suite, in turn of each of its kinds."""
     found = []
-    for name in names:
+    for name, number in counts.items():
         some = [kind for kind in known[name].kinds if kinds is None or kind in kinds]
-        number = max(1, round(count * SHARES[name] / shares)) if some else 0
-        found += [Case(name, some[n % len(some)], seed + n // len(some)) for n in range(number)]
+        found += [Case(name, some[n % len(some)], seed + n // len(some)) for n in range(number if some else 0)]
     return found
 
 

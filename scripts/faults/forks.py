@@ -59,6 +59,10 @@ class Child:
             file = os.open(self._log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
             for stream in (1, 2):
                 os.dup2(file, stream)
+            if "torch" in sys.modules:
+                # A fork leaves PyTorch without its pool of threads. The first call makes it anew, which the threads
+                # that load a model would else try all at once.
+                sys.modules["torch"].set_num_threads(1)
             self._value.write_text(json.dumps(function()))
             status = 0
         except SystemExit as end:

@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,39 +131,34 @@ def suites() -> dict[str, Suite]:
 
 def _run(args: argparse.Namespace, names: Sequence[str], folder: Path) -> int:
     began = time.monotonic()
-    with console.status("importing torch, transformers and LLaVA"):
-        import forks
-        import torch
-        from world import make
+    # Nothing that turns while it waits: its thread would be forked with the rest.
+    console.print("importing torch, transformers and LLaVA")
+    import torch
+    from world import make
 
-        torch.set_num_threads(1)
-        known = suites()
-        import llava_compodistill.eval.cli
-        import llava_compodistill.train.run  # noqa: F401
+    import llava_compodistill.eval.cli
+    import llava_compodistill.train.run  # noqa: F401
+
+    torch.set_num_threads(1)
+    known = suites()
     if args.case:
         cases = [Case.parse(name) for name in args.case]
     else:
         counts = {name: args.cases[name] for name in names if name in args.cases}
         cases = planned(known, counts, args.seed, args.kind.split(",") if args.kind else None)
     wanted = list(dict.fromkeys(case.suite for case in cases))
-    with console.status("running everything undisturbed"):
-        world = make(folder / "world")
-        for name in wanted:
-            known[name].prepare(world)
+    console.print("running everything undisturbed")
+    world = make(folder / "world")
+    for name in wanted:
+        known[name].prepare(world)
     until = began + 60 * args.minutes if args.minutes else float("inf")
     outcomes: list[Outcome] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, auto_refresh=False) as bars:  # a thread would be forked with the rest
+    with Progress(*columns, console=console, auto_refresh=False) as bars:
         for name in wanted:
             some = [case for case in cases if case.suite == name]
             bar = bars.add_task(name, total=len(some))
-            batches = [some[n : n + known[name].batch] for n in range(0, len(some), known[name].batch)]
-            jobs = [_job(known[name], world, batch, folder / "cases") for batch in batches]
-            place = folder / f"jobs-{name}"
-            place.mkdir()
-            timeout = known[name].timeout * known[name].batch
-            for number, ended in forks.each(jobs, place, args.jobs, timeout, until):
-                found = collect(known[name], batches[number], ended, folder / "cases")
+            for found in performed(known[name], world, some, folder / name, args.jobs, until):
                 outcomes += found
                 bars.advance(bar, len(found))
                 bars.refresh()
@@ -197,6 +192,26 @@ def planned(
     return found
 
 
+def performed(
+    suite: Suite, world: Any, cases: Sequence[Case], folder: Path, workers: int, until: float
+) -> Iterator[list[Outcome]]:
+    """The outcomes of cases, a batch at a time. What stood behind a case that ended its process is begun again."""
+    import forks
+
+    turn = 0
+    while cases:
+        batches = [cases[n : n + suite.batch] for n in range(0, len(cases), suite.batch)]
+        jobs = [_job(suite, world, batch, folder) for batch in batches]
+        logs = folder / f"turn-{turn}"
+        logs.mkdir(parents=True)
+        left: list[Case] = []
+        for number, ended in forks.each(jobs, logs, workers, suite.timeout * suite.batch, until):
+            found = collect(batches[number], ended, folder)
+            left += batches[number][len(found) :]
+            yield found
+        cases, turn = left, turn + 1
+
+
 def _job(suite: Suite, world: Any, batch: Sequence[Case], folder: Path) -> Callable[[], list[str]]:
     """Perform a batch; each outcome is on the disk as soon as it is known, so that a death takes one case alone."""
 
@@ -221,18 +236,16 @@ def _result(folder: Path, case: Case) -> Path:
     return folder / f"{case.name.replace(':', '-')}.json"
 
 
-def collect(suite: Suite, batch: Sequence[Case], ended: Any, folder: Path) -> list[Outcome]:
-    """The outcomes of a batch. The first case without one is what ended the process; those behind it are begun anew by
-    nobody, and count as that."""
-    found, died = [], False
+def collect(batch: Sequence[Case], ended: Any, folder: Path) -> list[Outcome]:
+    """The outcomes of a batch, up to the first case that has none: it is what ended the process."""
+    found = []
     for case in batch:
         path = _result(folder, case)
-        if path.exists():
-            found.append(Outcome(case, *json.loads(path.read_text())))
-        elif not died:
-            died = True
+        if not path.exists():
             how = "hang" if ended.late else "died"
-            found.append(Outcome(case, how, "", f"exit {ended.status}: {' '.join(ended.text.split())[-300:]}"))
+            text = f"exit {ended.status}: {' '.join(ended.text.split())[-300:]}"
+            return [*found, Outcome(case, how, "", text)]
+        found.append(Outcome(case, *json.loads(path.read_text())))
     return found
 
 

@@ -234,18 +234,36 @@ def ends_window(trainer: transformers.Trainer) -> bool:
 
 
 @contextlib.contextmanager
-def reads_own_rng_state() -> Iterator[None]:
-    """Let torch >= 2.6 read the rng_state.pth that the Trainer has written: it holds NumPy's state beside tensors.
+def without_rotation(trainer: transformers.Trainer) -> Iterator[None]:
+    """Inside, a trainer that saves deletes no older checkpoint: a method of its own, a function since 5.0."""
+    module = transformers.trainer
+    function = getattr(module, "rotate_checkpoints", None)
+    if hasattr(transformers.Trainer, "_rotate_checkpoints"):
+        trainer._rotate_checkpoints = lambda *args, **kwargs: None
+    if function is not None:
+        module.rotate_checkpoints = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        trainer.__dict__.pop("_rotate_checkpoints", None)
+        if function is not None:
+            module.rotate_checkpoints = function
+
+
+@contextlib.contextmanager
+def reads_own_rng_state() -> Iterator[bool]:
+    """Let torch read the rng_state.pth that the Trainer has written, which holds NumPy's state beside tensors, without
+    running code from it. False where torch (before 2.5) can only read it as any pickle.
 
     Remove when transformers 4.37 goes: newer releases do this themselves.
     """
     if not hasattr(torch.serialization, "safe_globals"):
-        yield
+        yield False
         return
     core = getattr(numpy, "_core", None) or numpy.core
     needed = [core.multiarray._reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32))]
     with torch.serialization.safe_globals(needed):
-        yield
+        yield True
 
 
 def hands_out_windows(trainer: transformers.Trainer) -> bool:

@@ -37,6 +37,18 @@ class TemplateError(CompoDistillError, ValueError):
     """There is no such conversation template."""
 
 
+class FlagError(CompoDistillError, ValueError):
+    """A flag has a value that it cannot have, or two contradict each other; the message names them and the way out."""
+
+
+class DiskError(CompoDistillError, OSError):
+    """The disk has no room for what a run will write, or refuses to take it."""
+
+
+class OutputError(CompoDistillError, OSError):
+    """An output folder cannot be written to, or another run is writing to it."""
+
+
 class SampleError(CompoDistillError, ValueError):
     """A training sample cannot be used; the message names it and says why."""
 

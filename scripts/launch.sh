@@ -14,6 +14,7 @@
 #   GLOBAL_BATCH     samples per optimizer step; ACCUM = GLOBAL_BATCH / (BATCH * NPROC * NNODES) unless ACCUM is given
 #   SAVE_STEPS       steps between two checkpoints, or below 1 the share of the run between them: 0.05. A killed run goes
 #                    on from the newest one in OUTPUT; it is the only one kept
+#                    (SIGUSR1, SIGTERM and Ctrl-C save one more, after the step at hand, and end with status 75, or 130)
 #   WARMUP_RATIO     share of the steps in which the rate rises: 0.03
 #   LOGGING_STEPS    steps between two lines of the log: 1
 #   REPORT_TO        none | tensorboard | wandb: none
@@ -235,6 +236,53 @@ attention_flags() {
     [[ $ATTENTION_STAGES == dft ]] || ATTENTION=(--attention_stages "$ATTENTION_STAGES")
 }
 
+# pass_on SIGNAL: to the processes that train, which finish their step and save. Launchers would end them, or not notice.
+pass_on() {
+    local pid
+    for pid in $(trainers_of "$JOB"); do
+        kill -s "$1" "$pid" 2>/dev/null || true
+    done
+}
+
+# trainers_of PID: what a launcher has started, through launchers of its own; PID itself where there is no launcher.
+trainers_of() {
+    local file line parent rest
+    if [[ $LAUNCHER == python || ($1 != "$JOB" && $(tr '\0' ' ' <"/proc/$1/cmdline") != *deepspeed.launcher*) ]]; then
+        echo "$1"
+        return
+    fi
+    for file in /proc/[0-9]*/stat; do
+        read -r line 2>/dev/null <"$file" || continue # it has ended
+        rest=${line##*) }
+        read -r _ parent _ <<<"$rest"
+        [[ $parent != "$1" ]] || trainers_of "${line%% *}"
+    done
+}
+
+# run_command: COMMAND, with signals passed on, and with the exit status of the training, which torchrun replaces by 1.
+run_command() {
+    local status=0 told
+    told=$(mktemp)
+    set -m # in a group of its own, or it would not get Ctrl-C
+    COMPODISTILL_STATUS=$told "${COMMAND[@]}" &
+    set +m
+    JOB=$!
+    trap 'pass_on USR1' USR1
+    trap 'pass_on INT' INT
+    trap 'pass_on TERM' TERM HUP
+    while true; do # a signal interrupts the waiting
+        status=0
+        wait "$JOB" || status=$?
+        kill -0 "$JOB" 2>/dev/null || break
+    done
+    trap - USR1 INT TERM HUP
+    if ((status)) && [[ -s $told ]]; then
+        status=$(<"$told")
+    fi
+    rm -f "$told"
+    return "$status"
+}
+
 # launch FLAGS...: run the training with these flags beside the common ones; flags later in the list win.
 launch() {
     probe
@@ -247,7 +295,7 @@ launch() {
         printf '%s\n' "${COMMAND[@]}" ''
     else
         echo "${0##*/}: ${COMMAND[*]}" >&2
-        "${COMMAND[@]}"
+        run_command
     fi
 }
 

@@ -15,16 +15,18 @@ from checks import PLAIN, assert_same_log, assert_same_weights, trained_weights
 from packaging.version import Version
 from safetensors.torch import load_file
 
+from llava_compodistill.train import manifest, pickles, resume
+
 pytestmark = pytest.mark.invariant
 
 
-def launch(flags, processes=2, entry=("-m", "llava_compodistill.train"), **environment):
+def launch(flags, processes=2, entry=("-m", "llava_compodistill.train"), succeeds=True, **environment):
     """Run the entry point under torchrun, on the CPU; returns its output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *entry, *flags]
     environment = tiny.environment(**environment)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert (done.returncode == 0) == succeeds, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
 
@@ -43,11 +45,34 @@ def parallel_flags(world, teacher, mixed, output, **changes):
     return tiny.flags(world, "dft", output, **values)
 
 
+#: A run in which one rank gets a signal.
+STOPPED = """
+import os, runpy, signal
+from llava_compodistill.train.trainer import CompoDistillTrainer
+step = CompoDistillTrainer.training_step
+
+def signalled(self, *args, **kwargs):
+    if self.args.process_index == 1 and self.state.global_step == 4:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return step(self, *args, **kwargs)
+
+CompoDistillTrainer.training_step = signalled
+runpy.run_module("llava_compodistill.train", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(dft, world, sharp_teacher, mixed, tmp_path):
     # Into the second epoch, whose order both have to draw alike.
     single, expected = dft("one", max_steps=6, gradient_accumulation_steps=2, **PLAIN)
-    launch(parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", ddp_backend="gloo", max_steps=6))
+    flags = parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", ddp_backend="gloo", max_steps=6)
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    output = launch(flags, entry=[str(tmp_path / "stopped.py")], succeeds=False)
+    assert output.count("Stopped by SIGUSR1 after step 5 of 6 (exit status 75)") == 1
+    assert output.count("exitcode  : 75") == 2, "both ranks, and neither was killed"
+    assert resume.damage(tmp_path / "two" / "checkpoint-5") is None
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest.names_in(tmp_path / "two" / "checkpoint-5")
+    launch(flags)
     log = tiny.read_log(tmp_path / "two")
     assert all(abs(entry["sight"]) < 1 for entry in log)
     assert_same_log(log, expected, 2e-5)
@@ -95,7 +120,7 @@ def test_deepspeed_gives_the_losses_of_one_process(dft, world, dpt_path, sharp_t
         kind == "lora"
     ):  # whose A starts from random numbers, and ZeRO-3 draws others: B = 0 hides them in the first step
         options |= {"lora_enable": True, "lora_r": 4, "lora_dropout": 0, "learning_rate": 0}
-    options = {**PLAIN, **options}
+    options = {**PLAIN, **options, "save_strategy": "steps", "save_steps": 2}
     single, expected = dft("one", max_steps=3, gradient_accumulation_steps=2, **options)
     # Told to use the CPU, accelerate before 1.0 forgets DeepSpeed; newer ones stay with one process unless told.
     modern = Version(accelerate.__version__) >= Version("1.0")
@@ -114,6 +139,10 @@ def test_deepspeed_gives_the_losses_of_one_process(dft, world, dpt_path, sharp_t
     output = launch(flags, entry=[str(tmp_path / "entry.py")], DS_ACCELERATOR="cpu")
     assert output.count("ENGINE") == 2, "DeepSpeed was not used"
     assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-4)
+    folder = tmp_path / "two" / "checkpoint-2"
+    assert any(name.startswith("global_step2/") for name in manifest.names_in(folder))
+    assert resume.damage(folder) is None
+    pickles.refuse_unknown(folder, trusted=False)  # DeepSpeed's own are known
     assert all(("sight" in entry) == (stage == 2) for entry in tiny.read_log(tmp_path / "two"))
     if kind == "full":
         saved = load_file(tmp_path / "two" / "model.safetensors")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -300,3 +302,51 @@ def test_the_command_runs_in_the_folder_of_the_user_and_its_status_is_the_script
     result = bash("dpt", cwd=tmp_path, **{**CPU, "PYTHON": str(stub), "TEACHER": ".", "DATA": "data.json"})
     assert result.returncode == 7
     assert result.stdout.split() == [str(tmp_path), "-m", "llava_compodistill.train"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------------------------------------------------
+#: In Python's place: a training, which ends after a signal with 75, and launchers, which know nothing of it.
+STUB = """#!/bin/bash
+set -m # what it starts does not ignore Ctrl-C
+case "$*" in
+    *torch.distributed.run* | *deepspeed.launcher.runner*)
+        echo launcher >>"$NOTES"
+        if [[ $* == *runner* ]]; then "$0" -m deepspeed.launcher.launch & else "$0" -m llava_compodistill.train & fi
+        wait; exit 1 ;;
+    *deepspeed.launcher.launch*) "$0" -m llava_compodistill.train & wait; exit 1 ;;
+esac
+for name in USR1 TERM INT; do
+    trap "echo $name >>$NOTES; echo 75 >$COMPODISTILL_STATUS; kill %1; exit 75" $name
+done
+sleep 30 &
+echo training >>"$NOTES"
+wait
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
+@pytest.mark.parametrize("name", ["USR1", "TERM", "INT", "HUP"])
+def test_signals_reach_the_training_and_its_status_the_scheduler(tmp_path, launcher, name):
+    stub, notes = tmp_path / "python", tmp_path / "notes"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    for folder in ("model", "teacher", "images"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data.json").write_text("[]")
+    settings = {"STUDENT": "model", "TEACHER": "teacher", "DATA": "data.json", "IMAGES": "images", "OUTPUT": "out"}
+    settings |= {"PYTHON": str(stub), "NOTES": str(notes), "LAUNCHER": launcher, "TMPDIR": str(tmp_path), **CPU}
+    run = subprocess.Popen(
+        ["bash", str(SCRIPTS / "dpt.sh")], env={"PATH": os.environ["PATH"], **settings}, cwd=tmp_path,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    until = time.monotonic() + 20
+    while time.monotonic() < until and not (notes.exists() and "training" in notes.read_text()):
+        time.sleep(0.02)
+    run.send_signal(getattr(signal, f"SIG{name}"))
+    assert run.wait(20) == 75
+    expected = ["launcher"] * (launcher != "python") + ["training", "TERM" if name == "HUP" else name]
+    assert notes.read_text().split() == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"python", "notes", "model", "teacher", "images", "data.json"}

@@ -1,7 +1,8 @@
 """The entry point of every stage: `deepspeed --module llava_compodistill.train --stage dft …`; see scripts/."""
 
-from .run import end_processes, main
+import sys
+
+from .run import run_process
 
 if __name__ == "__main__":
-    main()
-    end_processes()
+    sys.exit(run_process())

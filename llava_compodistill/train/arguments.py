@@ -239,6 +239,16 @@ class TrainingArguments(llava_training.TrainingArguments):
         default=False,
         metadata={"help": "Go on from a checkpoint in --output_dir although it was made with other settings."},
     )
+    verify_checkpoints: bool = field(
+        default=False,
+        metadata={
+            "help": "Hash whole files when a checkpoint is saved and when it is resumed from, not their ends alone."
+        },
+    )
+    trust_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "Resume from a checkpoint in --output_dir although loading its files runs their code."},
+    )
     #: The method that `method` and `method_options` name. No flag.
     chosen_method: ClassVar[Method]
     #: What `resume.describe` gives for this run; every checkpoint is saved with it. No flag.

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from torch import nn
 
 from .. import compat
 from ..about import __version__
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DiskError
 from ..hosts.llava.model import has_own_tower, llava_core
+from . import manifest
 from .resume import write_description
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,46 @@ def save(
     torch.save(args, os.path.join(output_dir, "training_args.bin"))
     if getattr(args, "made_with", None) is not None:
         write_description(output_dir, args.made_with, getattr(args, "save_only_model", False))
+
+
+def save_sealed(trainer: Any, save: Callable[[], None]) -> None:
+    """Save `checkpoint-N` of the step at hand, put it on the disk and seal it, and only then delete older ones.
+
+    Args:
+        trainer: on all ranks.
+        save: writes the folder (transformers', which also puts the trainer's state there).
+    """
+    args, wait = trainer.args, trainer.accelerator.wait_for_everyone
+    folder = Path(args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    if args.should_save and folder.exists():
+        shutil.rmtree(folder)  # damaged, or the run would have gone on from it: nothing of it is to be sealed
+    wait()
+    with compat.without_rotation(trainer):
+        save()
+    wait()
+    if args.local_process_index == 0 and args.process_index != 0 and folder.exists():
+        manifest.flush(folder)  # what this machine has written
+    wait()
+    if args.should_save:
+        manifest.seal(folder, whole=args.verify_checkpoints)
+        _rotate(folder, args.save_total_limit, trainer.state.best_model_checkpoint)
+    wait()
+
+
+def _rotate(newest: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beside a new one. Those of later steps go first: they are damaged, or the run
+    would not have come here."""
+    if limit is None or limit <= 0:
+        return
+    step = int(newest.name.removeprefix("checkpoint-"))
+    others = {path: path.name.removeprefix("checkpoint-") for path in newest.parent.glob("checkpoint-*")}
+    others = {path: int(name) for path, name in others.items() if name.isdecimal() and path.is_dir()}
+    kept = [newest] + [path for path in others if best and path.name == Path(best).name and path != newest]
+    earlier_last = sorted(others, key=lambda path: (others[path] > step, -others[path]))
+    kept += [path for path in earlier_last if path not in kept][: max(0, limit - len(kept))]
+    for path in others:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 #: Where the terms' own trained weights hang on a student, and the file that they are saved in.
@@ -156,7 +197,7 @@ def check_disk_space(model: nn.Module, args: Any) -> None:
     """Stop before training when the checkpoints cannot fit on the disk, beside those that are there already.
 
     Raises:
-        OSError: with the space needed, the space free, and the folder.
+        DiskError: with the space needed, the space free, and the folder.
     """
     core = llava_core(model)
     if args.stage in ("pt", "dpt") or hasattr(model, "peft_config"):
@@ -180,20 +221,19 @@ def check_disk_space(model: nn.Module, args: Any) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(
+        raise DiskError(
             f"--output_dir {args.output_dir}: the checkpoints need about {needed / 2**30:.1f} GiB and "
             f"{free / 2**30:.1f} GiB are free. Free some space, lower --save_total_limit, or name another folder."
         )
 
 
 def report_leftovers(output_dir: str) -> None:
-    """At the end of training, name the checkpoints that were kept for resuming, and what deleting them means."""
+    """At the end of training, name the checkpoints that were kept for resuming, and how to delete them."""
     folders = sorted(path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir())
     if folders:
         logger.info(
-            "The result is in %s. %s (%.2f GiB, optimizer state included) stays beside it, so that this command is "
-            "recognised as finished when it is run again; without it, it would train anew. To free the space: "
-            "rm -r %s",
+            "The result is in %s. %s (%.2f GiB, optimizer state included) stays beside it: only a run with more steps "
+            "would need it (--resume_anyway True). To free the space: rm -r %s",
             output_dir,
             ", ".join(path.name for path in folders),
             sum(folder_size(path) for path in folders) / 2**30,

@@ -1,7 +1,7 @@
 """Going on with a run that was killed: which checkpoint is whole, and whether it comes from the same command.
 
-Every checkpoint holds `compodistill_run.json`, the settings that its weights depend on. A command with other settings
-is refused in a folder that has a checkpoint, also where the run there is finished and nothing would be trained.
+Every checkpoint holds `compodistill_run.json`, the settings that its weights depend on, and a manifest of its files. A
+command with other settings is refused in a folder that has a checkpoint or the result of a finished run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from . import manifest
 from .mix import Source, read_sources
+from .pickles import refuse_unknown
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ WITHOUT_EFFECT = {
     "resume_anyway",
     "sight_samples",
     "sight_steps",
+    "trust_checkpoint",
+    "verify_checkpoints",
 }
 #: The flags of transformers that do.
 OF_TRANSFORMERS = (
@@ -130,30 +134,46 @@ def write_description(folder: str | os.PathLike, run: dict[str, Any], save_only_
     (Path(folder) / RUN_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def checkpoint_to_resume(output_dir: str, run: dict[str, Any], anyway: bool = False) -> str | None:
+def checkpoint_to_resume(
+    output_dir: str,
+    run: dict[str, Any],
+    anyway: bool = False,
+    verify: bool = False,
+    trusted: bool = False,
+) -> str | None:
     """The checkpoint that a run goes on from: the newest whole one in its folder, None where there is none.
 
     Args:
         run: what `describe` gives for the command at hand.
         anyway: go on in spite of different settings.
+        verify: compare the hashes of whole files.
+        trusted: go on although files run code when they are loaded.
 
     Raises:
-        CheckpointError: naming each setting that was different when the checkpoint was made.
+        CheckpointError: naming each setting that was different when the checkpoint was made, or the code in its files.
     """
-    folder = last_complete(output_dir)
+    folder = last_complete(output_dir, verify)
     if folder is None:
         return None
+    if not manifest.is_sealed(folder):
+        logger.warning(
+            "%s was saved by an earlier release, without a manifest: only its files' form is checked.", folder
+        )
+    elif verify and not manifest.has_whole_hashes(folder):
+        logger.warning("%s was saved without --verify_checkpoints True: only its files' ends are checked.", folder)
+    refuse_unknown(Path(folder), trusted)
     if not os.path.isfile(os.path.join(folder, RUN_FILE)):
         logger.warning(
             "%s was saved by an earlier release: whether it was made with this command's settings cannot be checked.",
             folder,
         )
         return folder
-    made_with = _read_json(Path(folder) / RUN_FILE)["settings"]
-    apart = [name for name in sorted(run) if name in made_with and made_with[name] != run[name]]
-    if not apart:
+    content = _read_json(Path(folder) / RUN_FILE)
+    if content.get("save_only_model"):
+        logger.warning("%s holds no state of the optimizer (--save_only_model): it starts from zero.", folder)
+    lines = _differences(content["settings"], run)
+    if not lines:
         return folder
-    lines = "\n".join(f"  {name}: {made_with[name]!r} there, {run[name]!r} in this command" for name in apart)
     if not anyway:
         raise CheckpointError(
             f"{folder} was made with other settings:\n{lines}\nTo resume that run, use its settings; to "
@@ -164,23 +184,87 @@ def checkpoint_to_resume(output_dir: str, run: dict[str, Any], anyway: bool = Fa
     return folder
 
 
-def last_complete(output_dir: str) -> str | None:
-    """The newest `checkpoint-N` that is whole, or None. The others are named with their damage and passed over."""
+def is_finished(output_dir: str, run: dict[str, Any]) -> bool:
+    """Whether a folder holds the result of this very command, trained to its end, whose checkpoints are gone.
+
+    Args:
+        run: what `describe` gives for the command at hand.
+
+    Raises:
+        CheckpointError: when it is the result of other settings, naming each; training would replace it.
+    """
+    folder = Path(output_dir)
+    try:
+        state = _read_json(folder / "trainer_state.json")
+        settings = _read_json(folder / RUN_FILE).get("settings")
+        _read_json(folder / "config.json")
+        for path in _weight_files(folder):
+            _check_file(path)
+    except _Damaged:
+        return False  # or of an earlier release, which left no settings here
+    steps, last = state.get("global_step"), state.get("max_steps")
+    if not isinstance(settings, dict) or not isinstance(steps, int) or not isinstance(last, int) or steps < last:
+        return False
+    lines = _differences(settings, run)
+    if lines:
+        raise CheckpointError(
+            f"{output_dir} holds the result of a finished run with other settings:\n{lines}\nChoose another "
+            "--output_dir, or remove the folder if its result is not needed."
+        )
+    return True
+
+
+def _differences(made_with: dict[str, Any], run: dict[str, Any]) -> str:
+    apart = [name for name in sorted(run) if name in made_with and made_with[name] != run[name]]
+    return "\n".join(f"  {name}: {made_with[name]!r} there, {run[name]!r} in this command" for name in apart)
+
+
+def last_complete(output_dir: str, verify: bool = False) -> str | None:
+    """The newest `checkpoint-N` that is whole, or None. The others are named with their damage and passed over.
+
+    Args:
+        verify: compare the hashes of whole files.
+    """
     steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
     folders = [path for path, step in steps.items() if step.isdecimal()]
     for folder in sorted(folders, key=lambda path: int(steps[path]), reverse=True):
-        problem = damage(folder)
+        problem = damage(folder, verify)
         if problem is None:
             return str(folder)
         logger.warning("%s is incomplete (killed while saving?) and is passed over: %s.", folder, problem)
+    if folders:
+        logger.warning("No checkpoint in %s is whole: training begins at the first step.", output_dir)
     return None
 
 
-def damage(folder: Path) -> str | None:
+def name_missing_states(folder: str, args: Any) -> None:
+    """Say what a run cannot take from its checkpoint: ranks' random states, and the scale of fp16's losses."""
+    names = ["rng_state.pth"]
+    if args.world_size > 1:
+        names = [f"rng_state_{rank}.pth" for rank in range(args.world_size)]
+    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    if missing:
+        logger.warning(
+            "%s has no %s (another number of processes?): what these draw, such as dropout, is not what the unbroken "
+            "run would have drawn.",
+            *(folder, ", ".join(missing)),
+        )
+    if args.fp16 and not args.deepspeed and not os.path.isfile(os.path.join(folder, "scaler.pt")):
+        logger.warning("%s has no scaler.pt: the scale of fp16's losses is found anew, and steps are skipped.", folder)
+
+
+def damage(folder: Path, verify: bool = False) -> str | None:
     """What keeps a checkpoint from being resumed: a missing, torn or unreadable file; None when it is whole.
 
-    Weights are not read: the formats tell by their ends whether they were written to the end.
+    Without a manifest (see `manifest`) the formats tell by their ends whether they were written to the end.
+
+    Args:
+        verify: compare the hashes of whole files.
     """
+    if manifest.is_sealed(folder):
+        problem = manifest.find_damage(folder, verify)
+        if problem is not None:
+            return problem
     try:
         state = _read_json(folder / "trainer_state.json")  # the trainer writes it last
         if not isinstance(state.get("global_step"), int):

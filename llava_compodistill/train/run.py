@@ -10,13 +10,14 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from .. import compat
-from ..errors import CheckpointError
+from ..errors import CheckpointError, CompoDistillError, FlagError
 from ..hosts.llava import register
 from ..hosts.llava.loader import add_image_tokens, checkpoint_kind, read_tokenizer
 from ..hosts.llava.model import llava_core
@@ -24,11 +25,13 @@ from ..hosts.llava.taf import PROJECTOR_TYPE
 from ..hosts.llava.templates import prepare_tokenizer, use_template
 from ..pair.student import build_student, compute_dtype
 from ..pair.teacher import load_teacher
-from . import checkpoint, resume
+from . import checkpoint, disk, manifest, resume
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .checks import check_arguments
 from .data import make_data_module
 from .on_policy import find_end_token, refuse_other_tokenizer
+from .output import FINISHED, output_folder
+from .preempt import Preempted
 from .rehearsal import check_image_layers, rehearse
 from .teacher_text import find_teacher_text
 from .trainer import CompoDistillTrainer
@@ -36,18 +39,38 @@ from .trainer import CompoDistillTrainer
 logger = logging.getLogger(__name__)
 
 
-def main(argv: list[str] | None = None) -> CompoDistillTrainer:
-    """Run one stage and return its trainer.
+def main(argv: list[str] | None = None) -> CompoDistillTrainer | None:
+    """Run one stage and return its trainer; None where the folder has held the finished result, without checkpoints.
 
     Args:
         argv: the command line; `sys.argv[1:]` when None.
+
+    Raises:
+        CompoDistillError: for what the user can mend; see `errors`.
+        Preempted: a signal has stopped the run, and its checkpoint is saved (see `preempt`).
     """
     parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
-    _set_up_logging(args)
-    check_arguments(model_args, data_args, args)
+    try:
+        model_args, data_args, args = parser.parse_args_into_dataclasses(args=argv)
+        _set_up_logging(args)
+        check_arguments(model_args, data_args, args)
+    except ValueError as error:
+        raise error if isinstance(error, CompoDistillError) else FlagError(str(error)) from None
     args.made_with = resume.describe(model_args, data_args, args)
-    start = resume.checkpoint_to_resume(args.output_dir, args.made_with, args.resume_anyway)
+    with disk.explained(args.output_dir), output_folder(args) as start:
+        if start is FINISHED:
+            return None
+        return run_stage(model_args, data_args, args, start)
+
+
+def run_stage(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, start: str | None
+) -> CompoDistillTrainer:
+    """What is between the command line and the result.
+
+    Args:
+        start: the checkpoint that the run goes on from, None for the beginning.
+    """
     register(train=True)
     transformers.set_seed(args.seed)
 
@@ -86,8 +109,50 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer:
     trainer.train(resume_from_checkpoint=start)
     trainer.save_state()
     trainer.save_model(args.output_dir)
+    if args.should_save:
+        manifest.flush(args.output_dir, subfolders=False)
     checkpoint.report_leftovers(args.output_dir)
     return trainer
+
+
+#: Seconds after which a launcher has ended all ranks because one has failed.
+LAUNCHER_NOTICES = 5.0
+#: Names a file for the exit status, which torchrun does not pass on; launch.sh reads it.
+STATUS_VARIABLE = "COMPODISTILL_STATUS"
+
+
+def run_process(argv: list[str] | None = None) -> int:
+    """Run one stage as a process, on every rank, and return its exit status: 2 after an error that explains itself,
+    those of `preempt` after a signal.
+
+    Args:
+        argv: the command line; `sys.argv[1:]` when None.
+    """
+    status = 0
+    try:
+        main(argv)
+    except Preempted as stopped:
+        status = stopped.code
+    except KeyboardInterrupt:
+        print("llava_compodistill.train: stopped.", file=sys.stderr)
+        return _tell(130)
+    except CompoDistillError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            # Most errors come on all ranks: the launcher ends this one before it repeats what the first has said.
+            time.sleep(LAUNCHER_NOTICES)
+        place = f" (rank {rank})" if rank else ""
+        print(f"llava_compodistill.train: error{place}: {error}", file=sys.stderr)
+        return _tell(2)
+    end_processes()
+    return _tell(status)
+
+
+def _tell(status: int) -> int:
+    path = os.environ.get(STATUS_VARIABLE)
+    if path and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(path).write_text(f"{status}\n")
+    return status
 
 
 def end_processes() -> None:

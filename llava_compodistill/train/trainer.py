@@ -7,6 +7,7 @@ L_KL, samples with an image for L_ADL. So batch 1 with 8 accumulation steps is b
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from typing import Any
@@ -34,6 +35,8 @@ from .mix import Mix, write_manifest
 from .objective import Objective
 from .on_policy import PARTITIONED, refuse_other_tokenizer
 from .own_answers import OwnAnswers
+from .pickles import loads_tensors_alone
+from .preempt import Shielded, StopOnSignal
 from .samplers import SeededLengthGroupedSampler, SeededRandomSampler, TellEpoch
 from .sight import SightGuard, can_measure
 from .teacher_text import TeacherText
@@ -106,6 +109,8 @@ class CompoDistillTrainer(LLaVATrainer):
         self._gathered: tuple[dict | None, dict | None] = None, None
         self._calibrated: dict[str, Any] | None = None
         self.add_callback(TellEpoch(self))
+        self._stop = StopOnSignal()
+        self.add_callback(self._stop)
         self._sight = SightGuard(self) if args.blind != "off" and can_measure(self.train_dataset) else None
         if self._sight is not None:
             self.add_callback(self._sight)
@@ -284,7 +289,13 @@ class CompoDistillTrainer(LLaVATrainer):
             self.train_sampler = SeededRandomSampler(len(dataset), seed)
         return self.train_sampler
 
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = Shielded(loader.worker_init_fn)
+        return loader
+
     def train(self, resume_from_checkpoint=None, **kwargs):
+        """Train to the end, or until a signal stops the run: `preempt.Preempted`, its checkpoint saved."""
         self._move_teacher()
         if self.objective.calibrated_by:
             self._calibrate(resume_from_checkpoint)
@@ -297,7 +308,10 @@ class CompoDistillTrainer(LLaVATrainer):
                 self.state = state
                 self._load_from_checkpoint(resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._stop.restore()
         self._answers.report(self.accelerator)
         if self._own is not None:
             self._own.report(self.accelerator)
@@ -352,7 +366,10 @@ class CompoDistillTrainer(LLaVATrainer):
     def _save_checkpoint(self, model, trial, *args, **kwargs):
         self._refuse_broken()
         # Not LLaVATrainer's: it saves an adapter without the state that resuming needs.
-        return transformers.Trainer._save_checkpoint(self, model, trial, *args, **kwargs)
+        save = functools.partial(transformers.Trainer._save_checkpoint, self, model, trial, *args, **kwargs)
+        with self._stop.saving_all(self.args):
+            checkpoint.save_sealed(self, save)
+        self._stop.leave(self)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not _internal_call:
@@ -373,8 +390,12 @@ class CompoDistillTrainer(LLaVATrainer):
                 write_calibration(output_dir, self.objective.calibrated_by, self._calibrated)
 
     def _load_rng_state(self, checkpoint):
-        with compat.reads_own_rng_state():
+        with compat.reads_own_rng_state() as can, loads_tensors_alone() if can else contextlib.nullcontext():
             super()._load_rng_state(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with contextlib.nullcontext() if self.args.trust_checkpoint else loads_tensors_alone():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         checkpoint.load_into(self.model if model is None else model, resume_from_checkpoint)

@@ -196,6 +196,7 @@ class MiniatureWorld:
             steps, rate = self.steps_and_rate(recipe, position)
             last = position == len(recipe.stages) - 1
             output = folder / ("llava-student" if last else f"{position}-{stage}")
+            shutil.rmtree(output, ignore_errors=True)  # a result there would be recognised as finished
             script, environment, flags = stage_settings(recipe, position, outputs, str(self.student(recipe.student)))
             captions = stage in ADAPTER_STAGES
             environment = {

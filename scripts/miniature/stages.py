@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def train_teacher(
 
     def script(name: str, folder: Path, changes: Mapping[str, object], steps: int, *more: str) -> Path:
         log = root / "logs" / f"{folder.name}.log"
+        shutil.rmtree(folder, ignore_errors=True)  # a result there would be recognised as finished
         given = {**environment, **changes, "OUTPUT": folder}
         run_script(name, given, [*flags, "--max_steps", str(steps), *more], log, threads, on_log)
         return folder
@@ -115,6 +117,8 @@ def train_student(
 
     seconds = 0.0
     dpt, dft, final = run / "pretrain", run / "dft", run / "llava-student"
+    for folder in (dpt, dft, final):
+        shutil.rmtree(folder, ignore_errors=True)  # a result there would be recognised as finished
     if chosen.distilled:
         weight = ["--kl_weight", str(settings.kl_weight)]
         seconds += script(

@@ -204,7 +204,7 @@ def _sound(rng: random.Random) -> tuple[bytes, str]:
     from PIL import Image
 
     size, mode, form = rng.choice(SIZES), rng.choice(MODES), rng.choice(FORMATS)
-    made = Image.effect_noise(size, rng.choice((0, 60)))
+    made = Image.frombytes("L", size, rng.randbytes(size[0] * size[1]))
     try:
         made = made.convert(mode)
         target = io.BytesIO()

@@ -40,10 +40,11 @@ def test_the_file_and_the_reason_are_named(tmp_path, code):
     assert isinstance(caught.value, CompoDistillError)
 
 
-def test_safetensors_says_it_in_its_text_alone(tmp_path):
+@pytest.mark.parametrize("kind", [SafetensorError, Exception])  # of safetensors, of tokenizers
+def test_some_say_it_in_their_text_alone(tmp_path, kind):
     with pytest.raises(DiskError, match="cannot be written: No space left on device"):
         with disk.explained(str(tmp_path)):
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise kind("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 
-from safetensors import SafetensorError
-
-from ..errors import DiskError
+from ..errors import CompoDistillError, DiskError
 
 _CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
@@ -25,7 +23,9 @@ def explained(output_dir: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except CompoDistillError:
+        raise
+    except Exception as error:  # tokenizers raises no narrower kind
         reason = _reason(error)
         if reason is None:
             raise
@@ -38,7 +38,9 @@ def explained(output_dir: str) -> Iterator[None]:
 def _reason(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno in _CODES else None
-    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors keeps the number in its text alone
+    told = re.search(
+        r"\(os error (\d+)\)", str(error)
+    )  # safetensors and tokenizers keep the number in their text alone
     if told and int(told[1]) in _CODES:
         return os.strerror(int(told[1]))
     # PyTorch's writer forgets the number.

@@ -42,7 +42,7 @@ class FlagError(CompoDistillError, ValueError):
 
 
 class DiskError(CompoDistillError, OSError):
-    """The disk has no room for what a run will write."""
+    """The disk has no room for what a run will write, or refuses to take it."""
 
 
 class OutputError(CompoDistillError, OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import tiny
 
 from llava_compodistill import about, cli
+from llava_compodistill.errors import CheckoutError
 from llava_compodistill.hosts.llava import checkout, patching
 
 HOOKED = Path("llava/__init__.py")
@@ -112,6 +114,27 @@ def test_files_of_the_user_stay_unless_forced(clone, capsys):
     ours = about.folder("scripts") / "dpt.sh"
     assert (clone / "scripts" / "dpt.sh").read_bytes() == ours.read_bytes()
     assert (clone / "scripts" / "finetune.sh").read_text() == "echo LLaVA's own\n"
+
+
+def test_a_script_is_copied_whole_or_not_at_all(package, monkeypatch):
+    """Half of one, left by a full disk or a kill, would be taken for the user's and stay."""
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == "dft.sh":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(CheckoutError, match=r"dft.sh cannot be written \(No space left on device\)"):
+        checkout.main([str(package)])
+    assert [path.name for path in (package / "scripts").glob("d*")] == [], "nothing of it is there"
+    monkeypatch.undo()
+    assert checkout.main([str(package)]) == 0
+    ours = about.folder("scripts") / "dft.sh"
+    assert (package / "scripts" / "dft.sh").read_bytes() == ours.read_bytes()
+    assert os.access(package / "scripts" / "dft.sh", os.X_OK)
+    assert not list(package.rglob("*tmp"))
 
 
 def test_other_deepspeed_settings_of_llava_stay_even_when_forced(clone):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 import sys
 import zipfile
 import zlib
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +142,25 @@ def test_broken_files_are_named(data):
 # ---------------------------------------------------------------------------------------------------------------------
 RUN = {"benchmark": "sugarcrepe", "model": "a", "fingerprint": "f"}
 IDS = ["one", "two", "three"]
+
+
+def test_what_made_the_records_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Records are synced; without it beside them a power cut would leave nobody who can go on with them."""
+    synced, replace = {}, Path.replace
+
+    def sync(descriptor):
+        status = os.fstat(descriptor)
+        synced[status.st_ino] = status.st_size
+
+    def named(path, target):
+        assert synced.get(path.stat().st_ino) == path.stat().st_size > 0
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", named)
+    with RecordFile(tmp_path / "r.jsonl", RUN, IDS):
+        pass
+    assert json.loads((tmp_path / "r.jsonl.run.json").read_text()) == RUN
 
 
 def test_records_are_gone_on_with(tmp_path):

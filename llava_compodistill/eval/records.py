@@ -149,7 +149,10 @@ def write_run(path: Path, run: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".run.json")
     part = beside.with_name(beside.name + ".part")
-    part.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(run, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave the records without it, and nobody can go on with them
     part.replace(beside)
 
 

@@ -25,7 +25,7 @@ from ..hosts.llava.taf import PROJECTOR_TYPE
 from ..hosts.llava.templates import prepare_tokenizer, use_template
 from ..pair.student import build_student, compute_dtype
 from ..pair.teacher import load_teacher
-from . import checkpoint, manifest, resume
+from . import checkpoint, disk, manifest, resume
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .checks import check_arguments
 from .data import make_data_module
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> CompoDistillTrainer | None:
     except ValueError as error:
         raise error if isinstance(error, CompoDistillError) else FlagError(str(error)) from None
     args.made_with = resume.describe(model_args, data_args, args)
-    with output_folder(args) as start:
+    with disk.explained(args.output_dir), output_folder(args) as start:
         if start is FINISHED:
             return None
         return run_stage(model_args, data_args, args, start)

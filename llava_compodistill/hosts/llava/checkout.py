@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ... import about
 from ...errors import CheckoutError
-from .patching import Patch, plan, read_patch, write_all
+from .patching import Patch, plan, read_patch, replace_whole, write_all
 
 #: Files by which a LLaVA checkout is known, whether cloned or unpacked from the registry's wheel.
 LANDMARKS = ("llava/__init__.py", "llava/model/__init__.py", "llava/model/builder.py", "llava/train/train.py")
@@ -77,7 +76,13 @@ def describe(root: Path) -> str:
 
 
 def copy_scripts(root: Path, force: bool = False, dry_run: bool = False) -> Report:
-    """Copy our scripts into `root/scripts`; a file there that differs is the user's and stays, unless `force`."""
+    """Copy our scripts into `root/scripts`; a file there that differs is the user's and stays, unless `force`.
+
+    A script is there whole or not at all: half of one would be taken for the user's.
+
+    Raises:
+        CheckoutError: for a file that cannot be written.
+    """
     report = Report()
     source = about.folder("scripts")
     files = [path for folder in COPIED_FOLDERS for path in (source / folder).glob("*")]
@@ -104,10 +109,13 @@ def copy_scripts(root: Path, force: bool = False, dry_run: bool = False) -> Repo
             report.kept.append(label)
             continue
         if not dry_run:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-            if path.suffix == ".sh":
-                target.chmod(0o755)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                replace_whole(target, path.read_bytes(), 0o755 if path.suffix == ".sh" else 0o644)
+            except OSError as error:
+                raise CheckoutError(
+                    f"{target} cannot be written ({error.strerror}). When it can, the same command goes on from there."
+                ) from error
     return report
 
 

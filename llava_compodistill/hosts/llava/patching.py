@@ -92,19 +92,25 @@ def write_all(contents: dict[Path, str]) -> None:
     try:
         for path, text in contents.items():
             done.append(path)
-            _replace(path, text.encode("utf-8", "surrogateescape"))
+            replace_whole(path, text.encode("utf-8", "surrogateescape"), path.stat().st_mode)
     except OSError as error:
         for path in done[:-1]:
-            _replace(path, before[path])
+            replace_whole(path, before[path], path.stat().st_mode)
         raise PatchError(f"{done[-1]} cannot be written ({error.strerror}); nothing was changed.") from error
 
 
-def _replace(path: Path, content: bytes) -> None:
-    # A new file in place of the old: a hard link (as some installers make) keeps its own content.
+def replace_whole(path: Path, content: bytes, mode: int) -> None:
+    """Write a file with these rights, so that after a kill, a full disk or a power cut it is the old or the new one.
+
+    A new file takes the place of the old: a hard link (as some installers make) keeps its own content.
+    """
     temporary = path.with_name(path.name + ".compodistill-tmp")
     try:
-        temporary.write_bytes(content)
-        temporary.chmod(path.stat().st_mode)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

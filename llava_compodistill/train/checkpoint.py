@@ -271,6 +271,8 @@ def _trained_bias(name: str, parameter: torch.Tensor) -> bool:
 def _save_config(core: nn.Module, output_dir: str) -> None:
     use_cache = core.config.use_cache
     core.config.use_cache = True  # off while training only
+    # How a QLoRA student holds its base: a checkpoint fits the unquantised one as well.
+    quantised = vars(core.config).pop("quantization_config", None)
     try:
         core.config.architectures = [type(core).__name__]
         core.config.save_pretrained(output_dir)
@@ -279,6 +281,8 @@ def _save_config(core: nn.Module, output_dir: str) -> None:
             core.generation_config.save_pretrained(output_dir)
     finally:
         core.config.use_cache = use_cache
+        if quantised is not None:
+            core.config.quantization_config = quantised
 
 
 def _load_full(core: nn.Module, folder: str) -> None:

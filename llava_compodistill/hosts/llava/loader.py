@@ -26,6 +26,7 @@ from ... import compat
 from ...errors import CheckpointError
 from .language_models import MODEL_CLASSES, model_class
 from .model import has_own_tower, holds_weights, llava_core
+from .quantization import quantization_config, refuse_without_bitsandbytes
 
 ADAPTER_FILE = "mm_projector.bin"
 LORA_EXTRA_FILE = "non_lora_trainables.bin"
@@ -171,6 +172,8 @@ def load_model(
     kind = checkpoint_kind(path) if os.path.isdir(path) else "full"
     config = read_config(path)
     cls = model_class(config.model_type)
+    if kind in ("lora", "adapter") and hasattr(config, "quantization_config"):
+        del config.quantization_config  # how its language model was held in training (QLoRA), not how it is stored
     find_tower(config, path, vision_tower)
     if kind in ("full", "base"):
         if not isinstance(config, cls.config_class):
@@ -294,7 +297,8 @@ def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:
             kwargs["low_cpu_mem_usage"] = True
             kwargs["device_map"] = device_map if device == "cuda" else {"": device}
         if load_8bit or load_4bit:
-            kwargs["quantization_config"] = _quantization(load_4bit, dtype)
+            refuse_without_bitsandbytes(f"load_{4 if load_4bit else 8}bit", device)
+            kwargs["quantization_config"] = quantization_config(4 if load_4bit else 8, dtype)
         if use_flash_attn:
             kwargs["attn_implementation"] = "flash_attention_2"
         model = load_model(model_path, model_base, **kwargs).eval()
@@ -382,17 +386,3 @@ def _check_for_llava(path: str, base: str | None, name: str, model_type: str) ->
             f'{path}: by the letters "mpt" in its name LLaVA\'s own loader takes it for MPT, and would run code that '
             "comes with it. Rename the folder."
         )
-
-
-def _quantization(four_bit: bool, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if not four_bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["mm_projector", "lm_head"])
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=["mm_projector", "lm_head"],
-    )

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ... import compat
 from ...errors import CheckpointError
 from .language_models import MODEL_CLASSES, model_class
+from .lora import lora_config, resize_vocabulary
 from .model import has_own_tower, holds_weights, llava_core
 from .quantization import quantization_config, refuse_without_bitsandbytes
 
@@ -192,12 +193,16 @@ def load_model(
     new = ["mm_projector", "image_newline"]
     if any("vision_tower" in name for name in read_weights(extra)):
         new.append("vision_tower")
+    vocabulary = config.vocab_size
+    config.vocab_size = getattr(read_config(base), "vocab_size", vocabulary)
     model = _from_pretrained(cls, base, config, new=tuple(new), **kwargs)
+    resize_vocabulary(model, vocabulary)
     load_extra_weights(model, extra)
     if kind == "lora":
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, path, is_trainable=not merge_lora)
+        lora = lora_config(read_lora_config(path), path)
+        model = PeftModel.from_pretrained(model, path, config=lora, is_trainable=not merge_lora)
         if merge_lora:
             model = model.merge_and_unload()
     return model

@@ -18,6 +18,7 @@ from llava_compodistill.hosts.llava.loader import checkpoint_kind
 from llava_compodistill.hosts.llava.model import llava_core
 from llava_compodistill.train import merging
 from llava_compodistill.train.merging import merge
+from miniature import language_models
 
 LORA = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0, "max_steps": 1, "learning_rate": 1e-2}
 
@@ -142,14 +143,13 @@ def test_a_students_config_does_not_say_how_its_base_was_held(student, tmp_path)
 
 
 def test_tied_embeddings_and_a_vocabulary_that_has_grown(world, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(world["qwen-student"])
-    base = AutoModelForCausalLM.from_pretrained(world["qwen-student"])
-    base.resize_token_embeddings(len(tokenizer))
-    base.config.tie_word_embeddings = True
-    base.tie_weights()
-    base.save_pretrained(tmp_path / "tied")
+    config = language_models.qwen2_config(tiny.STUDENT, tokenizer)
+    config.tie_word_embeddings, config.vocab_size = True, len(tokenizer)
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "tied")
     for file in world["qwen-student"].glob("*"):
         if not file.name.startswith(("model", "config")):
             shutil.copy(file, tmp_path / "tied")

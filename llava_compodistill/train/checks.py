@@ -138,7 +138,7 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
             "their embeddings would stay random. Leave the flag out (a checkpoint that has the tokens keeps them), or "
             "train the whole language model with --stage dft or sft and without --lora_enable."
         )
-    check_placement(model, training)
+    check_placement(training)
     check_bits(training)
     if training.fp16 and training.device.type == "cpu":
         raise ValueError("--fp16 True: there is no fp16 training on a CPU. Use --bf16 True, or neither.")
@@ -150,7 +150,7 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         )
 
 
-def check_placement(model: ModelArguments, training: TrainingArguments) -> None:
+def check_placement(training: TrainingArguments) -> None:
     """Refuse a --teacher_placement that cannot run here.
 
     Raises:

@@ -323,5 +323,3 @@ def test_a_quantised_student_is_readied_for_lora(siglip):
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "norm" in n and "tower" not in n)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n in kept if "mm_projector" in n}
     assert all(torch.equal(p, before[n].to(p.dtype)) for n, p in model.named_parameters()), "no value is rounded"
-
-

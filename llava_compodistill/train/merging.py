@@ -108,7 +108,7 @@ def _find_base(path: str, given: str | None, named: Any) -> str:
     source = "--base" if given else f"{os.path.join(path, 'adapter_config.json')}, base_model_name_or_path:"
     if not base:
         raise CheckpointError(f"{source} is empty: name the language model that the LoRA was trained on, with --base.")
-    looks_like_path = base.startswith((".", "/", "~")) or base.count("/") != 1
+    looks_like_path = base.startswith((".", "/", "~")) or base.count("/") > 1
     if os.path.isdir(base):
         kind = checkpoint_kind(base)
         if kind in ("lora", "adapter"):

@@ -43,6 +43,8 @@ COLLECTS_ACCUMULATION_WINDOW = Version("4.46") <= TRANSFORMERS
 #: Since 4.38 the Trainer's shuffling depends on seed and epoch alone; before, on the global random state, so that a
 #: run resumed in its second epoch, or on another number of processes, saw another order.
 SEEDS_SAMPLER = "accelerator_config" in transformers.TrainingArguments.__dataclass_fields__
+#: Before 4.46 weights of 8 and 4 bits need CUDA, whatever bitsandbytes has kernels for.
+QUANTISES_WITHOUT_CUDA = Version("4.46") <= TRANSFORMERS
 #: Since 4.48 attention is a function looked up by name at every call; before, a class fixed at construction.
 try:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -33,7 +33,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def measured(tmp_path_factory):
     """The CSV of all suites that this transformers can run, and its pictures."""
     path = tmp_path_factory.mktemp("benchmark") / "figures.csv"
-    suites = "op,head,step,fit,profile,sight,eval" if CURRENT else "op,head,profile,sight,eval"
+    suites = "op,head,step,fit,profile,sight,teacher,eval" if CURRENT else "op,head,profile,sight,teacher,eval"
     done = run(
         "run.py",
         "--device",
@@ -94,6 +94,23 @@ def test_a_step_and_its_fit(measured):
     batch = {row["variant"]: int(row["batch"]) for row in found if row["suite"] == "fit"}
     assert 1 <= batch["usual"] < batch["ours"]
     assert all(float(row["flops_share"]) > 0 for row in found if row["suite"] == "step")
+
+
+def test_placements_of_the_teacher(measured):
+    """An offloaded one gives equal bits with fewer weights on the device; what cannot run says why."""
+    found = {row["variant"]: row for row in rows(measured) if row["suite"] == "teacher"}
+    assert list(found) == ["replicate", "offload", "8bit", "4bit"]
+    kept = {}
+    for name in ("replicate", "offload"):
+        assert found[name]["parity"] == "0.0e+00" and float(found[name]["p50_ms"]) > 0
+        size, text = found[name]["note"].split(" MiB of weights on the device, ")
+        assert text.endswith("cosine 1.0000")
+        kept[name] = float(size)
+    assert 0 < kept["offload"] < kept["replicate"]
+    for name in ("8bit", "4bit"):
+        assert "cosine" in found[name]["note"] or found[name]["note"].startswith(
+            f"not run: --teacher_placement {name}: "
+        )
 
 
 def test_pictures(measured):

@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command("llava_compodistill.train.run", "main", "train one stage (flags as in LLaVA's scripts)", True),
     "eval": Command("llava_compodistill.eval.cli", "main", "compositional and hallucination benchmarks"),
+    "merge": Command("llava_compodistill.train.merging", "main", "a LoRA student as a whole checkpoint"),
     "compare": Command("llava_compodistill.eval.compare", "main", "models side by side, with intervals and p-values"),
     "analyze": Command(
         "llava_compodistill.analysis.cli", "main", "where models look: the paper's figures of attention"

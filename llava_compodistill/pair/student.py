@@ -16,6 +16,7 @@ from .. import compat
 from ..errors import CheckpointError
 from ..hosts.llava import register
 from ..hosts.llava.model import has_own_tower, llava_core, projector
+from ..hosts.llava.quantization import quantization_config
 from ..hosts.llava.taf import PROJECTOR_TYPE, TAFProjector, fetch_teacher_adapter, taf_config
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
         if stage not in ("pt", "dpt"):
             logger.warning("The adapter starts from random weights: --pretrain_mm_mlp_adapter loads a trained one.")
     continues_lora = _is_peft(model)
+    if training_args.bits in (4, 8):
+        prepare_quantised(core, compute_dtype(training_args))
     if training_args.lora_enable and not continues_lora:
         model = add_lora(model, training_args)
     set_trainable(
@@ -140,9 +143,9 @@ def _load_student(model_args: Any, training_args: Any) -> nn.Module:
     if model_args.attn_implementation is not None:
         options["attn_implementation"] = model_args.attn_implementation
     if training_args.bits in (4, 8):
-        from ..hosts.llava.loader import _quantization
-
-        options["quantization_config"] = _quantization(training_args.bits == 4, compute_dtype(training_args))
+        options["quantization_config"] = quantization_config(
+            training_args.bits, compute_dtype(training_args), training_args.quant_type, training_args.double_quant
+        )
         options["device_map"] = {"": training_args.device}
     return load_model(model_args.model_name_or_path, merge_lora=False, vision_tower=model_args.vision_tower, **options)
 
@@ -332,8 +335,24 @@ def add_lora(model: nn.Module, training_args: Any) -> nn.Module:
         bias=training_args.lora_bias,
         task_type="CAUSAL_LM",
     )
-    if training_args.bits in (4, 8):
-        from peft import prepare_model_for_kbit_training
-
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, config)
+
+
+def prepare_quantised(core: nn.Module, dtype: torch.dtype) -> None:
+    """Ready a student with weights of 8 or 4 bits for LoRA, as LLaVA does: norms in fp32; encoder, adapter, embeddings
+    and head, which are not quantised, in the precision of the step.
+
+    Args:
+        core: before LoRA is added, or the model inside it.
+        dtype: in which the step computes.
+    """
+    from peft import prepare_model_for_kbit_training
+
+    trained = {id(parameter) for parameter in core.parameters() if parameter.requires_grad}
+    # It freezes everything and widens all that is not quantised. Checkpointing is switched on elsewhere.
+    prepare_model_for_kbit_training(core, use_gradient_checkpointing=False)
+    for parameter in core.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    modules = [core.get_input_embeddings(), core.get_output_embeddings(), core.get_vision_tower(), projector(core)]
+    for module in modules:
+        module.to(dtype)

@@ -13,6 +13,8 @@ from torch import nn
 from .. import compat
 from ..errors import CheckpointError
 from ..hosts.llava import register
+from ..hosts.llava.quantization import quantization_config, refuse_without_bitsandbytes
+from .placement import QUANTISED
 
 
 def load_teacher(
@@ -23,30 +25,50 @@ def load_teacher(
     device: torch.device | str = "cpu",
     attn_implementation: str | None = None,
     vision_tower: str | None = None,
+    placement: str = "replicate",
 ) -> nn.Module:
-    """Load a teacher: frozen, in eval mode, in its own precision, on one device whatever DeepSpeed does to the
+    """Load a teacher: frozen, in eval mode, in its own precision, whole on one device whatever DeepSpeed does to the
     student.
 
     Args:
         path: a LLaVA checkpoint (full, LoRA or adapter); `base` names the language model of the latter two.
         vision_tower: where the encoder is found now, if its path has changed since the teacher was trained.
+        placement: where it is to live (`placement.PLACEMENTS`). 8bit and 4bit are loaded so; the others are loaded on
+            the CPU, for `placement.place_teacher`, but replicate on `device`.
 
     Raises:
-        CheckpointError: when the folder is no usable LLaVA checkpoint.
+        CheckpointError: when the folder is no usable LLaVA checkpoint, or a LoRA is to be quantised.
+        FlagError: for 8 or 4 bits where they cannot be loaded.
     """
     register()
     from ..hosts import load_model
+    from ..hosts.llava.loader import checkpoint_kind
 
     check_teacher(path)
     options = compat.dtype_argument(dtype)
+    quantised = placement in QUANTISED
+    if quantised:
+        flag = f"--teacher_placement {placement}"
+        refuse_without_bitsandbytes(flag, device)
+        if os.path.isdir(path) and checkpoint_kind(path) != "full":
+            raise CheckpointError(
+                f"{flag}: {path} is no whole model, and LoRA weights are lost in part when they are merged into "
+                "quantised ones. Merge it first: llava-compodistill merge CHECKPOINT OUTPUT."
+            )
+        options["quantization_config"] = quantization_config(QUANTISED[placement], dtype or torch.float16)
+        options["device_map"] = {"": device}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     with compat.outside_zero3():
         teacher = load_model(path, base, vision_tower=vision_tower, **options)
-        teacher.get_vision_tower().load_model()
+        tower = teacher.get_vision_tower()
+        tower.load_model()
     teacher.config.use_cache = False
     teacher.requires_grad_(False)
-    return teacher.to(device=device, dtype=dtype).eval()
+    if quantised:  # its layers stay as they are, where they are
+        tower.to(device=device, dtype=dtype)
+        return teacher.eval()
+    return teacher.to(device=device if placement == "replicate" else "cpu", dtype=dtype).eval()
 
 
 def check_teacher(path: str) -> None:

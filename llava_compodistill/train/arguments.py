@@ -231,6 +231,15 @@ class TrainingArguments(llava_training.TrainingArguments):
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Precision of the frozen teacher. auto: the student's compute precision."}
     )
+    teacher_placement: Literal["auto", "replicate", "zero3", "fsdp", "offload", "8bit", "4bit"] = field(
+        default="auto",
+        metadata={
+            "help": "Where the frozen teacher lives. replicate: whole on every device. zero3, fsdp: its layers in "
+            "pieces on all devices. offload: its layers in host memory, moved to the device one by one. 8bit, 4bit: "
+            "quantised (bitsandbytes), which changes what it teaches. auto: replicate where that leaves a quarter of "
+            "the device free; else zero3 with --deepspeed or fsdp without; else offload."
+        },
+    )
     blind: Literal["warn", "error", "off"] = field(
         default="warn",
         metadata={"help": "For a run whose loss does not depend on the image: report it, stop, or do not measure."},

@@ -75,6 +75,7 @@ def save(
         core.config.compodistill["template"] = current_template()
     if args.stage in ("pt", "dpt"):
         torch.save(_prefixed("model.", adapter), os.path.join(output_dir, ADAPTER_FILE))
+        _save_config(core, output_dir)
     elif hasattr(model, "peft_config"):
         names = [n for n, p in model.named_parameters() if "lora_" in n or _trained_bias(n, p)]
         source = dict(model.named_parameters()) if state_dict is None else state_dict
@@ -82,17 +83,28 @@ def save(
         # Left to itself PEFT reads the base's config, to see whether the embedding has grown, and warns of its type.
         model.save_pretrained(output_dir, state_dict=weights, save_embedding_layers=False)
         torch.save(_prefixed("base_model.model.model.", adapter), os.path.join(output_dir, LORA_EXTRA_FILE))
+        _save_config(core, output_dir)
     else:
-        weights = core.state_dict() if state_dict is None else state_dict
-        weights = {name: value for name, value in weights.items() if not _elsewhere(name, core)}
-        core.save_pretrained(output_dir, state_dict=weights, **compat.keep_names_argument())
-    _save_config(core, output_dir)
+        save_whole(core, output_dir, state_dict)
     if tokenizer is not None:
         tokenizer.save_pretrained(output_dir)
         compat.make_tokenizer_portable(output_dir, sentencepiece=getattr(tokenizer, "vocab_file", None))
     torch.save(args, os.path.join(output_dir, "training_args.bin"))
     if getattr(args, "made_with", None) is not None:
         write_description(output_dir, args.made_with, getattr(args, "save_only_model", False))
+
+
+def save_whole(core: nn.Module, output_dir: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a whole model and its config, as LLaVA and transformers load it.
+
+    Args:
+        core: without wrappers.
+        state_dict: its weights, where they are not read from the model.
+    """
+    weights = core.state_dict() if state_dict is None else state_dict
+    weights = {name: value for name, value in weights.items() if not _elsewhere(name, core)}
+    core.save_pretrained(output_dir, state_dict=weights, **compat.keep_names_argument())
+    _save_config(core, output_dir)
 
 
 def save_sealed(trainer: Any, save: Callable[[], None]) -> None:
@@ -280,6 +292,8 @@ def _trained_bias(name: str, parameter: torch.Tensor) -> bool:
 def _save_config(core: nn.Module, output_dir: str) -> None:
     use_cache = core.config.use_cache
     core.config.use_cache = True  # off while training only
+    # How a QLoRA student holds its base: a checkpoint fits the unquantised one as well.
+    quantised = vars(core.config).pop("quantization_config", None)
     try:
         core.config.architectures = [type(core).__name__]
         core.config.save_pretrained(output_dir)
@@ -288,6 +302,8 @@ def _save_config(core: nn.Module, output_dir: str) -> None:
             core.generation_config.save_pretrained(output_dir)
     finally:
         core.config.use_cache = use_cache
+        if quantised is not None:
+            core.config.quantization_config = quantised
 
 
 def _load_full(core: nn.Module, folder: str) -> None:

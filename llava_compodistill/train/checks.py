@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
+
+from ..hosts.llava.quantization import refuse_without_bitsandbytes
 from ..methods.schedule import ENDS
 from ..pair.layers import parse_band
+from ..pair.placement import QUANTISED, SHARDED, fully_shard
 from .sharding import check_fsdp
 
 if TYPE_CHECKING:
@@ -136,6 +140,8 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
             "their embeddings would stay random. Leave the flag out (a checkpoint that has the tokens keeps them), or "
             "train the whole language model with --stage dft or sft and without --lora_enable."
         )
+    check_placement(training)
+    check_bits(training)
     if training.fp16 and training.device.type == "cpu":
         raise ValueError("--fp16 True: there is no fp16 training on a CPU. Use --bf16 True, or neither.")
     if training.shuffle_attention_targets and training.per_device_train_batch_size < 2:
@@ -144,6 +150,59 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         raise ValueError(
             "--data_path is missing: give a JSON file of conversations, several with commas, or a YAML mix."
         )
+
+
+def check_placement(training: TrainingArguments) -> None:
+    """Refuse a --teacher_placement that cannot run here.
+
+    Raises:
+        ValueError: naming the flag and the way out.
+    """
+    placement = training.teacher_placement
+    if placement == "auto":
+        return
+    flag, why = f"--teacher_placement {placement}", None
+    if not training.distilled:
+        why = f"no teacher is in the loss of --stage {training.stage} of {training.method}: leave the flag out"
+    elif placement == "zero3" and not training.deepspeed:
+        why = "partitions the teacher by DeepSpeed: add --deepspeed zero2.json or zero3.json, or use fsdp or offload"
+    elif placement == "fsdp" and fully_shard() is None:
+        why = f"needs torch 2.6 or newer (FSDP2), and this is {torch.__version__}: use zero3 or offload"
+    elif placement in SHARDED and training.world_size < 2:
+        why = (
+            "shares the layers among processes, and there is one: start several (torchrun, deepspeed), or use offload"
+        )
+    if why is not None:
+        raise ValueError(f"{flag}: {why}.")
+    if placement in QUANTISED:
+        refuse_without_bitsandbytes(flag, training.device)
+
+
+def check_bits(training: TrainingArguments) -> None:
+    """Refuse a --bits (QLoRA) that cannot run here.
+
+    Raises:
+        ValueError: naming the flags and the way out.
+    """
+    bits, why = training.bits, None
+    if bits == 16:
+        return
+    zero = getattr(training, "hf_deepspeed_config", None) if training.deepspeed else None
+    if bits not in (4, 8):
+        why = "must be 4 or 8 (QLoRA), or 16"
+    elif training.stage in ADAPTER_STAGES:
+        why = f"--stage {training.stage} trains the adapter alone, without LoRA: leave the flag out"
+    elif not training.lora_enable:
+        why = "quantised weights cannot be trained themselves: add --lora_enable True, or leave the flag out"
+    elif zero is not None and zero.is_zero3():
+        why = "ZeRO-3 cannot partition quantised weights: use ZeRO-2, or DDP"
+    elif training.fsdp:
+        why = "not with --fsdp, which cannot shard weights quantised here: use ZeRO-2, or DDP"
+    elif training.quant_type not in ("nf4", "fp4"):
+        why = f"--quant_type {training.quant_type} is neither nf4 nor fp4"
+    if why is not None:
+        raise ValueError(f"--bits {bits}: {why}.")
+    refuse_without_bitsandbytes(f"--bits {bits}", training.device)
 
 
 def _check_trained_tower(model: ModelArguments, training: TrainingArguments) -> None:

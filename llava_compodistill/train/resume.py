@@ -19,6 +19,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from ..pair.placement import QUANTISED
 from . import manifest
 from .mix import Source, read_sources
 from .pickles import refuse_unknown
@@ -103,6 +104,8 @@ def describe(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
     }
     if not args.lora_enable:
         kept = {name: value for name, value in kept.items() if not name.startswith("lora_") or name == "lora_enable"}
+    if args.teacher_placement not in QUANTISED:  # the others move the same weights about
+        kept["teacher_placement"] = "whole weights"
     kept["deepspeed"] = bool(args.deepspeed)
     kept["global_batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     sources = read_sources(data_args.data_path)

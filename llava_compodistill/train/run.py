@@ -95,6 +95,7 @@ def run_stage(
             device=args.device if args.distilled else "cpu",
             attn_implementation=model_args.attn_implementation,
             vision_tower=model_args.vision_tower,
+            placement=loading_placement(args) if args.distilled else "replicate",
         )
     student = build_student(model_args, args, teacher)
     if not args.distilled:
@@ -224,6 +225,12 @@ def configure(
 def teacher_dtype(args: TrainingArguments) -> torch.dtype:
     """The precision of the frozen teacher."""
     return compute_dtype(args) if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
+
+
+def loading_placement(args: TrainingArguments) -> str:
+    """How the teacher is loaded. What auto stands for is not known before the student is there, but on a CPU."""
+    auto = args.teacher_placement == "auto"
+    return "replicate" if auto and args.device.type == "cpu" else args.teacher_placement
 
 
 def report(trainer: CompoDistillTrainer) -> None:

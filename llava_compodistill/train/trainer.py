@@ -25,7 +25,7 @@ from ..methods import Sums
 from ..methods.base import COUNTS
 from ..pair.layers import parse_band
 from ..pair.student import computing
-from . import checkpoint, facts, sharding
+from . import checkpoint, facts, placing, sharding
 from .answer_watch import AnswerWatch
 from .arguments import TrainingArguments
 from .calibration import Batches, read_calibration, refuse_zero3, samples_with_image, write_calibration
@@ -120,6 +120,7 @@ class CompoDistillTrainer(LLaVATrainer):
         self._answers = AnswerWatch(self._limit, self.objective.pair.shares_tokenizer)
         self._waiting: list[dict[str, Any]] = []
         self._terms_log = TermsLog(self.accelerator, args)
+        self._placed: tuple[str, Any] | None = None  # see `placing`
 
     def create_optimizer(self, *args, **kwargs):
         """LLaVA's, with the encoder's rate where it has one."""
@@ -340,7 +341,9 @@ class CompoDistillTrainer(LLaVATrainer):
         first = range(min(len(data), size * self.objective.calibration_batches))
         wanted = self.objective.calibration_samples
         with_image = samples_with_image(data, wanted, self.args.seed_of_data) if wanted else []
-        student = self.objective.pair.student.to(self.args.device)
+        student = self.objective.pair.student
+        if not getattr(student, "is_quantized", False):  # which is where it was loaded, and cannot be moved
+            student.to(self.args.device)
         training = student.training
         student.eval()
         try:
@@ -358,8 +361,8 @@ class CompoDistillTrainer(LLaVATrainer):
         return {**self._prepare_inputs(batch), "use_cache": False}
 
     def _move_teacher(self) -> None:
-        if self.objective.teacher is not None:
-            self.objective.teacher.to(self.args.device)
+        if self.objective.teacher is not None and self._placed is None:
+            self._placed = placing.place(self)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Checkpoints

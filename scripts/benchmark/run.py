@@ -8,6 +8,7 @@ Suites
     profile  the operators above 2 % of our step
     compile  our step with and without torch.compile
     sight    the sight guard's share of a run, in CPU time on a CPU
+    teacher  a teacher's pass by where its weights live (--teacher_placement), and what that does to its targets
     eval     items a second of the evaluation engine against one question at a time, and against LLaVA's module, on the
              miniature
     images   the share of the time that an evaluation waits for images, by workers
@@ -54,11 +55,12 @@ import op as op_suite  # noqa: E402
 import plan as plan_suite  # noqa: E402
 import sight as sight_suite  # noqa: E402
 import step as step_suite  # noqa: E402
+import teacher as teacher_suite  # noqa: E402
 from measure import machine, write_csv  # noqa: E402
 from pair import Pair  # noqa: E402
 from presets import PRESETS, Preset  # noqa: E402
 
-SUITES = ("op", "head", "step", "fit", "profile", "compile", "sight", "eval", "images", "plan")
+SUITES = ("op", "head", "step", "fit", "profile", "compile", "sight", "teacher", "eval", "images", "plan")
 console = Console()
 
 
@@ -144,6 +146,8 @@ def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Na
             yield from step_suite.run_fit(pair, folder, preset.limits, args.seconds)
         elif suite == "sight":
             yield from sight_suite.run(pair, folder, preset.batches, args.seconds, preset.global_batch)
+        elif suite == "teacher":
+            yield from teacher_suite.run(pair, folder, preset.batches, args.seconds)
         elif suite == "compile":
             yield from step_suite.run_compiled(pair, folder, preset.batches[-1], args.seconds)
         else:

@@ -23,7 +23,9 @@ from ... import compat
 from ...errors import CheckpointError
 from ..files import read_object
 from .language_models import MODEL_CLASSES, model_class
+from .lora import resize_vocabulary
 from .model import has_own_tower, holds_weights, llava_core
+from .quantization import quantization_config, refuse_without_bitsandbytes
 from .weights import portable_lora_config, read_tensors, read_weights, refuse_damaged_weights
 
 ADAPTER_FILE = "mm_projector.bin"
@@ -163,6 +165,8 @@ def load_model(
     kind = checkpoint_kind(path) if os.path.isdir(path) else "full"
     config = read_config(path)
     cls = model_class(config.model_type)
+    if kind in ("lora", "adapter") and hasattr(config, "quantization_config"):
+        del config.quantization_config  # how its language model was held in training (QLoRA), not how it is stored
     find_tower(config, path, vision_tower)
     if kind in ("full", "base"):
         if not isinstance(config, cls.config_class):
@@ -181,7 +185,10 @@ def load_model(
     new = ["mm_projector", "image_newline"]
     if any("vision_tower" in name for name in read_weights(extra)):
         new.append("vision_tower")
+    vocabulary = config.vocab_size
+    config.vocab_size = getattr(read_config(base), "vocab_size", vocabulary)
     model = _from_pretrained(cls, base, config, new=tuple(new), **kwargs)
+    resize_vocabulary(model, vocabulary)
     load_extra_weights(model, extra)
     if kind == "lora":
         model = _with_lora(model, path, trainable=not merge_lora)
@@ -298,7 +305,8 @@ def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:
             kwargs["low_cpu_mem_usage"] = True
             kwargs["device_map"] = device_map if device == "cuda" else {"": device}
         if load_8bit or load_4bit:
-            kwargs["quantization_config"] = _quantization(load_4bit, dtype)
+            refuse_without_bitsandbytes(f"load_{4 if load_4bit else 8}bit", device)
+            kwargs["quantization_config"] = quantization_config(4 if load_4bit else 8, dtype)
         if use_flash_attn:
             kwargs["attn_implementation"] = "flash_attention_2"
         model = load_model(model_path, model_base, **kwargs).eval()
@@ -387,17 +395,3 @@ def _check_for_llava(path: str, base: str | None, name: str, model_type: str) ->
             f'{path}: by the letters "mpt" in its name LLaVA\'s own loader takes it for MPT, and would run code that '
             "comes with it. Rename the folder."
         )
-
-
-def _quantization(four_bit: bool, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if not four_bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["mm_projector", "lm_head"])
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=["mm_projector", "lm_head"],
-    )

@@ -1,0 +1,46 @@
+"""Where a run's teacher lives: what --teacher_placement says, checked against the run, and said in the log once."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FlagError
+from ..pair.placement import QUANTISED, SHARDED, decide, fully_shard, place_teacher, student_bytes
+
+if TYPE_CHECKING:
+    from .trainer import CompoDistillTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def place(trainer: CompoDistillTrainer) -> tuple[str, Any]:
+    """Put the teacher where it is to live. All ranks call it, before the first forward.
+
+    Returns:
+        The placement, which is never auto, and what has to be kept as long as the teacher.
+
+    Raises:
+        FlagError: for a teacher that was loaded for another placement, and a method that this one does not go with.
+    """
+    objective, args = trainer.objective, trainer.args
+    asked = args.teacher_placement
+    if getattr(objective.teacher, "is_quantized", False) != (asked in QUANTISED):
+        raise FlagError(f"--teacher_placement {asked}: give it to load_teacher(..., placement={asked!r}) as well.")
+    switched = any(term.switched_needs() is not None for term in objective.terms)
+    if switched and asked in SHARDED:
+        raise FlagError(
+            f"--teacher_placement {asked}: gradients of --method {args.method} pass through the teacher, whose layers "
+            "have to be whole then: use replicate, offload, 8bit or 4bit."
+        )
+    placement, reason = asked, ""
+    if asked == "auto":
+        accelerator = trainer.accelerator
+        ranks, plugin = accelerator.num_processes, accelerator.state.deepspeed_plugin
+        stage = 3 if trainer.is_fsdp_enabled else 0 if plugin is None else plugin.zero_stage
+        sharded = "zero3" if trainer.is_deepspeed_enabled else "fsdp" if fully_shard() is not None else None
+        needed = student_bytes(trainer.model, stage, ranks)
+        placement, reason = decide(objective.teacher, args.device, needed, ranks, None if switched else sharded)
+        reason = f" (auto: {reason})"
+    logger.info("Teacher: %s%s.", placement, reason)
+    return placement, place_teacher(objective.teacher, placement, args.device)

@@ -241,9 +241,10 @@ def answer_work(models: Models, setup: Setup) -> tuple[float, float]:
     """(at work, kept until the backward): bytes of the answer loss.
 
     Kept: answer rows of both models, the gradient of the student's (c R D each), and that of a trained head, made in
-    the same pass. At work, with a teacher: student's log-probabilities, twice where the common vocabulary is smaller,
-    the teacher's and their difference in float32, and one model's logits; without: log-probabilities and logits, and
-    the log-probabilities of the chunk before.
+    the same pass. At work, with a teacher: the student's log-probabilities, the teacher's and their difference in
+    float32, and one model's logits. Where the common vocabulary is smaller, the student's twice, and from the second
+    chunk on a copy of the logits beside the teacher's probabilities of the chunk before. Without a teacher:
+    log-probabilities and logits, and the log-probabilities of the chunk before.
     """
     student, c, rows = models.student, setup.compute, setup.rows
     size = chunk_rows(student.vocab, rows, setup.device)
@@ -251,7 +252,7 @@ def answer_work(models: Models, setup: Setup) -> tuple[float, float]:
     each = (8 if rows > size else 4) + c
     if setup.distils:
         kept += c * rows * models.teacher.hidden
-        each = (12 if setup.whole_vocabulary else 16) + c
+        each = 12 + c if setup.whole_vocabulary else 16 + (2 if rows > size else 1) * c
     work = float(size * student.vocab * each)
     head = student.embedding * setup.trained if setup.full else 0
     if setup.autocast and setup.held == 4:
@@ -281,11 +282,11 @@ def encoder_work(tower: Tower, setup: Setup) -> float:
 
 def optimizer_work(models: Models, setup: Setup) -> float:
     """AdamW's square roots of all second moments at once (`foreach`, the default on CUDA; on a CPU one weight's at a
-    time), and under DeepSpeed the gradients' share in float32."""
+    time, and their quotient), and under DeepSpeed the gradients' share in float32."""
     trained = trained_parameters(models, setup)
     if setup.device == "cpu":
         largest = models.student.embedding if setup.full else models.trained_adapter.parameters
-        return 4.0 * largest
+        return 8.0 * largest
     shares = setup.gpus if setup.zero else 1
     widened = 4 if setup.zero and setup.compute < 4 else 0
     return trained * (4.0 + widened) / shares

@@ -396,6 +396,12 @@ class CompoDistillTrainer(LLaVATrainer):
             if self._calibrated is not None:
                 write_calibration(output_dir, self.objective.calibrated_by, self._calibrated)
 
+    def save_state(self) -> None:
+        """On every machine that has a folder of its own: transformers writes the first one's alone."""
+        super().save_state()
+        if self.args.should_save and not self.is_world_process_zero():
+            self.state.save_to_json(os.path.join(self.args.output_dir, "trainer_state.json"))
+
     def _load_rng_state(self, checkpoint):
         with compat.reads_own_rng_state() as can, loads_tensors_alone() if can else contextlib.nullcontext():
             super()._load_rng_state(checkpoint)

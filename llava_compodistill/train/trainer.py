@@ -89,6 +89,7 @@ class CompoDistillTrainer(LLaVATrainer):
         )
         checkpoint.attach_modules(model, self.objective.modules)
         super().__init__(model=model, args=args, **compat.tokenizer_argument(tokenizer), **kwargs)
+        sharding.fill_prefetch_bucket(self)
         if args.n_gpu > 1:
             raise ValueError(
                 "Several GPUs in one process (DataParallel) are not supported: use torchrun or deepspeed."
@@ -312,7 +313,8 @@ class CompoDistillTrainer(LLaVATrainer):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with sharding.resuming_lora(self.model):
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._stop.restore()
         self._answers.report(self.accelerator)

@@ -1,8 +1,10 @@
-"""FSDP2: each rank holds a part of every weight. What is saved is whole all the same, and loads in LLaVA."""
+"""FSDP2 and DeepSpeed: each rank holds a part of every weight. What is saved is whole, and loads in LLaVA."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,3 +73,40 @@ def without_second_weights() -> Iterator[None]:
     finally:
         if function is not None:
             module.save_fsdp_model = function
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DeepSpeed
+# ---------------------------------------------------------------------------------------------------------------------
+def fill_prefetch_bucket(trainer: transformers.Trainer) -> None:
+    """Make a whole number of what `"auto"` stands for in ZeRO-3's config: transformers 4.37 fills in a fraction, which
+    DeepSpeed refuses since 0.15. Remove when 4.37 goes."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    config = getattr(plugin, "hf_ds_config", None)
+    zero = {} if config is None else config.config.get("zero_optimization", {})
+    if zero.get("stage3_prefetch_bucket_size") == "auto":
+        zero["stage3_prefetch_bucket_size"] = int(0.9 * trainer.model.config.hidden_size**2)
+
+
+@contextlib.contextmanager
+def resuming_lora(model: nn.Module) -> Iterator[None]:
+    """Inside, DeepSpeed's checkpoint of a LoRA loads although it has no frozen weights: transformers 4.37 leaves them
+    out, and then asks for them. Remove when 4.37 goes."""
+    module = transformers.trainer
+    original = module.deepspeed_load_checkpoint
+    if not hasattr(model, "peft_config") or "load_module_strict" in inspect.signature(original).parameters:
+        yield
+        return
+
+    def load(engine: Any, path: str) -> None:
+        engine.load_checkpoint = functools.partial(engine.load_checkpoint, load_module_strict=False)
+        try:
+            original(engine, path)
+        finally:
+            del engine.load_checkpoint
+
+    module.deepspeed_load_checkpoint = load
+    try:
+        yield
+    finally:
+        module.deepspeed_load_checkpoint = original

@@ -89,6 +89,7 @@ class CompoDistillTrainer(LLaVATrainer):
         )
         checkpoint.attach_modules(model, self.objective.modules)
         super().__init__(model=model, args=args, **compat.tokenizer_argument(tokenizer), **kwargs)
+        sharding.fill_prefetch_bucket(self)
         if args.n_gpu > 1:
             raise ValueError(
                 "Several GPUs in one process (DataParallel) are not supported: use torchrun or deepspeed."
@@ -311,7 +312,8 @@ class CompoDistillTrainer(LLaVATrainer):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with sharding.resuming_lora(self.model):
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._stop.restore()
         self._answers.report(self.accelerator)
@@ -396,6 +398,12 @@ class CompoDistillTrainer(LLaVATrainer):
                 write_manifest(output_dir, samples.manifest())
             if self._calibrated is not None:
                 write_calibration(output_dir, self.objective.calibrated_by, self._calibrated)
+
+    def save_state(self) -> None:
+        """On every machine that has a folder of its own: transformers writes the first one's alone."""
+        super().save_state()
+        if self.args.should_save and not self.is_world_process_zero():
+            self.state.save_to_json(os.path.join(self.args.output_dir, "trainer_state.json"))
 
     def _load_rng_state(self, checkpoint):
         with compat.reads_own_rng_state() as can, loads_tensors_alone() if can else contextlib.nullcontext():

@@ -175,6 +175,7 @@ class Matrix:
         whole = self.root / mode / link.name
         place = f"{mode}-resumed-{step}"
         out = self.root / place / link.name
+        shutil.rmtree(out, ignore_errors=True)  # of a matrix that was stopped
         shutil.copytree(whole / f"checkpoint-{step}", out / f"checkpoint-{step}")
         cell.problem, _ = self._train(mode, link, place, before)
         if cell.problem is not None:

@@ -132,7 +132,7 @@ def run_process(argv: list[str] | None = None) -> int:
     try:
         main(argv)
     except Preempted as stopped:
-        status = stopped.code
+        status = _tell(stopped.code)  # at once: the launcher ends ranks that are not as fast as the first
     except KeyboardInterrupt:
         print("llava_compodistill.train: stopped.", file=sys.stderr)
         return _tell(130)
@@ -145,7 +145,7 @@ def run_process(argv: list[str] | None = None) -> int:
         print(f"llava_compodistill.train: error{place}: {error}", file=sys.stderr)
         return _tell(2)
     end_processes()
-    return _tell(status)
+    return status
 
 
 def _tell(status: int) -> int:

@@ -219,7 +219,10 @@ def same_numbers_in_every_run():
 
 
 @pytest.fixture(autouse=True)
-def no_precision_left_behind():
-    """transformers 4.37 puts a run's precision into the environment, where the next run of the process finds it."""
+def nothing_left_in_the_environment():
+    """transformers puts a run's precision and FSDP into it, where the next run of the process finds them."""
+    before = set(os.environ)
     yield
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    for name in set(os.environ) - before:
+        if name.startswith(("ACCELERATE_", "FSDP_")):
+            del os.environ[name]

@@ -67,8 +67,7 @@ def test_two_processes_give_the_losses_of_one(dft, world, sharp_teacher, mixed, 
     (tmp_path / "stopped.py").write_text(STOPPED)
     output = launch(flags, entry=[str(tmp_path / "stopped.py")], succeeds=False)
     assert output.count("Stopped by SIGUSR1 after step 5 of 6 (exit status 75)") == 1
-    # The launcher ends the other rank, unless that was as quick.
-    assert output.count("exitcode  : 75") >= 1
+    assert "exitcode  : 75" in output  # of one rank at least: torchrun ends the others, which may be about to end
     assert resume.damage(tmp_path / "two" / "checkpoint-5") is None
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest.names_in(tmp_path / "two" / "checkpoint-5")
     launch(flags)

@@ -64,7 +64,6 @@ def test_fsdp_and_zero3_are_refused(tmp_path, own_environment):
     options = {"use_cpu": True, "report_to": [], "on_policy": 0.5}
     with pytest.raises(ValueError, match=r"--on_policy 0.5: not with FSDP, .* Use DDP \(torchrun\), or ZeRO-2"):
         TrainingArguments(str(tmp_path), fsdp="full_shard", **options)
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
     pytest.importorskip("deepspeed")
     from transformers.integrations import deepspeed
 

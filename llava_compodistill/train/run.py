@@ -133,7 +133,7 @@ def run_process(argv: list[str] | None = None) -> int:
     try:
         main(argv)
     except Preempted as stopped:
-        status = stopped.code
+        status = _tell(stopped.code)  # at once: the launcher ends ranks that are not as fast as the first
     except KeyboardInterrupt:
         print("llava_compodistill.train: stopped.", file=sys.stderr)
         return _tell(130)
@@ -146,7 +146,6 @@ def run_process(argv: list[str] | None = None) -> int:
         print(f"llava_compodistill.train: error{place}: {error}", file=sys.stderr)
         return _tell(2)
     end_processes()
-    _tell(status)
     # torchrun would start a run again that was asked to stop; launch.sh has been told.
     is_restarted = STATUS_VARIABLE in os.environ and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
     return 0 if is_restarted else status

@@ -79,9 +79,14 @@ def without_second_weights() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 # DeepSpeed
 # ---------------------------------------------------------------------------------------------------------------------
-def fill_prefetch_bucket(trainer: transformers.Trainer) -> None:
-    """Make a whole number of what `"auto"` stands for in ZeRO-3's config: transformers 4.37 fills in a fraction, which
-    DeepSpeed refuses since 0.15. Remove when 4.37 goes."""
+def prepare_deepspeed(trainer: transformers.Trainer) -> None:
+    """Let transformers 4.37 and its accelerate run with a current DeepSpeed. Remove when 4.37 goes.
+
+    What `"auto"` stands for in ZeRO-3's config becomes a whole number (4.37 fills in a fraction, which is refused).
+    DeepSpeed alone counts micro-batches (accelerate would ask it not to synchronise between them, which it refuses).
+    """
+    if trainer.is_deepspeed_enabled and not compat.hands_out_windows(trainer):
+        trainer.accelerator.no_sync = lambda model: contextlib.nullcontext()
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     config = getattr(plugin, "hf_ds_config", None)
     zero = {} if config is None else config.config.get("zero_optimization", {})

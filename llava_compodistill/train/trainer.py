@@ -90,7 +90,7 @@ class CompoDistillTrainer(LLaVATrainer):
         checkpoint.attach_modules(model, self.objective.modules)
         sharding.hold_alike(model, args)
         super().__init__(model=model, args=args, **compat.tokenizer_argument(tokenizer), **kwargs)
-        sharding.fill_prefetch_bucket(self)
+        sharding.prepare_deepspeed(self)
         if args.n_gpu > 1:
             raise ValueError(
                 "Several GPUs in one process (DataParallel) are not supported: use torchrun or deepspeed."
@@ -200,8 +200,7 @@ class CompoDistillTrainer(LLaVATrainer):
             last = position == len(window) - 1
             if last and not self.accelerator.sync_gradients:
                 self.accelerator.trigger_sync_in_backward(model)
-            alone = not last and not self.is_deepspeed_enabled  # DeepSpeed counts micro-batches itself
-            with self.accelerator.no_sync(model) if alone else contextlib.nullcontext(), self.objective.running():
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model), self.objective.running():
                 total += super().training_step(model, waiting)
         return total
 

@@ -16,7 +16,7 @@ from llava_compodistill.pair import student
 from llava_compodistill.train import sharding
 from llava_compodistill.train.pickles import refuse_unknown
 from scale import modes, world
-from scale.matrix import TOLERANCE, Matrix, apart, read_log, weights_in
+from scale.matrix import SAME_NUMBERS, TOLERANCE, Matrix, apart, read_log, weights_in
 
 pytestmark = pytest.mark.invariant
 LINKS = {link.name: link for link in world.links()}
@@ -53,6 +53,21 @@ def test_a_cell_holds(matrix, mode, run):
     folder = matrix.root / mode / link.name / f"checkpoint-{world.MIDDLE}"
     refuse_unknown(folder, trusted=False)
     assert not list(folder.glob("pytorch_model_fsdp*")), "the weights are there a second time"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["dpt", "dft-lora-after-dpt"])
+def test_zero3_holds_new_weights_in_the_precision_that_it_computes_in(matrix, ranks, tmp_path, run):
+    if modes.missing("zero3"):
+        pytest.skip(modes.missing("zero3"))
+    for name in dict.fromkeys(("dpt", run)):
+        assert matrix.reference(LINKS[name]) is None
+    options = {"bf16": True, "gradient_accumulation_steps": 2, "save_strategy": "no", **modes.flags("zero3", tmp_path)}
+    flags = matrix.world.flags(LINKS[run], matrix.root / "one", tmp_path / "out", **options)
+    done = ranks.train(flags, 2, tmp_path / "log", SAME_NUMBERS + modes.prelude("zero3"))
+    assert done.ok, done.text[-3000:]
+    exact = read_log(matrix.root / "one" / run)
+    assert read_log(tmp_path / "out")[0]["loss"] == pytest.approx(exact[0]["loss"], rel=2e-2)
 
 
 @pytest.mark.slow

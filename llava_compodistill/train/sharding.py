@@ -14,6 +14,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import FlagError
+from ..pair.student import student_dtype
 
 
 def check_fsdp(args: Any) -> None:
@@ -78,14 +79,31 @@ def without_second_weights() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 # DeepSpeed
 # ---------------------------------------------------------------------------------------------------------------------
-def fill_prefetch_bucket(trainer: transformers.Trainer) -> None:
-    """Make a whole number of what `"auto"` stands for in ZeRO-3's config: transformers 4.37 fills in a fraction, which
-    DeepSpeed refuses since 0.15. Remove when 4.37 goes."""
+def prepare_deepspeed(trainer: transformers.Trainer) -> None:
+    """Let transformers 4.37 and its accelerate run with a current DeepSpeed. Remove when 4.37 goes.
+
+    What `"auto"` stands for in ZeRO-3's config becomes a whole number (4.37 fills in a fraction, which is refused).
+    DeepSpeed alone counts micro-batches (accelerate would ask it not to synchronise between them, which it refuses).
+    """
+    if trainer.is_deepspeed_enabled and not compat.hands_out_windows(trainer):
+        trainer.accelerator.no_sync = lambda model: contextlib.nullcontext()
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     config = getattr(plugin, "hf_ds_config", None)
     zero = {} if config is None else config.config.get("zero_optimization", {})
     if zero.get("stage3_prefetch_bucket_size") == "auto":
         zero["stage3_prefetch_bucket_size"] = int(0.9 * trainer.model.config.hidden_size**2)
+
+
+def hold_alike(model: nn.Module, args: Any) -> None:
+    """Under ZeRO-3, hold what is new in the precision that the run computes in, as the loaded weights are held: an
+    adapter, LoRA and terms' own weights. ZeRO-1 and -2 do this themselves; all keep copies in fp32 to train."""
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is None or not config.is_zero3():
+        return
+    dtype = student_dtype(args)
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id") and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextlib.contextmanager

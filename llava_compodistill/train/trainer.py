@@ -88,8 +88,9 @@ class CompoDistillTrainer(LLaVATrainer):
             image_layers=parse_band(args.image_layers),
         )
         checkpoint.attach_modules(model, self.objective.modules)
+        sharding.hold_alike(model, args)
         super().__init__(model=model, args=args, **compat.tokenizer_argument(tokenizer), **kwargs)
-        sharding.fill_prefetch_bucket(self)
+        sharding.prepare_deepspeed(self)
         if args.n_gpu > 1:
             raise ValueError(
                 "Several GPUs in one process (DataParallel) are not supported: use torchrun or deepspeed."

@@ -33,7 +33,7 @@ def seeded(original):
     return call
 
 torch.nn.Linear.reset_parameters = seeded(torch.nn.Linear.reset_parameters)
-student._add_lora = seeded(student._add_lora)
+student.add_lora = seeded(student.add_lora)
 """
 LOAD = """
 import torch

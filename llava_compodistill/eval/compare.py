@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
-from ..errors import DataError, RecordError
+from ..errors import DataError
 from .benchmarks import get, registered
 from .benchmarks.sums import Sums
 from .pins import differences
-from .records import read_records
+from .records import read_records, scoring
 from .summaries import read_summary
 
 console = Console()
@@ -78,7 +78,8 @@ def compare(
         `p` (two-sided, paired).
 
     Raises:
-        DataError: for summaries of other questions, or records that are not theirs.
+        DataError: for summaries of other questions.
+        RecordsError: for records that are not theirs.
     """
     loaded = [read_summary(path) for path in summaries]
     first = loaded[0]
@@ -100,16 +101,9 @@ def compare(
         records = read_records(path.with_suffix(".jsonl"))
         if len(records) != summary["items"]:
             raise DataError(f"{path.with_suffix('.jsonl')} has {len(records)} records of {summary['items']}.")
-        try:
+        with scoring(path.with_suffix(".jsonl"), benchmark.title):
             models.append(benchmark.sums(sorted(records, key=lambda record: str(record["id"]))))
             whole = float(models[-1].headline())
-        except RecordError as error:
-            raise DataError(f"{path.with_suffix('.jsonl')}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise DataError(
-                f"{path.with_suffix('.jsonl')}: a record is not one of {benchmark.title} ({type(error).__name__}: "
-                f"{error})."
-            ) from None
         if abs(whole - summary["value"]) > 1e-6:
             raise DataError(
                 f"{path}: its records give {whole:.4f}, not {summary['value']:.4f}: summary and records do not belong "

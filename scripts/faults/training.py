@@ -217,7 +217,7 @@ def prepare_damage(world: World) -> None:
         out = world.root / "stopped" / kind
         if out.exists():
             continue
-        flags = world.flags(kind, out, save_total_limit=STEPS)
+        flags = world.flags(kind, out, save_total_limit=STEPS, verify_checkpoints=True)
         done = attempt(None, flags, out, world.root / f"stopped-{kind}.log", None)
         if done.status:
             raise RuntimeError(f"The undisturbed run {kind} failed:\n{done.text}")
@@ -229,15 +229,19 @@ def prepare_damage(world: World) -> None:
 
 
 def damage(world: World, case: Case, folder: Path) -> Outcome:
-    """A file of the newest checkpoint is not what it was."""
+    """A file of the newest checkpoint is not what it was. A run that does not hash whole files
+    (`--verify_checkpoints`) does not promise to see a bit that has changed in the middle of one."""
+    from llava_compodistill.train.manifest import END
+
     rng, out = random.Random(case.name), folder / "out"
     shutil.copytree(world.root / "stopped" / case.kind, out)
     newest = out / f"checkpoint-{STEPS - 1}"
     path = rng.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
     marker = folder / "payload-ran"
-    name = damages.apply(path, marker, rng)
-    injected = f"{name}: {path.relative_to(newest)}"
-    flags = world.flags(case.kind, out, save_total_limit=STEPS)
+    verify = rng.random() < 0.5
+    name = damages.apply(path, marker, rng, end=None if verify else END)
+    injected = f"{name}: {path.relative_to(newest)}{', whole files are hashed' if verify else ''}"
+    flags = world.flags(case.kind, out, save_total_limit=STEPS, verify_checkpoints=verify)
     done = attempt(None, flags, out, folder / "restart.log", None)
     if marker.exists():
         return Outcome(case, "code ran", injected, last_words(done.text))

@@ -113,7 +113,7 @@ def by_image(records: Iterable[Record]) -> list[tuple[str, int, int, bool]]:
     """Images as (task, questions answered rightly, questions, whether all are)."""
     images: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for record in records:
-        right = yes_no_other(figures.field(record, "text")) is figures.is_yes(record)
+        right = yes_no_other(figures.answer(record)) is figures.is_yes(record)
         images[figures.field(record, "category"), figures.field(record, "image")].append(right)
     return [(task, sum(values), len(values), all(values)) for (task, _), values in images.items()]
 

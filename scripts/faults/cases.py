@@ -114,15 +114,23 @@ def _counts(outcomes: Sequence[Outcome]) -> list[str]:
     return [f"{len(outcomes):,}", f"{len(outcomes) - len(lost):,}", f"[red]{len(lost):,}[/]" if lost else "0", how]
 
 
-def write_report(path: Path, outcomes: Sequence[Outcome], command: str, seconds: float) -> None:
-    """All cases as JSON, with what they ran on."""
+def write_report(path: Path, outcomes: Sequence[Outcome], command: str, seconds: float, brief: bool = False) -> None:
+    """All cases as JSON, with what they ran on, and how many there are of each kind and outcome.
+
+    Args:
+        brief: of the cases, those that were lost alone.
+    """
+    counts: dict[str, dict[str, Counter[str]]] = {}
+    for one in outcomes:
+        counts.setdefault(one.case.suite, {}).setdefault(one.case.kind, Counter())[one.outcome] += 1
     content = {
         "command": command,
         "seconds": round(seconds),
         **environment(),
         "injected": len(outcomes),
         "lost": sum(not one.held for one in outcomes),
-        "cases": [{**asdict(one), "case": one.case.name} for one in outcomes],
+        "counts": counts,
+        "cases": [{**asdict(one), "case": one.case.name} for one in outcomes if not (brief and one.held)],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

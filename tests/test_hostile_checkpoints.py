@@ -1,4 +1,4 @@
-"""Checkpoints whose files can be read and are none that a model can be made of: named, with the file and the weight."""
+"""Checkpoints that can be read and are none that a model can be made of: each is an error that names the file."""
 
 from __future__ import annotations
 

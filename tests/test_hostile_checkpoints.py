@@ -130,6 +130,13 @@ def test_what_transformers_stumbles_over_is_named_with_its_folder(tmp_path):
         raise OSError("offline")
 
 
+def test_an_adapter_names_its_own_config_where_the_language_model_does_not_fit(dpt_path, world, tmp_path):
+    shutil.copytree(dpt_path, tmp_path / "dpt")
+    edit(tmp_path / "dpt" / "config.json", hidden_act="no-such")
+    with pytest.raises(CheckpointError, match=r"qwen-student.* as .*dpt/config\.json describes it \(KeyError: 'no-s"):
+        load_model(str(tmp_path / "dpt"), str(world["qwen-student"]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Towers
 # ---------------------------------------------------------------------------------------------------------------------

@@ -104,6 +104,13 @@ def compare(
         with scoring(path.with_suffix(".jsonl"), benchmark.title):
             models.append(benchmark.sums(sorted(records, key=lambda record: str(record["id"]))))
             whole = float(models[-1].headline())
+        shapes = {(model.columns.shape, len(np.unique(model.strata))) for model in (models[0], models[-1])}
+        if len(shapes) > 1:
+            raise DataError(
+                f"{path.with_suffix('.jsonl')}: its records belong to other groups of items (subsets, categories, "
+                f"lists) than those beside {summaries[0]}, though the questions are said to be the same: one of the "
+                "two has been changed. `eval --overwrite` makes it anew."
+            )
         if abs(whole - summary["value"]) > 1e-6:
             raise DataError(
                 f"{path}: its records give {whole:.4f}, not {summary['value']:.4f}: summary and records do not belong "

@@ -189,7 +189,8 @@ def load_model(
         new.append("vision_tower")
     vocabulary = config.vocab_size
     config.vocab_size = getattr(read_config(base), "vocab_size", vocabulary)
-    model = _from_pretrained(cls, base, config, new=tuple(new), **kwargs)
+    described = os.path.join(path, "config.json")
+    model = _from_pretrained(cls, base, config, new=tuple(new), described=described, **kwargs)
     resize_vocabulary(model, vocabulary)
     load_extra_weights(model, extra)
     if kind == "lora":
@@ -208,13 +209,15 @@ def _with_lora(model: torch.nn.Module, path: str, trainable: bool) -> torch.nn.M
     return PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
 
 
-def _from_pretrained(cls: type, path: str, config: Any, new: tuple[str, ...] = (), **kwargs: Any) -> torch.nn.Module:
+def _from_pretrained(
+    cls: type, path: str, config: Any, new: tuple[str, ...] = (), described: str = "", **kwargs: Any
+) -> torch.nn.Module:
     """`from_pretrained` that insists on every weight but those of the `new` modules, where transformers would start
-    from random ones and warn."""
+    from random ones and warn. `described` is the config's file, where it lies elsewhere than the weights."""
     generation = os.path.join(path, "generation_config.json")
     if os.path.isfile(generation):
         read_object(generation, CheckpointError)  # transformers takes anything for one
-    with loading(path), _expecting_missing_weights() if new else contextlib.nullcontext():
+    with loading(path, described), _expecting_missing_weights() if new else contextlib.nullcontext():
         model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     elsewhere = new if has_own_tower(config) else (*new, "vision_tower")
     missing = sorted(name for name in info["missing_keys"] if not any(part in name for part in elsewhere))

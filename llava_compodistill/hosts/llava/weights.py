@@ -80,10 +80,13 @@ def refuse_broken_weights(weights: Iterable[tuple[str, torch.Tensor]], path: str
 
 
 @contextlib.contextmanager
-def loading(path: str) -> Iterator[None]:
+def loading(path: str, config: str = "") -> Iterator[None]:
     """Inside, what a folder's files make transformers and PEFT stumble over is an error that names the folder, and the
     file where one cannot be read. What the machine lacks (memory, a package) is left as it is, and so is all that is
     said of a name on the hub.
+
+    Args:
+        config: the file that says what is made of the folder, where it lies elsewhere.
 
     Raises:
         CheckpointError: naming them.
@@ -96,9 +99,10 @@ def loading(path: str) -> Iterator[None]:
         if not os.path.isdir(path):
             raise
         refuse_damaged_weights(path)
+        how, whose = (f" as {config} describes it", "that") if config else ("", "its")
         raise CheckpointError(
-            f"{path} cannot be loaded ({type(error).__name__}: {error}). Its files are damaged, or its configuration "
-            "is that of another model."
+            f"{path} cannot be loaded{how} ({type(error).__name__}: {error}). Its files are damaged, or {whose} "
+            "configuration is that of another model."
         ) from error
 
 

@@ -267,8 +267,12 @@ LABELS = {
     ),
     "gqa, a list": ("gqa", lambda root: (root / GQA).write_text("[]"), "has no answer to question"),
     "gqa, cut off": ("gqa", lambda root: (root / GQA).write_text("{"), "no JSON"),
-    "mme without one": ("mme", lambda root: first_of_mme(root).unlink(), "has the labels of an image of MME"),
-    "mme, another question": ("mme", lambda root: first_of_mme(root).write_text("Why?\tYes\n"), "has no question"),
+    "mme without one": (
+        "mme", lambda root: first_of_mme(root).unlink(), r"the labels of an image of MME \(.*llava_mme\.jsonl",
+    ),
+    "mme, another question": (
+        "mme", lambda root: first_of_mme(root).write_text("Why?\tYes\n"), r"which .*/MME/llava_mme\.jsonl asks",
+    ),
     "mme, another answer": ("mme", lambda root: first_of_mme(root).write_text("Why?\tPerhaps\n"), "line 1: must be"),
     "textvqa, nine answers": (
         "textvqa", lambda root: change(root / TEXTVQA, lambda c: [e["answers"].pop() for e in c["data"]]),

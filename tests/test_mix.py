@@ -118,3 +118,5 @@ def test_missing_files_are_named(files):
         mix(files, *read_sources(f"{files / 'text.json'},{files / 'none.json'}"))
     with pytest.raises(DataError, match=r"a weight of 0\.1 leaves no sample of .*text\.json"):
         mix(files, Source(str(files / "text.json"), 0.1))
+    with pytest.raises(DataError, match=r"a weight of 1e\+30 makes more than 100,000,000 samples of .*text\.json"):
+        mix(files, Source(str(files / "text.json"), 1e30))

@@ -96,6 +96,10 @@ def _different(sources: list[Source], place: str) -> list[Source]:
     return sources
 
 
+#: Samples of one file in a mix: ten times as many as the largest known data sets hold.
+_MOST = 100_000_000
+
+
 class Mix(Sequence):
     """The samples of several files, each as often as its weight says, in the order of the files.
 
@@ -110,7 +114,7 @@ class Mix(Sequence):
         words, with_image: as those of `Records`.
 
     Raises:
-        DataError: as `Records` does, and where a weight leaves nothing of a file.
+        DataError: as `Records` does, and where a weight leaves nothing of a file, or makes too much of it.
     """
 
     def __init__(
@@ -136,6 +140,11 @@ class Mix(Sequence):
         self._used: list[int] = []
         self._digests: list[str] = []
         for number, (source, records) in enumerate(zip(self.sources, self._files, strict=True)):
+            if source.weight * len(records) > _MOST:
+                raise DataError(
+                    f"--data_path: a weight of {source.weight:g} makes more than {_MOST:,} samples of the "
+                    f"{len(records):,} in {source.path}. (1 takes each once; --num_train_epochs repeats the whole.)"
+                )
             places = _drawn(len(records), source.weight, seed + number)
             if not places:
                 raise DataError(f"--data_path: a weight of {source.weight:g} leaves no sample of {source.path}.")
@@ -151,6 +160,10 @@ class Mix(Sequence):
     def origin(self, index: int) -> tuple[int, int]:
         """The number of a sample's file, and its place among the file's usable samples."""
         return self._file[index], self._place[index]
+
+    def file_of(self, index: int) -> str:
+        """The file that a sample is from."""
+        return self.sources[self._file[index]].path
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A sample; its image's name begins at `--image_folder`."""

@@ -87,7 +87,12 @@ def _source(entry: Any, place: str, folder: str) -> Source:
 
 
 def _different(sources: list[Source], place: str) -> list[Source]:
-    names = [os.path.realpath(source.path) for source in sources]
+    names: list[str] = []
+    for source in sources:
+        try:
+            names.append(os.path.realpath(source.path))
+        except ValueError:  # a zero byte, half a character
+            raise DataError(f"--data_path {place}: {source.path!r} is no name that a file can have.") from None
     for position, name in enumerate(names):
         if name in names[:position]:
             raise DataError(

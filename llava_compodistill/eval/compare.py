@@ -84,8 +84,9 @@ def compare(
     loaded = [read_summary(path) for path in summaries]
     first = loaded[0]
     benchmark = get(first["benchmark"])
-    if benchmark.sums is None:
-        raise DataError(f"{summaries[0]}: has no score that was counted from records.")
+    for path, summary in zip(summaries, loaded, strict=True):
+        if benchmark.sums is None or summary["value"] is None:
+            raise DataError(f"{path}: has no score that was counted from records.")
     for path, summary in zip(summaries, loaded, strict=True):
         if summary["fingerprint"] != first["fingerprint"]:
             raise DataError(f"{path} is about other questions than {summaries[0]}: they cannot be compared.")

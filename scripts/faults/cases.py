@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -75,14 +75,15 @@ class Suite:
 
     Attributes:
         kinds: its kinds of cases.
-        prepare: runs once, in the process that all others are forked from: undisturbed runs, files to damage.
+        prepare: runs once, in the process that all others are forked from, and makes what cases of some kinds need:
+            undisturbed runs, files to damage.
         perform: one case in a process of its own, in an empty folder.
         batch: how many cases share such a process.
         timeout: seconds for each case.
     """
 
     kinds: Sequence[str]
-    prepare: Callable[[Any], None]
+    prepare: Callable[[Any, Collection[str]], None]
     perform: Callable[[Any, Case, Path], Outcome]
     batch: int = 1
     timeout: float = 180.0

@@ -151,7 +151,7 @@ def _run(args: argparse.Namespace, names: Sequence[str], folder: Path) -> int:
     console.print("running everything undisturbed")
     world = make(folder / "world")
     for name in wanted:
-        known[name].prepare(world)
+        known[name].prepare(world, {case.kind for case in cases if case.suite == name})
     until = began + 60 * args.minutes if args.minutes else float("inf")
     outcomes: list[Outcome] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

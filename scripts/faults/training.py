@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,15 @@ def last_words(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Undisturbed runs
 # ---------------------------------------------------------------------------------------------------------------------
-def prepare(world: World) -> None:
-    """Run every kind once: what the others are compared with, and the operations that there are."""
-    for kind in RUNS:
+def _and_before(kinds: Collection[str]) -> list[str]:
+    """The kinds of runs, and those whose outputs they begin from."""
+    needed = {*kinds, "dpt"} | ({"dft"} if "sft" in kinds else set())
+    return [kind for kind in RUNS if kind in needed]
+
+
+def prepare(world: World, kinds: Collection[str]) -> None:
+    """Run some kinds once: what the others are compared with, and the operations that there are."""
+    for kind in _and_before(kinds):
         if (world.root / f"{kind}.json").exists():
             continue
         shim = Shim()
@@ -210,10 +216,10 @@ def fill(world: World, case: Case, folder: Path) -> Outcome:
 # ---------------------------------------------------------------------------------------------------------------------
 # Damaged checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
-def prepare_damage(world: World) -> None:
+def prepare_damage(world: World, kinds: Collection[str]) -> None:
     """Runs that were killed in their last step, with a checkpoint of each step before."""
-    prepare(world)
-    for kind in RUNS:
+    prepare(world, kinds)
+    for kind in kinds:
         out = world.root / "stopped" / kind
         if out.exists():
             continue

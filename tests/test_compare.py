@@ -188,6 +188,11 @@ def test_what_cannot_be_compared(tmp_path):
         compare([path, other])
     with pytest.raises(DataError, match="300 records of 299"):
         compare([write(tmp_path / "c", "sugarcrepe", made, items=299)])
+    moved = [{**record, "subset": "add_obj"} for record in made]
+    with pytest.raises(DataError, match=r"sugarcrepe\.jsonl: its records belong to other groups of items"):
+        compare([path, write(tmp_path / "f", "sugarcrepe", moved)])
+    with pytest.raises(DataError, match=r"g/sugarcrepe\.json: has no score"):
+        compare([path, write(tmp_path / "g", "sugarcrepe", made, value=None)])
     with pytest.raises(DataError, match="its records give"):
         compare([write(tmp_path / "d", "sugarcrepe", made, value=12.0)])
     (tmp_path / "e").mkdir()

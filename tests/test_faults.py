@@ -25,21 +25,21 @@ import shim  # noqa: E402
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CC") or "cc") is None, reason="no C compiler (cc) on this machine"
 )
-KINDS = "dpt,dft,kill,disk,data,image,resume"
+KINDS = "dpt,dft,kill,disk,data,image,answers,records,checkpoint"
 
 
 @needs_compiler
 def test_nothing_is_lost_in_a_short_run(tmp_path):
-    """20 kills, 5 full disks, some hundred files that are not what they should be."""
+    """12 kills, 3 full disks, some hundred files that are not what they should be."""
     report = tmp_path / "faults.json"
-    counts = "kills=20,disks=5,init=12,fuzz=240"
+    counts = "kills=12,disks=3,init=4,fuzz=140"
     command = [sys.executable, str(FAULTS / "run.py"), "--suite", "kills,disks,init,fuzz", "--cases", counts]
     command += ["--kind", KINDS, "--jobs", "2", "--output", str(report)]
     done = subprocess.run(command, capture_output=True, text=True, env=tiny.environment(), timeout=400)
     assert report.is_file(), done.stdout + done.stderr
     found = json.loads(report.read_text())
     outcomes = {case["case"]: case["outcome"] for case in found["cases"]}
-    assert len(outcomes) == found["injected"] == 277
+    assert len(outcomes) == found["injected"] == 159
     lost = {name: outcome for name, outcome in outcomes.items() if outcome not in cases.HELD}
     assert not lost and done.returncode == 0, done.stdout
 
@@ -161,8 +161,43 @@ def test_a_payload_would_run(tmp_path, seed):
     assert marker.exists()
 
 
+def test_a_bit_is_changed_where_it_was_asked_for(tmp_path):
+    path = tmp_path / "a"
+    places = set()
+    for seed in range(200):
+        path.write_bytes(bytes(100))
+        damages.flip(path, random.Random(seed), end=10)
+        (place,) = (number for number, byte in enumerate(path.read_bytes()) if byte)
+        places.add(place)
+    assert places == {*range(10), *range(90, 100)}
+    for seed in range(200):
+        path.write_bytes(bytes(100))
+        damages.flip(path, random.Random(seed))
+        places.update(number for number, byte in enumerate(path.read_bytes()) if byte)
+    assert len(places) > 60
+
+
+def test_a_brief_report_has_the_lost_cases_and_all_counts(tmp_path):
+    some = [cases.Outcome(cases.Case("kills", "dft", n), "unequal" if n == 1 else "equal") for n in range(3)]
+    for brief in (False, True):
+        cases.write_report(tmp_path / "a.json", some, "run.py", 1.0, brief)
+        found = json.loads((tmp_path / "a.json").read_text())
+        assert found["counts"] == {"kills": {"dft": {"equal": 2, "unequal": 1}}} and found["lost"] == 1
+        assert [case["case"] for case in found["cases"]] == [f"kills:dft:{n}" for n in ((1,) if brief else range(3))]
+
+
 def test_what_is_lost_is_counted_as_lost():
     case = cases.Case("kills", "dft", 1)
     assert all(cases.Outcome(case, outcome).held for outcome in ("equal", "refused clearly", "ok", "clear error"))
-    for outcome in ("unequal", "torn", "refused", "raw exception", "nonsense", "hang", "code ran", "steps lost"):
+    for outcome in (
+        "unequal",
+        "torn",
+        "refused",
+        "raw exception",
+        "nonsense",
+        "hang",
+        "code ran",
+        "steps lost",
+        "not noticed",
+    ):
         assert not cases.Outcome(case, outcome).held

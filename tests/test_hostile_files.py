@@ -10,13 +10,13 @@ import pytest
 
 from llava_compodistill.analysis.samples import read_samples
 from llava_compodistill.cli import main
-from llava_compodistill.errors import CheckpointError, CompoDistillError, DataError, RecordsError
+from llava_compodistill.errors import CheckpointError, CompoDistillError, DataError, RecordError, RecordsError
 from llava_compodistill.eval.benchmarks import files as benchmark_files
 from llava_compodistill.eval.benchmarks import registered
 from llava_compodistill.eval.benchmarks.llava import read_answers, read_questions
 from llava_compodistill.eval.checkpoint import check_checkpoint, template_of
 from llava_compodistill.eval.compare import compare
-from llava_compodistill.eval.records import RecordFile, check_run, read_records, write_run
+from llava_compodistill.eval.records import RecordFile, check_run, read_records, scoring, write_run
 from llava_compodistill.eval.sade_sources import read_entries
 from llava_compodistill.eval.summaries import read_summary
 from llava_compodistill.hosts.files import parse_json, read_object, read_yaml
@@ -205,6 +205,32 @@ def test_records_of_something_else(tmp_path, record):
         compare([tmp_path / "pope.json"], samples=10)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"question_id": 1, "prompt": 7, "text": "yes"}, "line 2: prompt must be a text, is 7"),
+        ({"question_id": 1, "prompt": "Why?", "text": ["yes"]}, "line 2: text must be a text, is .'yes'."),
+        ({"question_id": [1], "prompt": "Why?", "text": "yes"}, "line 2: question_id must be a text or a number"),
+    ],
+)
+def test_answers_that_are_none(tmp_path, line, message):
+    good = {"question_id": 1, "prompt": "Why?", "text": ""}
+    (tmp_path / "answers.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(line)}\n")
+    with pytest.raises(RecordsError, match=rf"answers\.jsonl, {message}"):
+        read_answers(tmp_path / "answers.jsonl")
+
+
+def test_an_error_of_a_scorer_names_the_file_of_records(tmp_path):
+    for error, message in (
+        (RecordError("record 8: label"), "record 8: label"),
+        (TypeError("a list"), "TypeError: a l"),
+    ):
+        with pytest.raises(RecordsError, match=rf"two\.jsonl: .*{message}"), scoring(tmp_path / "two.jsonl", "POPE"):
+            raise error
+    with pytest.raises(DataError, match="^as it was$"), scoring(tmp_path / "two.jsonl", "POPE"):
+        raise DataError("as it was")
+
+
 def test_a_method_option_that_is_no_json():
     from llava_compodistill.train.arguments import _read_method
 
@@ -241,8 +267,12 @@ LABELS = {
     ),
     "gqa, a list": ("gqa", lambda root: (root / GQA).write_text("[]"), "has no answer to question"),
     "gqa, cut off": ("gqa", lambda root: (root / GQA).write_text("{"), "no JSON"),
-    "mme without one": ("mme", lambda root: first_of_mme(root).unlink(), "has the labels of an image of MME"),
-    "mme, another question": ("mme", lambda root: first_of_mme(root).write_text("Why?\tYes\n"), "has no question"),
+    "mme without one": (
+        "mme", lambda root: first_of_mme(root).unlink(), r"the labels of an image of MME \(.*llava_mme\.jsonl",
+    ),
+    "mme, another question": (
+        "mme", lambda root: first_of_mme(root).write_text("Why?\tYes\n"), r"which .*/MME/llava_mme\.jsonl asks",
+    ),
     "mme, another answer": ("mme", lambda root: first_of_mme(root).write_text("Why?\tPerhaps\n"), "line 1: must be"),
     "textvqa, nine answers": (
         "textvqa", lambda root: change(root / TEXTVQA, lambda c: [e["answers"].pop() for e in c["data"]]),
@@ -257,6 +287,21 @@ LABELS = {
                               for path in (root / "pope" / "coco").glob("*.json")], "must be yes or no",
     ),
 }  # fmt: skip
+
+
+def test_answers_that_are_too_few_or_to_other_questions(benchmarks):
+    asked = read_questions(benchmarks / "pope" / "llava_pope_test.jsonl")
+    answers = [{"question_id": entry["question_id"], "prompt": entry["text"], "text": "Yes"} for entry in asked]
+    assert len(registered()["pope"].records(benchmarks, answers)) == len(asked)
+    for some in (answers[:-1], [*answers, answers[0]], []):
+        with pytest.raises(DataError, match=rf"llava_pope_test\.jsonl has {len(asked)} questions, .* {len(some)} ans"):
+            registered()["pope"].records(benchmarks, some)
+
+
+def test_a_prompt_that_is_not_worded_as_llavas(benchmarks):
+    asked = [{"question_id": 1, "prompt": "Why?", "text": "so"}]
+    with pytest.raises(DataError, match=r"textvqa/.*: the question on image 1 is not worded as LLaVA's, is 'Why\?'"):
+        registered()["textvqa"].records(benchmarks, asked)
 
 
 @pytest.mark.parametrize("kind", LABELS)

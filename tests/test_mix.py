@@ -97,6 +97,8 @@ def test_the_manifest_goes_into_every_checkpoint(files, world, tmp_path):
         ("datasets: [{weight: 1}]", "entry 1: must be a path, or have one"),
         ("datasets: [{path: seen.json, wieght: 1}]", "entry 1: unknown wieght; there are path, weight, image_folder"),
         ("datasets: [text.json, {path: seen.json, weight: 0}]", "entry 2: weight must be a number above 0, got 0"),
+        ('datasets: ["\\0.json"]', r"mix\.yaml: .*x00\.json' is no name that a file can have"),
+        ('datasets: [{path: "a\\ud800.json"}]', r"mix\.yaml: .* is no name that a file can have"),
         ("datasets: [{path: seen.json, weight: x}]", "weight must be a number above 0, got 'x'"),
         ("datasets: [{path: seen.json, image_folder: 3}]", "image_folder must be a text, got 3"),
         ("datasets: [seen.json, ./seen.json]", "stands there twice"),
@@ -118,3 +120,5 @@ def test_missing_files_are_named(files):
         mix(files, *read_sources(f"{files / 'text.json'},{files / 'none.json'}"))
     with pytest.raises(DataError, match=r"a weight of 0\.1 leaves no sample of .*text\.json"):
         mix(files, Source(str(files / "text.json"), 0.1))
+    with pytest.raises(DataError, match=r"a weight of 1e\+30 makes more than 100,000,000 samples of .*text\.json"):
+        mix(files, Source(str(files / "text.json"), 1e30))

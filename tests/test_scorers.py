@@ -231,6 +231,19 @@ def test_coin_flips_give_chance():
         (reefknot, {"id": 3, "task": "chat"}, "task 'chat' must be one of yesno"),
         (sugarcrepe, {"id": 7, "subset": "swap_obj", "scores": [[float("nan")], [0]]}, "record 7: scores hold NaN"),
         (winoground, {"id": 7, "scores": [[1, 0], [0, float("nan")]]}, "record 7: scores hold NaN"),
+        (winoground, {"id": 7, "scores": [["1", 0], [0, 1]]}, r"record 7: scores must be \[captions\]\[images\], are"),
+        (winoground, {"id": 7, "scores": 3}, "record 7: scores must be"),
+        (
+            winoground,
+            {"id": 7, "choices": [{"options": [0, 1], "picked": "A"}]},
+            "record 7: choices hold .* no choice",
+        ),
+        (winoground, {"id": 7, "choices": [{"options": [0, 1], "picked": 2}]}, "record 7: choices hold .* no choice"),
+        (winoground, {"id": 7, "choices": [{"options": 2, "picked": 0}]}, "record 7: choices hold .* no choice"),
+        (winoground, {"id": 7, "choices": {"a": 1}}, "record 7: choices hold .* no choice"),
+        (winoground, {"id": 7, "choices": [{"options": [0, 1], "picked": 0, "text": 1}]}, "record 7: the text of a"),
+        (rbench, {"id": 3, "lists": [1], "text": {"a": 1}, "label": "yes"}, "record 3: text must be a text, is {'a'"),
+        (reefknot, {"id": 3, "task": ["chat"]}, "must be one of yesno"),
     ],
 )
 def test_records_that_cannot_be_read_are_named(scorer, record, message):

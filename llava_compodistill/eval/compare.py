@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
-from ..errors import DataError, RecordError
+from ..errors import DataError
 from .benchmarks import get, registered
 from .benchmarks.sums import Sums
 from .pins import differences
-from .records import read_records
+from .records import read_records, scoring
 from .summaries import read_summary
 
 console = Console()
@@ -78,13 +78,15 @@ def compare(
         `p` (two-sided, paired).
 
     Raises:
-        DataError: for summaries of other questions, or records that are not theirs.
+        DataError: for summaries of other questions.
+        RecordsError: for records that are not theirs.
     """
     loaded = [read_summary(path) for path in summaries]
     first = loaded[0]
     benchmark = get(first["benchmark"])
-    if benchmark.sums is None:
-        raise DataError(f"{summaries[0]}: has no score that was counted from records.")
+    for path, summary in zip(summaries, loaded, strict=True):
+        if benchmark.sums is None or summary["value"] is None:
+            raise DataError(f"{path}: has no score that was counted from records.")
     for path, summary in zip(summaries, loaded, strict=True):
         if summary["fingerprint"] != first["fingerprint"]:
             raise DataError(f"{path} is about other questions than {summaries[0]}: they cannot be compared.")
@@ -100,16 +102,16 @@ def compare(
         records = read_records(path.with_suffix(".jsonl"))
         if len(records) != summary["items"]:
             raise DataError(f"{path.with_suffix('.jsonl')} has {len(records)} records of {summary['items']}.")
-        try:
+        with scoring(path.with_suffix(".jsonl"), benchmark.title):
             models.append(benchmark.sums(sorted(records, key=lambda record: str(record["id"]))))
             whole = float(models[-1].headline())
-        except RecordError as error:
-            raise DataError(f"{path.with_suffix('.jsonl')}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        shapes = {(model.columns.shape, len(np.unique(model.strata))) for model in (models[0], models[-1])}
+        if len(shapes) > 1:
             raise DataError(
-                f"{path.with_suffix('.jsonl')}: a record is not one of {benchmark.title} ({type(error).__name__}: "
-                f"{error})."
-            ) from None
+                f"{path.with_suffix('.jsonl')}: its records belong to other groups of items (subsets, categories, "
+                f"lists) than those beside {summaries[0]}, though the questions are said to be the same: one of the "
+                "two has been changed. `eval --overwrite` makes it anew."
+            )
         if abs(whole - summary["value"]) > 1e-6:
             raise DataError(
                 f"{path}: its records give {whole:.4f}, not {summary['value']:.4f}: summary and records do not belong "

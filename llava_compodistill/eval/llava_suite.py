@@ -23,7 +23,7 @@ from .benchmarks.llava import LlavaBenchmark, read_answers, read_questions
 from .checkpoint import prompt_of
 from .llava_answers import LLAVA
 from .pins import asking, pins
-from .records import write_lines
+from .records import scoring, write_lines
 from .run import notes_on
 from .shares import stopped_together
 from .summaries import show
@@ -106,7 +106,10 @@ def summarize(name: str, answers: Path, data: Path, output: Path, printed: str =
         records = benchmark.records(data, given)
     prompt, limits = prompt_of(made_with["model"], made_with["template"]), [made_with.get("max_new_tokens", 128)]
     labelled = benchmark.score is not None and bool({"label", "value"} & records[0].keys())
-    scored = benchmark.scored(records, PROTOCOL) if labelled else {"value": None, "figures": {}, "readings": {}}
+    scored: dict[str, Any] = {"value": None, "figures": {}, "readings": {}}
+    if labelled:
+        with scoring(answers, benchmark.title):
+            scored = benchmark.scored(records, PROTOCOL)
     figures = scored["figures"]
     reported = benchmark.read_printed(printed)
     figures["empty"] = sum(not entry["text"].strip() for entry in given)

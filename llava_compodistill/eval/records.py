@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, RecordsError
+from ..errors import CompoDistillError, DataError, RecordError, RecordsError
 from ..hosts.files import parse_json, read_object, read_text
 
 #: A run's parts whose names alone say too little.
@@ -224,6 +225,29 @@ def _record(line: str | bytes, place: str) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("id"), str | int):
         raise RecordsError(f"{place}: no record, which is an object with an `id`.")
     return record
+
+
+@contextlib.contextmanager
+def scoring(path: Path, title: str) -> Iterator[None]:
+    """Inside, a record of PATH that a scorer cannot read is an error that names the file.
+
+    Args:
+        title: of the benchmark.
+
+    Raises:
+        RecordsError: naming the file, and the record where the scorer does.
+    """
+    try:
+        yield
+    except RecordError as error:
+        raise RecordsError(f"{path}: {error}.") from None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, CompoDistillError):
+            raise
+        raise RecordsError(
+            f"{path}: a record is not one of {title} ({type(error).__name__}: {error}). `eval "
+            "--overwrite` makes them anew."
+        ) from error
 
 
 def fingerprint(items: Iterable[Any]) -> str:

@@ -15,7 +15,7 @@ from .benchmarks.base import EngineBenchmark, Item
 from .pins import ASKED, asking, pins
 from .protocols import CAPTION_PROMPT, CHOOSING, MATCHING
 from .protocols import MAX_NEW_TOKENS as LONGEST_CHOICE
-from .records import RecordFile, fingerprint
+from .records import RecordFile, fingerprint, scoring
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -162,7 +162,8 @@ class Run:
             made = [records.done[key] for key in self.ids]
         if verdicts is not None:
             made = [{**record, **verdicts.of(record["id"])} for record in made]
-        scored = self.benchmark.scored(made, self.protocol)
+        with scoring(self.path, self.benchmark.title):
+            scored = self.benchmark.scored(made, self.protocol)
         summary = {
             **{name: value for name, value in self.about.items() if name not in ASKED},
             "pins": pins(self.about, scored["readings"], self.files),

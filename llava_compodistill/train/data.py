@@ -86,7 +86,9 @@ class CheckedDataset(LazySupervisedDataset):
                     raise
                 message = f"sample {record.get('id', position)!r} (image {record.get('image')!r}): {cause}"
                 if self.data_args.bad_samples == "error":
-                    raise DataError(f"{message}. --bad_samples skip leaves such samples out.") from error
+                    file = self.list_data_dict.file_of(position)
+                    message = f"{file}: {message.rstrip('.')}. --bad_samples skip leaves such samples out."
+                    raise DataError(message) from error
                 logger.warning("Skipped %s", message)
         raise DataError("No sample of the data can be used.")
 

@@ -87,13 +87,22 @@ def _source(entry: Any, place: str, folder: str) -> Source:
 
 
 def _different(sources: list[Source], place: str) -> list[Source]:
-    names = [os.path.realpath(source.path) for source in sources]
+    names: list[str] = []
+    for source in sources:
+        try:
+            names.append(os.path.realpath(source.path))
+        except ValueError:  # a zero byte, half a character
+            raise DataError(f"--data_path {place}: {source.path!r} is no name that a file can have.") from None
     for position, name in enumerate(names):
         if name in names[:position]:
             raise DataError(
                 f"--data_path {place}: {sources[position].path} stands there twice; a weight of 2 does that."
             )
     return sources
+
+
+#: Samples of one file in a mix: ten times as many as the largest known data sets hold.
+_MOST = 100_000_000
 
 
 class Mix(Sequence):
@@ -110,7 +119,7 @@ class Mix(Sequence):
         words, with_image: as those of `Records`.
 
     Raises:
-        DataError: as `Records` does, and where a weight leaves nothing of a file.
+        DataError: as `Records` does, and where a weight leaves nothing of a file, or makes too much of it.
     """
 
     def __init__(
@@ -136,6 +145,11 @@ class Mix(Sequence):
         self._used: list[int] = []
         self._digests: list[str] = []
         for number, (source, records) in enumerate(zip(self.sources, self._files, strict=True)):
+            if source.weight * len(records) > _MOST:
+                raise DataError(
+                    f"--data_path: a weight of {source.weight:g} makes more than {_MOST:,} samples of the "
+                    f"{len(records):,} in {source.path}. (1 takes each once; --num_train_epochs repeats the whole.)"
+                )
             places = _drawn(len(records), source.weight, seed + number)
             if not places:
                 raise DataError(f"--data_path: a weight of {source.weight:g} leaves no sample of {source.path}.")
@@ -151,6 +165,10 @@ class Mix(Sequence):
     def origin(self, index: int) -> tuple[int, int]:
         """The number of a sample's file, and its place among the file's usable samples."""
         return self._file[index], self._place[index]
+
+    def file_of(self, index: int) -> str:
+        """The file that a sample is from."""
+        return self.sources[self._file[index]].path
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A sample; its image's name begins at `--image_folder`."""

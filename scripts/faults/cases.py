@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -75,14 +75,15 @@ class Suite:
 
     Attributes:
         kinds: its kinds of cases.
-        prepare: runs once, in the process that all others are forked from: undisturbed runs, files to damage.
+        prepare: runs once, in the process that all others are forked from, and makes what cases of some kinds need:
+            undisturbed runs, files to damage.
         perform: one case in a process of its own, in an empty folder.
         batch: how many cases share such a process.
         timeout: seconds for each case.
     """
 
     kinds: Sequence[str]
-    prepare: Callable[[Any], None]
+    prepare: Callable[[Any, Collection[str]], None]
     perform: Callable[[Any, Case, Path], Outcome]
     batch: int = 1
     timeout: float = 180.0
@@ -114,15 +115,23 @@ def _counts(outcomes: Sequence[Outcome]) -> list[str]:
     return [f"{len(outcomes):,}", f"{len(outcomes) - len(lost):,}", f"[red]{len(lost):,}[/]" if lost else "0", how]
 
 
-def write_report(path: Path, outcomes: Sequence[Outcome], command: str, seconds: float) -> None:
-    """All cases as JSON, with what they ran on."""
+def write_report(path: Path, outcomes: Sequence[Outcome], command: str, seconds: float, brief: bool = False) -> None:
+    """All cases as JSON, with what they ran on, and how many there are of each kind and outcome.
+
+    Args:
+        brief: of the cases, those that were lost alone.
+    """
+    counts: dict[str, dict[str, Counter[str]]] = {}
+    for one in outcomes:
+        counts.setdefault(one.case.suite, {}).setdefault(one.case.kind, Counter())[one.outcome] += 1
     content = {
         "command": command,
         "seconds": round(seconds),
         **environment(),
         "injected": len(outcomes),
         "lost": sum(not one.held for one in outcomes),
-        "cases": [{**asdict(one), "case": one.case.name} for one in outcomes],
+        "counts": counts,
+        "cases": [{**asdict(one), "case": one.case.name} for one in outcomes if not (brief and one.held)],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

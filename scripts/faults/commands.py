@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def asked(world: World, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def prepare_eval(world: World) -> None:
+def prepare_eval(world: World, kinds: Collection[str] = FAULTS) -> None:
     out = world.root / "asked"
     if not out.exists():
         done = call(asked(world, out), out, world.root / "asked.log")
@@ -113,7 +113,7 @@ def evaluate(world: World, case: Case, folder: Path) -> Outcome:
 # ---------------------------------------------------------------------------------------------------------------------
 # init --patch
 # ---------------------------------------------------------------------------------------------------------------------
-def prepare_init(world: World) -> None:
+def prepare_init(world: World, kinds: Collection[str] = FAULTS) -> None:
     fresh, patched = world.root / "checkout", world.root / "patched"
     if patched.exists():
         return

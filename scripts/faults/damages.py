@@ -29,10 +29,12 @@ def remove(path: Path, rng: random.Random) -> None:
     path.unlink()
 
 
-def flip(path: Path, rng: random.Random) -> None:
+def flip(path: Path, rng: random.Random, end: int | None = None) -> None:
+    """Change one bit; with `end` one of the first or last so many bytes."""
     data = bytearray(path.read_bytes())
     if data:
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        places = range(len(data)) if end is None else [*range(min(end, len(data))), *range(len(data))[-end:]]
+        data[rng.choice(places)] ^= 1 << rng.randrange(8)
     path.write_bytes(bytes(data))
 
 
@@ -75,12 +77,18 @@ def payload(marker: Path, rng: random.Random) -> bytes:
     return target.getvalue()
 
 
-def apply(path: Path, marker: Path, rng: random.Random) -> str:
-    """Damage a file; returns how. A file that may be a pickle becomes, as likely, one that runs code."""
+def apply(path: Path, marker: Path, rng: random.Random, end: int | None = None) -> str:
+    """Damage a file; returns how. A file that may be a pickle becomes, as likely, one that runs code.
+
+    Args:
+        end: change a bit in the first or last so many bytes alone.
+    """
     names = [*DAMAGES] + ["a payload"] * (path.suffix in PICKLES)
     name = rng.choice(names)
     if name == "a payload":
         path.write_bytes(payload(marker, rng))
+    elif name == "one bit":
+        flip(path, rng, end)
     else:
         DAMAGES[name](path, rng)
     return name

@@ -15,6 +15,7 @@ import logging
 import random
 import signal
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,18 @@ class Slow(BaseException):
     """A case has had its time; nobody catches this."""
 
 
-def prepare(world: World) -> None:
+def prepare(world: World, kinds: Collection[str]) -> None:
     import commands
     import training
 
-    training.prepare_damage(world)
-    commands.prepare_eval(world)
     readers.prepare(world)
-    checkpoints.prepare(world)
+    if "records" in kinds:
+        commands.prepare_eval(world)
+    if "resume" in kinds:
+        training.prepare_damage(world, list(checkpoints.KINDS.values()))
+    if "checkpoint" in kinds:
+        training.prepare(world, list(checkpoints.KINDS.values()))
+        checkpoints.prepare(world)
 
 
 def perform(world: World, case: Case, folder: Path) -> Outcome:

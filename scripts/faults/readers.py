@@ -216,10 +216,12 @@ def _answers(folder: Path, chosen: Any, path: Path, rng: random.Random) -> Path:
 
 def _score_answers(chosen: Any, folder: Path, path: Path) -> None:
     from llava_compodistill.eval.benchmarks.llava import read_answers
+    from llava_compodistill.eval.records import scoring
 
     made = chosen.records(folder, read_answers(path))
     if made and {"label", "value"} & made[0].keys():
-        value = chosen.scored(made, "generate")["value"]
+        with scoring(path, chosen.title):
+            value = chosen.scored(made, "generate")["value"]
         insist(_is_share(value), f"a score of {value!r}")
 
 
@@ -253,14 +255,16 @@ def _compare(folder: Path, name: str, world: World) -> None:
 
 def _resume_records(folder: Path, name: str, world: World) -> None:
     from llava_compodistill.eval.benchmarks import get
-    from llava_compodistill.eval.records import RecordFile
+    from llava_compodistill.eval.records import RecordFile, scoring
 
     run = json.loads((world.root / "asked" / f"{name}.jsonl.run.json").read_text())
     lines = (world.root / "asked" / f"{name}.jsonl").read_text().splitlines()
     ids = [json.loads(line)["id"] for line in lines]
-    with RecordFile(folder / "two" / f"{name}.jsonl", run, ids) as found:
+    path = folder / "two" / f"{name}.jsonl"
+    with RecordFile(path, run, ids) as found:
         insist(set(found.done) <= set(ids), "records of unknown items")
         made = [found.done[key] for key in ids if key in found.done]
     if len(made) == len(ids):
-        value = get(name).scored(made, run["protocol"])["value"]
+        with scoring(path, get(name).title):
+            value = get(name).scored(made, run["protocol"])["value"]
         insist(_is_share(value), f"a score of {value!r}")

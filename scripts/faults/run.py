@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="cases at a time")
     parser.add_argument("--minutes", type=float, help="begin no further case after so long")
     parser.add_argument("--output", type=Path, help="a JSON file of all cases")
+    parser.add_argument("--brief", action="store_true", help="there, of the cases that survived, their numbers alone")
     parser.add_argument(
         "--case", action="append", default=[], metavar="NAME", help="this one alone, as often as given"
     )
@@ -150,7 +151,7 @@ def _run(args: argparse.Namespace, names: Sequence[str], folder: Path) -> int:
     console.print("running everything undisturbed")
     world = make(folder / "world")
     for name in wanted:
-        known[name].prepare(world)
+        known[name].prepare(world, {case.kind for case in cases if case.suite == name})
     until = began + 60 * args.minutes if args.minutes else float("inf")
     outcomes: list[Outcome] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -176,8 +177,10 @@ def _run(args: argparse.Namespace, names: Sequence[str], folder: Path) -> int:
     if lost:
         console.print(f"alone: python scripts/faults/run.py --case {lost[0].case.name}", soft_wrap=True)
     if args.output:
-        write_report(args.output, outcomes, shlex.join(["run.py", *sys.argv[1:]]), time.monotonic() - began)
-        console.print(f"all cases: {args.output}")
+        write_report(
+            args.output, outcomes, shlex.join(["run.py", *sys.argv[1:]]), time.monotonic() - began, args.brief
+        )
+        console.print(f"{'the' if args.brief else 'all'} cases: {args.output}")
     return int(bool(lost))
 
 

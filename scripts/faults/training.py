@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,15 @@ def last_words(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Undisturbed runs
 # ---------------------------------------------------------------------------------------------------------------------
-def prepare(world: World) -> None:
-    """Run every kind once: what the others are compared with, and the operations that there are."""
-    for kind in RUNS:
+def _and_before(kinds: Collection[str]) -> list[str]:
+    """The kinds of runs, and those whose outputs they begin from."""
+    needed = {*kinds, "dpt"} | ({"dft"} if "sft" in kinds else set())
+    return [kind for kind in RUNS if kind in needed]
+
+
+def prepare(world: World, kinds: Collection[str]) -> None:
+    """Run some kinds once: what the others are compared with, and the operations that there are."""
+    for kind in _and_before(kinds):
         if (world.root / f"{kind}.json").exists():
             continue
         shim = Shim()
@@ -210,14 +216,14 @@ def fill(world: World, case: Case, folder: Path) -> Outcome:
 # ---------------------------------------------------------------------------------------------------------------------
 # Damaged checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
-def prepare_damage(world: World) -> None:
+def prepare_damage(world: World, kinds: Collection[str]) -> None:
     """Runs that were killed in their last step, with a checkpoint of each step before."""
-    prepare(world)
-    for kind in RUNS:
+    prepare(world, kinds)
+    for kind in kinds:
         out = world.root / "stopped" / kind
         if out.exists():
             continue
-        flags = world.flags(kind, out, save_total_limit=STEPS)
+        flags = world.flags(kind, out, save_total_limit=STEPS, verify_checkpoints=True)
         done = attempt(None, flags, out, world.root / f"stopped-{kind}.log", None)
         if done.status:
             raise RuntimeError(f"The undisturbed run {kind} failed:\n{done.text}")
@@ -229,15 +235,19 @@ def prepare_damage(world: World) -> None:
 
 
 def damage(world: World, case: Case, folder: Path) -> Outcome:
-    """A file of the newest checkpoint is not what it was."""
+    """A file of the newest checkpoint is not what it was. A run that does not hash whole files
+    (`--verify_checkpoints`) does not promise to see a bit that has changed in the middle of one."""
+    from llava_compodistill.train.manifest import END, MANIFEST_FILE
+
     rng, out = random.Random(case.name), folder / "out"
     shutil.copytree(world.root / "stopped" / case.kind, out)
     newest = out / f"checkpoint-{STEPS - 1}"
     path = rng.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
     marker = folder / "payload-ran"
-    name = damages.apply(path, marker, rng)
-    injected = f"{name}: {path.relative_to(newest)}"
-    flags = world.flags(case.kind, out, save_total_limit=STEPS)
+    verify = rng.random() < 0.5
+    name = damages.apply(path, marker, rng, end=None if verify else END)
+    injected = f"{name}: {path.relative_to(newest)}{', whole files are hashed' if verify else ''}"
+    flags = world.flags(case.kind, out, save_total_limit=STEPS, verify_checkpoints=verify)
     done = attempt(None, flags, out, folder / "restart.log", None)
     if marker.exists():
         return Outcome(case, "code ran", injected, last_words(done.text))
@@ -245,6 +255,8 @@ def damage(world: World, case: Case, folder: Path) -> Outcome:
         return Outcome(case, "refused clearly", injected, last_words(done.text))
     if done.status:
         return Outcome(case, "hang" if done.late else "raw error", injected, last_words(done.text))
+    if name == "one bit" and path.name != MANIFEST_FILE and f"{newest.name} is incomplete" not in done.text:
+        return Outcome(case, "not noticed", injected, last_words(done.text))
     return compare(world, case, out, injected, [])
 
 

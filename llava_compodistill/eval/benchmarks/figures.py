@@ -36,7 +36,7 @@ def pair_accuracy(record: Record, reading: Reading | None = None) -> float:
     if "scores" in record:
         true, *false = (row[0] for row in _scores(record))
         return float(all(true > other for other in false))
-    return mean_of(choice_is_right(choice, reading) for choice in field(record, "choices"))
+    return mean_of(choice_is_right(choice, reading) for choice in choices(record))
 
 
 def choice_is_right(choice: Record, reading: Reading | None = None) -> float:
@@ -63,11 +63,34 @@ def two_by_two(record: Record) -> tuple[bool, bool, bool, bool]:
 
 
 def _scores(record: Record) -> list[list[float]]:
-    """[captions][images]; raises RecordError for NaN, which is neither more nor less than anything."""
+    """[captions][images]; raises RecordError for NaN, which is neither more nor less than anything, and for what is
+    no number at all."""
     scores = field(record, "scores")
+    rows = scores if isinstance(scores, list) else [scores]
+    if not all(isinstance(row, list) and all(map(_is_number, row)) for row in rows):
+        raise RecordError(f"record {record.get('id')}: scores must be [captions][images], are {scores!r:.80}")
     if any(value != value for row in scores for value in row):
         raise RecordError(f"record {record.get('id')}: scores hold NaN: {scores}")
     return scores
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def choices(record: Record) -> list[Record]:
+    """The `choices` of a record; raises RecordError where one is none."""
+    found = field(record, "choices")
+    for choice in found if isinstance(found, list) else [found]:
+        options = choice.get("options") if isinstance(choice, dict) else None
+        known = isinstance(options, list) and all(isinstance(option, int) for option in options)
+        # `picked` alone is read where the model was asked for likelihoods, and the text where it answered in words.
+        picked = choice.get("picked") if known else None
+        if not known or not (picked is None or (type(picked) is int and 0 <= picked < len(options))):
+            raise RecordError(f"record {record.get('id')}: choices hold {choice!r:.80}, which is no choice of options")
+        if not isinstance(choice.get("text", ""), str):
+            raise RecordError(f"record {record.get('id')}: the text of a choice must be a text, is {choice!r:.80}")
+    return found
 
 
 def pairwise(record: Record, reading: Reading | None = None) -> float:
@@ -95,12 +118,12 @@ def four_way(records: Sequence[Record], reading: Reading | None = None) -> dict[
 def counts(records: Iterable[Record], reading: Reading | None = None) -> dict[str, int]:
     """How many items there are and, of `choices`, how many letters could not be read or may be an article."""
     records = list(records)
-    choices = [choice for record in records for choice in record.get("choices", ())]
+    made = [choice for record in records if "choices" in record for choice in choices(record)]
     found = {"items": len(records)}
-    if choices:
-        read = [picked_letter(choice, reading) for choice in choices]
+    if made:
+        read = [picked_letter(choice, reading) for choice in made]
         found["unparsable"] = read.count(None)
-        found["doubtful_letters"] = sum(letter_is_doubtful(choice.get("text", "")) for choice in choices)
+        found["doubtful_letters"] = sum(letter_is_doubtful(choice.get("text", "")) for choice in made)
     return found
 
 
@@ -113,7 +136,7 @@ def yes_no_figures(records: Sequence[Record], read: Callable[[str], bool | None]
     Args:
         read: answer -> yes, no, or None where it is neither, and wrong.
     """
-    pairs = [(read(field(record, "text")), is_yes(record)) for record in records]
+    pairs = [(read(answer(record)), is_yes(record)) for record in records]
     hits = sum(answer is True and label for answer, label in pairs)
     answered, true = sum(answer is True for answer, _ in pairs), sum(label for _, label in pairs)
     precision, recall = _ratio(hits, answered), _ratio(hits, true)
@@ -144,7 +167,7 @@ def is_yes(record: Record) -> bool:
 
 def unparsable(records: Iterable[Record], reader: Callable[[str], Any]) -> int:
     """How many answers `reader` makes nothing of."""
-    return sum(reader(field(record, "text")) is None for record in records)
+    return sum(reader(answer(record)) is None for record in records)
 
 
 def empty(records: Iterable[Record]) -> int:
@@ -162,6 +185,14 @@ def field(record: Record, name: str) -> Any:
     return record[name]
 
 
+def answer(record: Record) -> str:
+    """What the model answered, the field `text`; raises RecordError when it is no text."""
+    found = field(record, "text")
+    if not isinstance(found, str):
+        raise RecordError(f"record {record.get('id')}: text must be a text, is {found!r:.60}")
+    return found
+
+
 def grouped(records: Iterable[Record], name: str, known: Sequence[str] | None = None) -> dict[str, list[Record]]:
     """Records by a field, in the order of the known values.
 
@@ -170,8 +201,10 @@ def grouped(records: Iterable[Record], name: str, known: Sequence[str] | None = 
     groups: dict[str, list[Record]] = {value: [] for value in known or ()}
     for record in records:
         value = field(record, name)
-        if known is not None and value not in groups:
+        if known is not None and value not in list(known):  # a list: the value may be one that no dict takes
             raise RecordError(f"record {record.get('id')}: {name} {value!r} must be one of {', '.join(known)}")
+        if isinstance(value, (list, dict)):
+            raise RecordError(f"record {record.get('id')}: {name} must be a text, is {value!r:.60}")
         groups.setdefault(value, []).append(record)
     return {value: items for value, items in groups.items() if items}
 

@@ -66,7 +66,7 @@ def score(records: Iterable[Record]) -> dict[str, Any]:
 
 def right(record: Record) -> float:
     """Whether an answer is the label."""
-    return float(short(figures.field(record, "text")) == short(figures.field(record, "label")))
+    return float(short(figures.answer(record)) == short(figures.field(record, "label")))
 
 
 def sums(records: Sequence[Record]) -> Sums:

@@ -54,10 +54,16 @@ def read_answers(path: Path) -> Answers:
     """LLaVA's answers; a line that a kill left unfinished does not count.
 
     Raises:
-        RecordsError: for a line that is none, with its number.
+        RecordsError: for a line that is none, or whose prompt or text is no text, with its number.
     """
-    lines = _text(path).split("\n")[:-1]
-    return [_entry(path, number, line, ("question_id", "prompt", "text")) for number, line in enumerate(lines, 1)]
+    answers = []
+    for number, line in enumerate(_text(path).split("\n")[:-1], start=1):
+        entry = _entry(path, number, line, ("question_id", "prompt", "text"))
+        for name in ("prompt", "text"):
+            if not isinstance(entry[name], str):
+                raise RecordsError(f"{path}, line {number}: {name} must be a text, is {entry[name]!r:.60}.")
+        answers.append(entry)
+    return answers
 
 
 def _text(path: Path) -> str:
@@ -74,6 +80,10 @@ def _entry(path: Path, number: int, line: str, fields: Sequence[str]) -> dict[st
     missing = [name for name in fields if name not in entry]
     if missing:
         raise RecordsError(f"{path}, line {number}: has no {missing[0]!r}, only {', '.join(entry)}.")
+    if not isinstance(entry["question_id"], str | int):
+        raise RecordsError(
+            f"{path}, line {number}: question_id must be a text or a number, is {entry['question_id']!r:.60}."
+        )
     return entry
 
 

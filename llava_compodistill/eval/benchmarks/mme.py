@@ -54,19 +54,19 @@ def _labels(data: Path, asked: Sequence[tuple[Any, str]]) -> list[dict[str, str]
         path = root / task / "questions_answers_YN" / f"{stem}.txt"
         path = path if path.is_file() else root / task / f"{stem}.txt"
         if path not in labels:
-            labels[path] = _read_labels(path)
+            labels[path] = _read_labels(path, data / QUESTIONS)
         question = _question(text)
         if question not in labels[path]:
-            raise DataError(f"{path}: has no question {question!r}.")
+            raise DataError(f"{path}: has no question {question!r}, which {data / QUESTIONS} asks.")
         found.append({"category": task, "image": stem, "label": labels[path][question].lower()})
     return found
 
 
-def _read_labels(path: Path) -> dict[str, str]:
+def _read_labels(path: Path, questions: Path) -> dict[str, str]:
     try:
         lines = read_text(path).splitlines()
     except FileNotFoundError:
-        raise DataError(f"{path} is missing: it has the labels of an image of MME.") from None
+        raise DataError(f"{path} is missing: it has the labels of an image of MME ({questions}).") from None
     labels = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -113,7 +113,7 @@ def by_image(records: Iterable[Record]) -> list[tuple[str, int, int, bool]]:
     """Images as (task, questions answered rightly, questions, whether all are)."""
     images: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for record in records:
-        right = yes_no_other(figures.field(record, "text")) is figures.is_yes(record)
+        right = yes_no_other(figures.answer(record)) is figures.is_yes(record)
         images[figures.field(record, "category"), figures.field(record, "image")].append(right)
     return [(task, sum(values), len(values), all(values)) for (task, _), values in images.items()]
 

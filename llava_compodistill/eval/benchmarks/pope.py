@@ -29,6 +29,11 @@ def records(data: Path, answers: Answers) -> Records:
     """Labels: DATA/pope/coco/coco_pope_CATEGORY.json, one a line, in the order of the category's questions (as LLaVA's
     eval_pope takes them); the questions have the categories."""
     categories = _categories(data)
+    if len(answers) != len(categories):
+        raise DataError(
+            f"{data / QUESTIONS} has {len(categories)} questions, and there are {len(answers)} answers: they do not "
+            "belong together, or the answers are not whole. Ask again what is missing (scripts/eval/pope.sh)."
+        )
     places = {category: iter(values) for category, values in _labels(data, categories).items()}
     return [
         {**record, "category": category, "label": next(places[category])}

@@ -110,7 +110,7 @@ def _reader(task: str, reading: Reading) -> Callable[[str], Any]:
 
 def right(record: Record, reading: Reading = STRICT) -> bool:
     """Whether an item is right, by its task."""
-    answer = figures.field(record, "text")
+    answer = figures.answer(record)
     if record["task"] == "yesno":
         return reading.yes_no(answer) is figures.is_yes(record)
     if record["task"] == "multichoice":
@@ -122,7 +122,7 @@ def right(record: Record, reading: Reading = STRICT) -> bool:
 def to_judge(records: Iterable[Record]) -> list[tuple[str, str, str]]:
     """(id, answer, label) of the open answers."""
     return [
-        (record["id"], figures.field(record, "text"), figures.field(record, "label"))
+        (record["id"], figures.answer(record), figures.field(record, "label"))
         for record in records
         if record["task"] == "vqa"
     ]

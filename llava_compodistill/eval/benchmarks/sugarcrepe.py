@@ -82,7 +82,7 @@ def _by_order(subsets: dict[str, list[Record]], reading: Reading | None) -> dict
             subset: figures.percent(
                 figures.choice_is_right(choice, reading)
                 for record in items
-                for choice in record.get("choices", ())
+                for choice in (figures.choices(record) if "choices" in record else ())
                 if choice["options"].index(choice.get("image", 0)) == place
             )
             for subset, items in subsets.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def records(data: Path, answers: Answers) -> Records:
     question_of = import_llava_scorer("llava.eval.eval_textvqa").prompt_processor
     evaluator = import_llava_scorer("llava.eval.m4c_evaluator").TextVQAAccuracyEvaluator()
     made = plain_records(data, answers)
-    labels = _labels(data, [(record["question_id"], question_of(record["prompt"])) for record in made])
+    labels = _labels(data, _questions(data, question_of, [(r["question_id"], r["prompt"]) for r in made]))
     for record, wanted in zip(made, labels, strict=True):
         # What its eval_pred_list does for each, which shows a progress bar for every call.
         worth = evaluator._compute_answer_scores(wanted)
@@ -43,12 +43,26 @@ def verify(data: Path) -> None:
     questions = []
     try:
         question_of = import_llava_scorer("llava.eval.eval_textvqa").prompt_processor
-        questions = [(entry["question_id"], question_of(entry["text"])) for entry in asked]
+        questions = _questions(data, question_of, [(entry["question_id"], entry["text"]) for entry in asked])
     except HostError:
         pass  # `eval --check` needs no LLaVA, which finds the questions in the prompts: the file is read alone
-    except (AssertionError, AttributeError) as error:
-        raise DataError(f"{data / QUESTIONS}: a question is not worded as LLaVA's ({error!r}).") from None
     _labels(data, questions)
+
+
+def _questions(
+    data: Path, question_of: Callable[[str], str], asked: Iterable[tuple[Any, str]]
+) -> list[tuple[Any, str]]:
+    """(image, prompt) -> (image, question in small letters), by LLaVA's own way of finding it."""
+    found = []
+    for image, prompt in asked:
+        try:
+            found.append((image, question_of(prompt)))
+        except (AssertionError, AttributeError, IndexError) as error:
+            raise DataError(
+                f"{data / QUESTIONS}: the question on image {image} is not worded as LLaVA's, is {prompt!r:.80} "
+                f"({error!r})."
+            ) from None
+    return found
 
 
 def _labels(data: Path, asked: Sequence[tuple[Any, str]]) -> list[list[str]]:

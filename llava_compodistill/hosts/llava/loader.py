@@ -26,7 +26,8 @@ from .language_models import MODEL_CLASSES, model_class
 from .lora import resize_vocabulary
 from .model import has_own_tower, holds_weights, llava_core
 from .quantization import quantization_config, refuse_without_bitsandbytes
-from .weights import portable_lora_config, read_tensors, read_weights, refuse_damaged_weights
+from .tower_folders import find_tower
+from .weights import loading, portable_lora_config, read_tensors, read_weights, refuse_broken_weights
 
 ADAPTER_FILE = "mm_projector.bin"
 LORA_EXTRA_FILE = "non_lora_trainables.bin"
@@ -172,7 +173,8 @@ def load_model(
         if not isinstance(config, cls.config_class):
             values = config.to_dict()
             values.pop("model_type")
-            config = cls.config_class(**values)
+            with loading(path):
+                config = cls.config_class(**values)
         return _from_pretrained(cls, path, config, **kwargs)
     if kind == "lora" and base is None:
         base = read_lora_config(path).get("base_model_name_or_path")
@@ -187,13 +189,15 @@ def load_model(
         new.append("vision_tower")
     vocabulary = config.vocab_size
     config.vocab_size = getattr(read_config(base), "vocab_size", vocabulary)
-    model = _from_pretrained(cls, base, config, new=tuple(new), **kwargs)
+    described = os.path.join(path, "config.json")
+    model = _from_pretrained(cls, base, config, new=tuple(new), described=described, **kwargs)
     resize_vocabulary(model, vocabulary)
     load_extra_weights(model, extra)
     if kind == "lora":
-        model = _with_lora(model, path, trainable=not merge_lora)
-        if merge_lora:
-            model = model.merge_and_unload()
+        with loading(path):
+            model = _with_lora(model, path, trainable=not merge_lora)
+            if merge_lora:
+                model = model.merge_and_unload()
     return model
 
 
@@ -205,15 +209,16 @@ def _with_lora(model: torch.nn.Module, path: str, trainable: bool) -> torch.nn.M
     return PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
 
 
-def _from_pretrained(cls: type, path: str, config: Any, new: tuple[str, ...] = (), **kwargs: Any) -> torch.nn.Module:
+def _from_pretrained(
+    cls: type, path: str, config: Any, new: tuple[str, ...] = (), described: str = "", **kwargs: Any
+) -> torch.nn.Module:
     """`from_pretrained` that insists on every weight but those of the `new` modules, where transformers would start
-    from random ones and warn."""
-    with _expecting_missing_weights() if new else contextlib.nullcontext():
-        try:
-            model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
-        except Exception:  # what a damaged file makes of transformers does not always name it
-            refuse_damaged_weights(path)
-            raise
+    from random ones and warn. `described` is the config's file, where it lies elsewhere than the weights."""
+    generation = os.path.join(path, "generation_config.json")
+    if os.path.isfile(generation):
+        read_object(generation, CheckpointError)  # transformers takes anything for one
+    with loading(path, described), _expecting_missing_weights() if new else contextlib.nullcontext():
+        model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     elsewhere = new if has_own_tower(config) else (*new, "vision_tower")
     missing = sorted(name for name in info["missing_keys"] if not any(part in name for part in elsewhere))
     # Weights that a module has no place for, such as another architecture's biases, would change what it does.
@@ -229,6 +234,8 @@ def _from_pretrained(cls: type, path: str, config: Any, new: tuple[str, ...] = (
             f"{path} lacks {len(missing)} weights of a {cls.__name__}, such as {', '.join(missing[:3])}: it is "
             f"incomplete, or its config.json names another architecture (model_type {config.model_type})."
         )
+    own = [entry for entry in model.named_parameters() if not any(part in entry[0] for part in elsewhere)]
+    refuse_broken_weights(own, path)
     return model
 
 
@@ -247,22 +254,6 @@ def _expecting_missing_weights() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_worth_showing)
-
-
-def find_tower(config: Any, path: str, substitute: str | None) -> None:
-    """A tower given as a folder may have moved since training; hub names are left to transformers."""
-    name = getattr(config, "mm_vision_tower", None)
-    if not isinstance(name, str | None):
-        raise CheckpointError(f"{os.path.join(path, 'config.json')}: mm_vision_tower must be a text, is {name!r:.60}.")
-    is_hub_name = name is None or (not name.startswith((".", "/")) and name.count("/") <= 1)
-    if is_hub_name or os.path.isdir(name):
-        return
-    if substitute is None:
-        raise CheckpointError(
-            f"{os.path.join(path, 'config.json')}: mm_vision_tower {name} is not there. Put the encoder's folder (or "
-            "hub name) of this machine into that entry."
-        )
-    config.mm_vision_tower = substitute
 
 
 def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -319,7 +310,8 @@ def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:
         suppress_padded_vocabulary(model, tokenizer)
         tower = model.get_vision_tower()
         if not tower.is_loaded:
-            tower.load_model(device_map=device_map if kwargs.get("device_map") == "auto" else None)
+            with loading(tower.vision_tower_name):
+                tower.load_model(device_map=device_map if kwargs.get("device_map") == "auto" else None)
         if kwargs.get("device_map") != "auto":
             tower.to(device=device, dtype=dtype)
         context = getattr(model.config, "max_sequence_length", 2048)

@@ -16,6 +16,7 @@ from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionM
 
 from ...errors import CheckpointError
 from .loader import read_config
+from .tower_folders import check_tower
 
 
 class SiglipVisionTower(nn.Module):
@@ -105,11 +106,13 @@ def is_siglip(name: str) -> bool:
     """Whether a tower is SigLIP: by the config of a local folder, else by its name on the hub.
 
     Raises:
-        CheckpointError: for a NaFlex model, whose number of visual tokens depends on the image.
+        CheckpointError: for a folder of another model, and for a NaFlex model, whose number of visual tokens depends
+            on the image.
     """
     naflex = "naflex" in name.lower()
     if os.path.isdir(name):
         model_type = read_config(name).model_type
+        check_tower(name, "the vision tower ")
         naflex = model_type in ("siglip2", "siglip2_vision_model")
         if model_type in ("siglip", "siglip_vision_model"):
             return True

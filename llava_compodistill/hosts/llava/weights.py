@@ -3,16 +3,17 @@ PEFT."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, CompoDistillError
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:
@@ -20,9 +21,21 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     if not os.path.isfile(path):
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and torch raise a dozen kinds
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    named = isinstance(weights, Mapping) and all(isinstance(name, str) for name in weights)
+    if not named or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise CheckpointError(f"{path} must hold weights by their names, holds something else ({_kind(weights)}).")
+    refuse_broken_weights(weights.items(), path)
+    return weights
+
+
+def _kind(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    apart = {name: value for name, value in content.items() if not isinstance(value, torch.Tensor)}
+    return ", ".join(f"{name!r} is a {type(value).__name__}" for name, value in apart.items())[:200] or "other names"
 
 
 def read_tensors(folder: str, stem: str) -> dict[str, torch.Tensor]:
@@ -31,9 +44,66 @@ def read_tensors(folder: str, stem: str) -> dict[str, torch.Tensor]:
     if not os.path.isfile(path):
         return read_weights(os.path.join(folder, f"{stem}.bin"))
     try:
-        return load_file(path)
+        weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    refuse_broken_weights(weights.items(), path)
+    return weights
+
+
+#: Values looked at at a time, which bounds the memory that the look takes.
+_AT_ONCE = 1 << 24
+
+
+def refuse_broken_weights(weights: Iterable[tuple[str, torch.Tensor]], path: str) -> None:
+    """Refuse weights that are NaN or infinite: a model of them answers nonsense, and says nothing.
+
+    One pass over what lies in memory; what does not (on the meta device, partitioned by ZeRO-3) and weights of 8 or 4
+    bits are not looked at.
+
+    Args:
+        weights: (name, values).
+        path: the file or folder that they come from, for the message.
+
+    Raises:
+        CheckpointError: naming the first of them.
+    """
+    for name, value in weights:
+        value = value.detach()
+        if not value.is_floating_point() or value.element_size() < 2 or value.is_meta:
+            continue
+        if not all(bool(part.isfinite().all()) for part in value.flatten().split(_AT_ONCE)):
+            raise CheckpointError(
+                f"{path}: {name} holds values that are NaN or infinite (in {str(value.dtype).removeprefix('torch.')}):"
+                " the file is damaged, or its training diverged. Take another checkpoint."
+            )
+
+
+@contextlib.contextmanager
+def loading(path: str, config: str = "") -> Iterator[None]:
+    """Inside, what a folder's files make transformers and PEFT stumble over is an error that names the folder, and the
+    file where one cannot be read. What the machine lacks (memory, a package) is left as it is, and so is all that is
+    said of a name on the hub.
+
+    Args:
+        config: the file that says what is made of the folder, where it lies elsewhere.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    try:
+        yield
+    except (CompoDistillError, ImportError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # what a damaged file makes of them does not always name it
+        if not os.path.isdir(path):
+            raise
+        refuse_damaged_weights(path)
+        how, whose = (f" as {config} describes it", "that") if config else ("", "its")
+        raise CheckpointError(
+            f"{path} cannot be loaded{how} ({type(error).__name__}: {error}). Its files are damaged, or {whose} "
+            "configuration is that of another model."
+        ) from error
 
 
 def refuse_damaged_weights(folder: str) -> None:

@@ -105,7 +105,7 @@ held = sum(map(size, teacher.get_model().layers.parameters()))
 for again in range(2):
     for ours, theirs in zip(look(teacher), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-print("HELD", held, flush=True)
+print(f"HELD {held}\\n", end="", flush=True)  # in one piece
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """

@@ -425,6 +425,12 @@ wait
 """
 
 
+def _without_ignored_signals():
+    """What has been started in the background ignores Ctrl-C, and hands that on."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
 @pytest.mark.parametrize("name", ["USR1", "TERM", "INT", "HUP"])
@@ -439,7 +445,7 @@ def test_signals_reach_the_training_and_its_status_the_scheduler(tmp_path, launc
     settings |= {"PYTHON": str(stub), "NOTES": str(notes), "LAUNCHER": launcher, "TMPDIR": str(tmp_path), **CPU}
     run = subprocess.Popen(
         ["bash", str(SCRIPTS / "dpt.sh")], env={"PATH": os.environ["PATH"], **settings}, cwd=tmp_path,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=_without_ignored_signals,
     )  # fmt: skip
     until = time.monotonic() + 20
     while time.monotonic() < until and not (notes.exists() and "training" in notes.read_text()):

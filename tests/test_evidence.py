@@ -123,7 +123,7 @@ def test_every_claim_names_rows_of_its_study():
 def test_studies_that_are_tuned_one_after_the_other_share_the_file(tmp_path):
     first = tuned(tmp_path)
     quiet = Console(quiet=True)
-    more = tuning.tune(World(), [evidence.OBJECTIVE], BUDGET, tmp_path, 1, quiet, about.environment())
+    more = tuning.tune(World(), [evidence.OBJECTIVE], BUDGET, tmp_path, 1, quiet, {"commit": "b"})
     assert more["recipes"].items() >= first["recipes"].items() and len(more["recipes"]) == 7
     tuning.at_tuned_rates(evidence.EVIDENCE, more, World("test"))
     # Rows that were tuned already are not tuned again, at whatever rates; new rows have as many trials.
@@ -131,6 +131,8 @@ def test_studies_that_are_tuned_one_after_the_other_share_the_file(tmp_path):
     rates = tuning.Budget((4e-3, 6e-3), (1.0, 3.0), BUDGET.seeds)
     faster = tuning.tune(world, [evidence.FASTER], rates, tmp_path, 1, quiet, about.environment())
     assert faster["recipes"].items() >= more["recipes"].items() and len(faster["recipes"]) == 10
+    commits = {entry["commit"] for entry in faster["recipes"].values()}
+    assert commits == {"b", about.environment()["commit"]}, "each of its own tuning"
     assert {recipe.rate for recipe, _ in world.rates.values()} == {4e-3, 6e-3}
     assert {recipe.steps for recipe, _ in world.rates.values()} == {0.5}
     # With another number of trials nothing of before can stand beside it.

@@ -86,7 +86,12 @@ def tune(
     kept = earlier is not None and all(earlier.get(name) == value for name, value in measured.items())
     found: dict[str, Any] = {}
     if kept:
-        found = {key: entry for key, entry in earlier["recipes"].items() if len(entry["trials"]) == budget.count}
+        known = {"commit": earlier["environment"]["commit"]}
+        found = {
+            key: {**known, **entry}
+            for key, entry in earlier["recipes"].items()
+            if len(entry["trials"]) == budget.count
+        }
         if again := found.keys() & {recipe.key for recipe in tuned}:
             console.print(
                 f"{len(again)} of the rows are tuned already, with {budget.count} trials each, and keep their "
@@ -109,7 +114,7 @@ def tune(
         ]
         best = max(scored, key=lambda trial: mean(trial["scores"]))  # the first of equals
         chosen = {name: best[name] for name in ("rate", "weight")}
-        found[key] = {"recipe": recipe.described(), "trials": scored, **chosen}
+        found[key] = {"commit": environment["commit"], "recipe": recipe.described(), "trials": scored, **chosen}
     record = {**measured, "trials": budget.count, "environment": dict(environment), "recipes": found}
     path = root / TUNING_FILE
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -131,7 +136,9 @@ def read_tuning(root: Path) -> dict[str, Any] | None:
     try:
         record = read_object(path)
         if not (
-            record["seeds"] and all(entry["rate"] > 0 and entry["trials"] for entry in record["recipes"].values())
+            record["seeds"]
+            and record["environment"]["commit"]
+            and all(entry["rate"] > 0 and entry["trials"] for entry in record["recipes"].values())
         ):
             raise ValueError("an entry is empty")
         return record
@@ -183,10 +190,12 @@ def tuning_section(studies: Sequence[Study], tuning: Mapping[str, Any] | None, w
         if row.recipe is not None
     }
     metric = world.metrics.get(tuning["metric"], tuning["metric"])
+    last = tuning["environment"]["commit"]
+    commits = ", ".join(dict.fromkeys(entry.get("commit", last) for entry in tuning["recipes"].values()))
     count = max(len(entry["trials"]) for entry in tuning["recipes"].values())
     lines = [
         f"Every method had the same {count} trials with the seeds {', '.join(map(str, tuning['seeds']))}, compared on "
-        f"the validation split ({metric}, mean over seeds; commit {tuning['environment']['commit']}). A trial is a "
+        f"the validation split ({metric}, mean over seeds; commit {commits}). A trial is a "
         "learning rate and, after ×, a factor of the weight of the loss that distils: of L_ADL, or of L_KL without "
         "VAT. The chosen one is bold.",
         "",

@@ -355,10 +355,10 @@ run_command() {
     trap 'pass_on INT' INT
     trap 'pass_on TERM' TERM HUP
     while true; do # a signal interrupts the waiting
-        status=0
-        wait "$JOB" || status=$?
+        wait "$JOB" || true
         kill -0 "$JOB" 2>/dev/null || break
     done
+    wait "$JOB" || status=$? # which bash has kept; an interrupted wait gives the signal's
     trap - USR1 INT TERM HUP
     if [[ -s $told && $(<"$told") != 0 ]]; then
         status=$(<"$told")

@@ -401,7 +401,7 @@ def test_a_list_for_other_data_is_refused(world, folder):
     listed.write_text('{"files": [{"path": 1}]}')
     with pytest.raises(DataError, match=r"skip\.json: not a list that llava-compodistill check"):
         read_skip_list(str(listed), [str(data)])
-    with pytest.raises(DataError, match=r"--skip_samples .*none\.json: cannot be read"):
+    with pytest.raises(DataError, match=r"--skip_samples .*none\.json: there is no such file"):
         read_skip_list(str(folder / "none.json"), [str(data)])
 
 

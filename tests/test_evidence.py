@@ -135,13 +135,14 @@ def test_studies_that_are_tuned_one_after_the_other_share_the_file(tmp_path):
     assert commits == {"b", about.environment()["commit"]}, "each of its own tuning"
     assert {recipe.rate for recipe, _ in world.rates.values()} == {4e-3, 6e-3}
     assert {recipe.steps for recipe, _ in world.rates.values()} == {0.5}
-    # With another number of trials nothing of before can stand beside it.
-    again = tuning.tune(World(), [evidence.OBJECTIVE], tuning.Budget((1e-3,)), tmp_path, 1, quiet, about.environment())
-    assert len(again["recipes"]) == 5
+    # With another number of trials nothing of before could stand beside it.
+    with pytest.raises(DataError, match=r"tuned with 4 trials each, and this would be 1: give as many"):
+        tuning.tune(World(), [evidence.OBJECTIVE], tuning.Budget((1e-3,)), tmp_path, 1, quiet, about.environment())
+    assert tuning.read_tuning(tmp_path) == faster
     other = World()
     other.settings = lambda: {"world": "another", "split": "test"}
     with pytest.raises(DataError, match="made with other settings of the world"):
-        tuning.at_tuned_rates(evidence.OBJECTIVE, again, other)
+        tuning.at_tuned_rates(evidence.OBJECTIVE, faster, other)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"recipes": {"a": {}}}', '{"recipes": {}}'])

@@ -397,7 +397,7 @@ def test_code_in_a_checkpoint_needs_consent(world, saved, tmp_path):
     [(1, False, None), (2, False, "rng_state_0.pth, rng_state_1.pth"), (1, True, "scaler.pt")],
 )
 def test_states_that_are_missing_are_named(saved, caplog, ranks, fp16, named):
-    args = SimpleNamespace(world_size=ranks, fp16=fp16, deepspeed=None)
+    args = SimpleNamespace(world_size=ranks, fp16=fp16, deepspeed=None, save_on_each_node=False, process_index=0)
     resume.name_missing_states(str(saved("full") / "checkpoint-2"), args)
     assert named in caplog.text if named else not caplog.text
 

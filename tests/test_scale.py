@@ -52,6 +52,7 @@ def test_a_cell_holds(matrix, mode, run):
     assert cell.resumed <= TOLERANCE["resumed"] and cell.resumed_losses <= TOLERANCE["resumed"], cell
     folder = matrix.root / mode / link.name / f"checkpoint-{world.MIDDLE}"
     refuse_unknown(folder, trusted=False)
+    assert mode != "fsdp2" or (folder / "optimizer.bin").exists(), "that was DDP"
     assert not list(folder.glob("pytorch_model_fsdp*")), "the weights are there a second time"
 
 

@@ -74,7 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--caption-prompt", default=protocols.CAPTION_PROMPT, help="prompt of the likelihood protocol")
     parser.add_argument("--batch-size", type=_positive, default=16, help="sequences at a time (default: %(default)s)")
     parser.add_argument("--device", type=_device, help="cuda, cuda:N or cpu (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: bfloat16 on cuda; LLaVA's own module takes none",
+    )
     parser.add_argument("--processes", type=_positive, help="number of parallel processes (default: one per GPU)")
     parser.add_argument(
         "--image-workers",

@@ -171,8 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             template = args.template or template_of(args.model, lambda text: print(text, file=sys.stderr))
             more = {"model_base": args.model_base, "max_new_tokens": args.max_new_tokens}
             # LLaVA's builder loads in fp16, and `llava-compodistill run` in fp32 where there is no GPU.
-            more["dtype"] = args.dtype or ("float16" if args.device == "cuda" else "float32")
-            more["asked_by"] = asked_by(bool(args.engine), args.dtype)
+            dtype = args.dtype if args.engine else ""  # LLaVA's own module takes none
+            more["dtype"] = dtype or ("float16" if args.device == "cuda" else "float32")
+            more["asked_by"] = asked_by(bool(args.engine), dtype)
             about = made_with(args.model, template, **more)
             left = begin(args.questions, args.answers, about, bool(args.overwrite), args.images)
             print(left, shares(left, args.gpus), template)

@@ -78,6 +78,9 @@ def tune(
 
     Args:
         world: one that evaluates on the validation split.
+
+    Raises:
+        DataError: where rows were tuned with another number of trials.
     """
     metric = studies[0].gap.metric if studies[0].gap is not None else next(iter(world.metrics))
     tuned = [_tuned_as(study, row.recipe, world) for study in studies for row in study.rows.values() if row.recipe]
@@ -85,13 +88,22 @@ def tune(
     earlier = read_tuning(root)
     kept = earlier is not None and all(earlier.get(name) == value for name, value in measured.items())
     found: dict[str, Any] = {}
+    if earlier is not None and not kept:
+        console.print(
+            f"{root / TUNING_FILE} was made with other seeds or another world, and is replaced.",
+            markup=False,
+            soft_wrap=True,
+        )
     if kept:
         known = {"commit": earlier["environment"]["commit"]}
-        found = {
-            key: {**known, **entry}
-            for key, entry in earlier["recipes"].items()
-            if len(entry["trials"]) == budget.count
-        }
+        found = {key: {**known, **entry} for key, entry in earlier["recipes"].items()}
+        counts = {len(entry["trials"]) for entry in found.values()}
+        if counts != {budget.count}:
+            raise DataError(
+                f"{root / TUNING_FILE} holds rows that were tuned with {', '.join(map(str, sorted(counts)))} trials "
+                f"each, and this would be {budget.count}: give as many rates and factors, take another --output, or "
+                "delete the file."
+            )
         if again := found.keys() & {recipe.key for recipe in tuned}:
             console.print(
                 f"{len(again)} of the rows are tuned already, with {budget.count} trials each, and keep their "

@@ -99,8 +99,13 @@ def check_image_layers(training: TrainingArguments) -> None:
         )
 
 
-def check_arguments(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
+def check_arguments(
+    model: ModelArguments, data: DataArguments, training: TrainingArguments, here: bool = True
+) -> None:
     """Check what no single dataclass can see, before anything is loaded.
+
+    Args:
+        here: whether it is this process that is to train: its devices, packages and number count, too.
 
     Raises:
         ValueError: naming the flags that contradict each other, and the way out.
@@ -140,9 +145,9 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
             "their embeddings would stay random. Leave the flag out (a checkpoint that has the tokens keeps them), or "
             "train the whole language model with --stage dft or sft and without --lora_enable."
         )
-    check_placement(training)
-    check_bits(training)
-    if training.fp16 and training.device.type == "cpu":
+    check_placement(training, here)
+    check_bits(training, here)
+    if here and training.fp16 and training.device.type == "cpu":
         raise ValueError("--fp16 True: there is no fp16 training on a CPU. Use --bf16 True, or neither.")
     if training.shuffle_attention_targets and training.per_device_train_batch_size < 2:
         raise ValueError("--shuffle_attention_targets needs --per_device_train_batch_size of at least 2.")
@@ -152,8 +157,8 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         )
 
 
-def check_placement(training: TrainingArguments) -> None:
-    """Refuse a --teacher_placement that cannot run here.
+def check_placement(training: TrainingArguments, here: bool = True) -> None:
+    """Refuse a --teacher_placement that cannot run, or not here.
 
     Raises:
         ValueError: naming the flag and the way out.
@@ -168,18 +173,18 @@ def check_placement(training: TrainingArguments) -> None:
         why = "partitions the teacher by DeepSpeed: add --deepspeed zero2.json or zero3.json, or use fsdp or offload"
     elif placement == "fsdp" and fully_shard() is None:
         why = f"needs torch 2.6 or newer (FSDP2), and this is {torch.__version__}: use zero3 or offload"
-    elif placement in SHARDED and training.world_size < 2:
+    elif here and placement in SHARDED and training.world_size < 2:
         why = (
             "shares the layers among processes, and there is one: start several (torchrun, deepspeed), or use offload"
         )
     if why is not None:
         raise ValueError(f"{flag}: {why}.")
-    if placement in QUANTISED:
+    if here and placement in QUANTISED:
         refuse_without_bitsandbytes(flag, training.device)
 
 
-def check_bits(training: TrainingArguments) -> None:
-    """Refuse a --bits (QLoRA) that cannot run here.
+def check_bits(training: TrainingArguments, here: bool = True) -> None:
+    """Refuse a --bits (QLoRA) that cannot run, or not here.
 
     Raises:
         ValueError: naming the flags and the way out.
@@ -202,7 +207,8 @@ def check_bits(training: TrainingArguments) -> None:
         why = f"--quant_type {training.quant_type} is neither nf4 nor fp4"
     if why is not None:
         raise ValueError(f"--bits {bits}: {why}.")
-    refuse_without_bitsandbytes(f"--bits {bits}", training.device)
+    if here:
+        refuse_without_bitsandbytes(f"--bits {bits}", training.device)
 
 
 def _check_trained_tower(model: ModelArguments, training: TrainingArguments) -> None:

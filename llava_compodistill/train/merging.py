@@ -21,6 +21,7 @@ from torch import nn
 from .. import compat
 from ..errors import CheckpointError, DiskError, OutputError
 from ..hosts.llava import register
+from ..hosts.llava.model import has_own_tower
 from . import checkpoint, manifest
 from .resume import CALIBRATION_FILE, RUN_FILE
 
@@ -147,7 +148,9 @@ def _dtype_of(config: Any, asked: str | None) -> torch.dtype:
 
 
 def _check_space(model: nn.Module, target: Path) -> None:
-    needed = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "vision_tower" not in n)
+    whole = has_own_tower(model.config)  # an encoder that was trained is saved, too
+    kept = (p for name, p in model.named_parameters() if whole or "vision_tower" not in name)
+    needed = sum(p.numel() * p.element_size() for p in kept)
     free = shutil.disk_usage(target.absolute().parent).free
     if free < needed:
         raise DiskError(

@@ -100,6 +100,16 @@ def _common_start(start: str | None, args: Any) -> str | None:
             f"--output_dir {args.output_dir}: the machines have no checkpoint in common ({there}). Copy one to all of "
             "them, or remove those that there are."
         )
+    problem = None
+    if folder != start:  # which has been looked at
+        options = args.resume_anyway, args.verify_checkpoints, args.trust_checkpoint
+        try:
+            resume.accept(folder, args.made_with, *options)
+        except CheckpointError as error:
+            problem = error
+    problem = _first(problem)
+    if problem is not None:
+        raise problem
     return folder
 
 

@@ -96,6 +96,9 @@ def refuse_unknown(folder: Path, trusted: bool) -> None:
         CheckpointError: naming the files and what they import, unless the checkpoint is trusted.
     """
     unknown = {}
+    for path in folder.rglob("*"):
+        if path.is_symlink() and path.is_dir():  # which this would not look through, and DeepSpeed would
+            unknown[path] = ["[a link to another folder]"]
     for path in sorted({*folder.rglob("*.pt"), *folder.glob("*.pth")}):
         try:
             found = sorted(name for name in globals_of(path) if not _KNOWN.fullmatch(name))

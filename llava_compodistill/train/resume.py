@@ -158,8 +158,13 @@ def checkpoint_to_resume(
         CheckpointError: naming each setting that was different when the checkpoint was made, or the code in its files.
     """
     folder = last_complete(output_dir, verify)
-    if folder is None:
-        return None
+    if folder is not None:
+        accept(folder, run, anyway, verify, trusted)
+    return folder
+
+
+def accept(folder: str, run: dict[str, Any], anyway: bool, verify: bool, trusted: bool) -> None:
+    """Refuse a whole checkpoint of other settings, or with code in its files. Arguments and errors as above."""
     if not manifest.is_sealed(folder):
         logger.warning(
             "%s was saved by an earlier release, without a manifest: only its files' form is checked.", folder
@@ -172,13 +177,13 @@ def checkpoint_to_resume(
             "%s was saved by an earlier release: whether it was made with this command's settings cannot be checked.",
             folder,
         )
-        return folder
+        return
     content = _read_json(Path(folder) / RUN_FILE)
     if content.get("save_only_model"):
         logger.warning("%s holds no state of the optimizer (--save_only_model): it starts from zero.", folder)
     lines = _differences(content["settings"], run)
     if not lines:
-        return folder
+        return
     if not anyway:
         raise CheckpointError(
             f"{folder} was made with other settings:\n{lines}\nTo resume that run, use its settings; to "
@@ -186,7 +191,6 @@ def checkpoint_to_resume(
             "True."
         )
     logger.warning("%s was made with other settings (--resume_anyway):\n%s", folder, lines)
-    return folder
 
 
 def is_finished(output_dir: str, run: dict[str, Any]) -> bool:
@@ -246,7 +250,8 @@ def name_missing_states(folder: str, args: Any) -> None:
     """Say what a run cannot take from its checkpoint: ranks' random states, and the scale of fp16's losses."""
     names = ["rng_state.pth"]
     if args.world_size > 1:
-        names = [f"rng_state_{rank}.pth" for rank in range(args.world_size)]
+        ranks = [args.process_index] if args.save_on_each_node else range(args.world_size)
+        names = [f"rng_state_{rank}.pth" for rank in ranks]
     missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
     if missing:
         logger.warning(
@@ -272,15 +277,16 @@ def damage(folder: Path, verify: bool = False) -> str | None:
             return problem
     try:
         state = _read_json(folder / "trainer_state.json")  # the trainer writes it last
-        if not isinstance(state.get("global_step"), int):
-            return "trainer_state.json has no global_step"
+        for name in ("global_step", "max_steps"):
+            if not isinstance(state.get(name), int):
+                return f"trainer_state.json has no {name}"
         _read_json(folder / "config.json")
         with_optimizer = False
         if (folder / RUN_FILE).is_file():
             run = _read_json(folder / RUN_FILE)
             if not isinstance(run.get("settings"), dict):
                 return f"{RUN_FILE} has no settings"
-            with_optimizer = not run.get("save_only_model") and state["global_step"] < state.get("max_steps", 0)
+            with_optimizer = not run.get("save_only_model") and state["global_step"] < state["max_steps"]
         if (folder / CALIBRATION_FILE).is_file():
             _read_json(folder / CALIBRATION_FILE)
         for path in _weight_files(folder):

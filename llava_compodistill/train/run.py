@@ -129,7 +129,7 @@ def run_process(argv: list[str] | None = None) -> int:
     Args:
         argv: the command line; `sys.argv[1:]` when None.
     """
-    status = 0
+    status = _tell(0)  # torchrun may have started this again: what the last start has told is old
     try:
         main(argv)
     except Preempted as stopped:

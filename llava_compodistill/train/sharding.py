@@ -79,7 +79,20 @@ def without_second_weights() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 # DeepSpeed
 # ---------------------------------------------------------------------------------------------------------------------
-def prepare_deepspeed(trainer: transformers.Trainer) -> None:
+def prepare(trainer: transformers.Trainer) -> None:
+    """After a trainer is made: what FSDP and DeepSpeed need of it.
+
+    Raises:
+        FlagError: where accelerate trains without the FSDP that was asked for, which it does in silence.
+    """
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+        raise FlagError(
+            "--fsdp: accelerate does not start it here: it takes several processes, on GPUs. Leave the flag out."
+        )
+    _prepare_deepspeed(trainer)
+
+
+def _prepare_deepspeed(trainer: transformers.Trainer) -> None:
     """Let transformers 4.37 and its accelerate run with a current DeepSpeed. Remove when 4.37 goes.
 
     What `"auto"` stands for in ZeRO-3's config becomes a whole number (4.37 fills in a fraction, which is refused).

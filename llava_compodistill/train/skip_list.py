@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..hosts.files import read_json
 
 
 def write_skip_list(path: str, files: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -40,14 +41,14 @@ def read_skip_list(path: str, data_files: Sequence[str]) -> dict[str, dict[int, 
         DataError: for a file that is no such list, or that is about other data.
     """
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))["files"]
+        entries = read_json(path, option="--skip_samples ")["files"]
         listed = {
             str(entry["path"]): {int(sample["index"]): int(sample["checksum"]) for sample in entry["skip"]}
             for entry in entries
         }
-    except OSError as error:
-        raise DataError(f"--skip_samples {path}: cannot be read ({error.strerror}).") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(
             f"--skip_samples {path}: not a list that llava-compodistill check --write_skip has written "
             f"({type(error).__name__}: {error})."
@@ -58,5 +59,7 @@ def read_skip_list(path: str, data_files: Sequence[str]) -> dict[str, dict[int, 
         same = same or [file for file in data_files if os.path.basename(file) == os.path.basename(name)]
         if len(same) != 1:
             raise DataError(f"--skip_samples {path}: {name} is none of the files of --data_path.")
+        if same[0] in found:
+            raise DataError(f"--skip_samples {path}: two of its files could be {same[0]} of --data_path.")
         found[same[0]] = samples
     return found

@@ -90,7 +90,7 @@ class CompoDistillTrainer(LLaVATrainer):
         checkpoint.attach_modules(model, self.objective.modules)
         sharding.hold_alike(model, args)
         super().__init__(model=model, args=args, **compat.tokenizer_argument(tokenizer), **kwargs)
-        sharding.prepare_deepspeed(self)
+        sharding.prepare(self)
         if args.n_gpu > 1:
             raise ValueError(
                 "Several GPUs in one process (DataParallel) are not supported: use torchrun or deepspeed."

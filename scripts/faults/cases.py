@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
@@ -43,7 +44,10 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        suite, kind, seed = text.split(":")
+        suite, _, rest = text.partition(":")
+        kind, _, seed = rest.rpartition(":")
+        if not (suite and kind and seed.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{text!r} is not SUITE:KIND:SEED.")
         return cls(suite, kind, int(seed))
 
 

@@ -56,12 +56,15 @@ def disturb(case: Case, arguments: list[str], out: Path, folder: Path, trace: Pa
         words = f"kill {place} {words}"
         if case.kind == "cut" and done.status < 0:
             words += f", power cut ({len(lose_unsynced(read_trace(log.with_suffix('.trace')), out))} files lost bytes)"
-        return words, done, ""
+        return words, done, "hang" if done.late else ""
     name = rng.choices(list(ERRORS), ERRORS.values())[0]
     room = rng.choice((0, 0, rng.randrange(2_000)))
     done = call(arguments, out, log, lambda shim: shim.fail_from(operation, room, getattr(errno, name)))
-    unclear = done.failed and done.status not in (0, 1, 2)
-    return f"{name} from {words} and {room:,} bytes on", done, "unclear error" if unclear else ""
+    words = f"{name} from {words} and {room:,} bytes on"
+    if done.late:
+        return words, done, "hang"
+    raised = done.failed < 0  # the command has not come back with a status
+    return words, done, "unclear error" if raised or done.status not in (0, 1, 2) else ""
 
 
 def again(
@@ -102,8 +105,6 @@ def prepare_eval(world: World, kinds: Collection[str] = FAULTS) -> None:
 def evaluate(world: World, case: Case, folder: Path) -> Outcome:
     out = folder / "out"
     injected, done, lost = disturb(case, asked(world, out), out, folder, world.root / "asked.trace")
-    if case.kind == "disk" and done.status == -1:
-        return Outcome(case, "died", injected, last_words(done.text))
     found = again(case, asked(world, out), out, folder, files(world.root / "asked"), injected, lost)
     if lost and not found.detail:
         found.detail = last_words(done.text)

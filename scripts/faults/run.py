@@ -64,7 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="a JSON file of all cases")
     parser.add_argument("--brief", action="store_true", help="there, of the cases that survived, their numbers alone")
     parser.add_argument(
-        "--case", action="append", default=[], metavar="NAME", help="this one alone, as often as given"
+        "--case",
+        action="append",
+        default=[],
+        type=Case.parse,
+        metavar="SUITE:KIND:SEED",
+        help="this one alone, as often as given",
     )
     parser.add_argument("--keep", type=Path, help="an empty folder for all files, which stay there")
     return parser
@@ -143,10 +148,13 @@ def _run(args: argparse.Namespace, names: Sequence[str], folder: Path) -> int:
     torch.set_num_threads(1)
     known = suites()
     if args.case:
-        cases = [Case.parse(name) for name in args.case]
+        cases = args.case
     else:
         counts = {name: args.cases[name] for name in names if name in args.cases}
         cases = planned(known, counts, args.seed, args.kind.split(",") if args.kind else None)
+    if not cases:
+        console.print("There is no such case: --suite, --kind and --cases leave none.", markup=False)
+        return 2
     wanted = list(dict.fromkeys(case.suite for case in cases))
     console.print("running everything undisturbed")
     world = make(folder / "world")

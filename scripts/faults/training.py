@@ -161,6 +161,8 @@ def _kill(world: World, case: Case, folder: Path, cut: bool) -> Outcome:
         killed = attempt(shim, world.flags(case.kind, out), out, log, lambda s: s.kill_at(operation, place))  # noqa: B023
         done = read_trace(log.with_suffix(".trace"))
         said.append(f"kill {place} {words}")
+        if killed.late:
+            return Outcome(case, "hang", "; ".join(said), last_words(killed.text))
         steps_lost += _lost(furthest, done)
         if killed.status >= 0:
             if killed.status:

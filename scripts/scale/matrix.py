@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from llava_compodistill.about import git_commit
 
 from . import modes
 from .ranks import Ranks
@@ -197,18 +198,10 @@ class Matrix:
 
 def made_with() -> dict[str, Any]:
     """The commit and the versions of a report."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
-    found = subprocess.run(command, capture_output=True, text=True)
-    return {"commit": found.stdout.strip() or None, "versions": {name: _version(name) for name in PACKAGES}}
+    return {
+        "commit": git_commit(Path(__file__).resolve().parents[2]),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
 
 
 def _version(package: str) -> str | None:
@@ -248,6 +241,8 @@ def apart(found: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[float,
         if found[name].shape != value.shape:
             return math.inf, math.inf
         difference = float((found[name].float() - value.float()).abs().max())
+        if not math.isfinite(difference):  # max() would pass over NaN
+            return math.inf, math.inf
         relative = max(relative, difference / max(float(value.abs().max()), 1e-6))
         absolute = max(absolute, difference)
     return relative, absolute
@@ -265,7 +260,7 @@ def _losses_apart(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -
             if name in theirs:
                 kind = name if name == "grad_norm" else "losses"
                 difference = abs(ours[name] - theirs[name]) / max(abs(theirs[name]), 1e-2)
-                largest[kind] = max(largest[kind] or 0.0, difference)
+                largest[kind] = max(largest[kind] or 0.0, difference if math.isfinite(difference) else math.inf)
     return largest["losses"], largest["grad_norm"]
 
 

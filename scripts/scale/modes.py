@@ -13,6 +13,19 @@ from packaging.version import Version
 SCRIPTS = Path(__file__).resolve().parents[1]
 MODES = ("ddp", "zero2", "zero3", "fsdp2")
 #: With a GPU accelerate starts DeepSpeed's communication; on the CPU it starts torch's alone.
+_FSDP = """
+# accelerate starts FSDP on accelerators alone, and on CPUs trains by DDP without a word.
+from accelerate import state
+from accelerate.utils import DistributedType
+
+def init(self, *args, original=state.AcceleratorState.__init__, **kwargs):
+    original(self, *args, **kwargs)
+    if kwargs.get("fsdp_plugin") is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.fsdp_plugin = kwargs["fsdp_plugin"]
+
+state.AcceleratorState.__init__ = init
+"""
 _DEEPSPEED = "import deepspeed\ndeepspeed.init_distributed('gloo', auto_mpi_discovery=False)\n"
 
 
@@ -51,4 +64,6 @@ def flags(mode: str, folder: Path) -> dict[str, Any]:
 
 def prelude(mode: str) -> str:
     """What a rank runs before training."""
+    if mode == "fsdp2":
+        return _FSDP
     return _DEEPSPEED if mode.startswith("zero") else ""

@@ -64,6 +64,8 @@ def main() -> int:
     finally:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
+    if not cells:
+        return 2  # what is missing has been said
     console.print(table(cells))
     for cell in cells:
         if cell.problem:

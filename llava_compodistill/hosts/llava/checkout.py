@@ -14,7 +14,7 @@ from .patching import Patch, plan, read_patch, replace_whole, write_all
 
 #: Files by which a LLaVA checkout is known, whether cloned or unpacked from the registry's wheel.
 LANDMARKS = ("llava/__init__.py", "llava/model/__init__.py", "llava/model/builder.py", "llava/train/train.py")
-#: The folders of scripts/ that are copied; benchmark/ and miniature/ serve this project's own repository.
+#: The folders of scripts/ that are copied; the others serve this project's own repository.
 COPIED_FOLDERS = (".", "eval")
 #: Scripts beside the copied ones that have no meaning in a LLaVA checkout either.
 REPOSITORY_ONLY = {"quickstart.sh", "setup_env.sh", "test.sh"}

@@ -20,10 +20,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from .experts import Experts, install_experts, read_experts
 
 
-class MultimodalForward(LlavaMetaForCausalLM):
+class MultimodalForward:
     """What makes a causal language model a LLaVA: it takes `images` and `image_sizes` as LLaVA's other models do.
 
-    Stands before the language model among the base classes.
+    Stands before the language model among the base classes, and LLaVA's `LlavaMetaForCausalLM` behind it: FSDP2 gives
+    a model another class, which Python refuses where the first base is an abstract one.
     """
 
     def get_model(self) -> nn.Module:
@@ -101,7 +102,7 @@ class LlavaQwen2Model(LlavaMetaModel, Qwen2Model):
     config_class = LlavaQwen2Config
 
 
-class LlavaQwen2ForCausalLM(MultimodalForward, Qwen2ForCausalLM):
+class LlavaQwen2ForCausalLM(MultimodalForward, Qwen2ForCausalLM, LlavaMetaForCausalLM):
     """LLaVA on a Qwen1.5, Qwen2 or Qwen2.5 language model."""
 
     config_class = LlavaQwen2Config
@@ -131,7 +132,7 @@ if hasattr(transformers, "Qwen3Config"):
     class LlavaQwen3Model(LlavaMetaModel, transformers.Qwen3Model):
         config_class = LlavaQwen3Config
 
-    class LlavaQwen3ForCausalLM(MultimodalForward, transformers.Qwen3ForCausalLM):
+    class LlavaQwen3ForCausalLM(MultimodalForward, transformers.Qwen3ForCausalLM, LlavaMetaForCausalLM):
         """LLaVA on a Qwen3 language model."""
 
         config_class = LlavaQwen3Config

@@ -107,9 +107,14 @@ def read_lora_config(path: str) -> dict[str, Any]:
     """adapter_config.json of a LoRA checkpoint.
 
     Raises:
-        CheckpointError: when it is missing or no JSON object.
+        CheckpointError: when it is missing, no JSON object, or names its base by no text.
     """
-    return read_object(os.path.join(path, "adapter_config.json"), CheckpointError)
+    file = os.path.join(path, "adapter_config.json")
+    values = read_object(file, CheckpointError)
+    base = values.get("base_model_name_or_path")
+    if not isinstance(base, (str, type(None))):
+        raise CheckpointError(f"{file}: base_model_name_or_path must be a text, and is {base!r:.60}.")
+    return values
 
 
 def load_lora_weights(model: torch.nn.Module, folder: str) -> None:

@@ -1,4 +1,4 @@
-"""LoRA checkpoints of any release of PEFT, and of a language model whose vocabulary has grown since."""
+"""The vocabulary of a language model under a LoRA or adapter that was trained on a larger or smaller one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import inspect
 
 import torch
 from torch import nn
+
+from ... import compat
 
 
 def resize_vocabulary(model: nn.Module, size: int) -> None:
@@ -21,6 +23,10 @@ def resize_vocabulary(model: nn.Module, size: int) -> None:
     if "mean_resizing" in inspect.signature(model.resize_token_embeddings).parameters:
         options["mean_resizing"] = False  # draws random rows around the mean
     model.resize_token_embeddings(size, **options)
-    with torch.no_grad():
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            module.weight[known:] = module.weight[:known].float().mean(dim=0).to(module.weight.dtype)
+    if size < known:
+        return
+    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    weights = list({id(weight): weight for weight in tables}.values())  # one where they are tied
+    with torch.no_grad(), compat.gathered(weights, modify=True):
+        for weight in weights:
+            weight[known:] = weight[:known].float().mean(dim=0).to(weight.dtype)

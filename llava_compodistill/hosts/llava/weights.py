@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -96,7 +97,7 @@ def loading(path: str, config: str = "") -> Iterator[None]:
     except (CompoDistillError, ImportError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # what a damaged file makes of them does not always name it
-        if not os.path.isdir(path):
+        if not os.path.isdir(path) or _is_of_the_machine(error):
             raise
         refuse_damaged_weights(path)
         how, whose = (f" as {config} describes it", "that") if config else ("", "its")
@@ -104,6 +105,13 @@ def loading(path: str, config: str = "") -> Iterator[None]:
             f"{path} cannot be loaded{how} ({type(error).__name__}: {error}). Its files are damaged, or {whose} "
             "configuration is that of another model."
         ) from error
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether memory or a device is lacking, for which torch has no class of its own."""
+    words = "DefaultCPUAllocator", "No CUDA GPUs", "CUDA error", "NVIDIA driver"
+    lacking = getattr(error, "errno", None) in (errno.ENOMEM, errno.EMFILE)
+    return lacking or any(text in str(error) for text in words)
 
 
 def refuse_damaged_weights(folder: str) -> None:

@@ -128,7 +128,7 @@ def adapter(kind: str, inputs: int, outputs: int, source: str) -> Adapter:
     Raises:
         PlanError: for a type that LLaVA's projector does not have.
     """
-    match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", str(kind))
     if kind != "linear" and not match:
         raise PlanError(f"{source}: mm_projector_type {kind!r} is not planned; linear and mlp<N>x_gelu are.")
     return Adapter(inputs, outputs, int(match.group(1)) if match else 1)
@@ -216,12 +216,7 @@ def read_language_model(name: str, flag: str) -> Described:
     """
     path = _config_file(name)
     if path is None:
-        model = _known(name, LANGUAGE_MODELS)
-        if model is None:
-            raise PlanError(
-                f"{flag} {name}: no such folder or file, and no model whose sizes are known here. Give a folder with "
-                f"config.json, the config.json itself, or one of {', '.join(LANGUAGE_MODELS)}."
-            )
+        model = _known(name, LANGUAGE_MODELS, flag, "model")
         return Described(model, None, None, model.name)
     config = read_json(path)
     model = _language_model(config, name, str(path))
@@ -236,19 +231,15 @@ def read_tower(name: str, flag: str) -> Tower:
     """
     path = _config_file(name)
     if path is None:
-        tower = _known(name, TOWERS)
-        if tower is None:
-            raise PlanError(
-                f"{flag} {name}: no such folder or file, and no encoder whose sizes are known here. Give a folder "
-                f"with config.json, the config.json itself, or one of {', '.join(TOWERS)}."
-            )
-        return tower
+        return _known(name, TOWERS, flag, "encoder")
     config = read_json(path)
     kind = str(config.get("model_type", ""))
     family = kind.removesuffix("_vision_model")
     if family not in _TOWER_DEFAULTS:
         raise PlanError(f"{path}: model_type {kind!r} is no vision encoder that is planned; clip and siglip are.")
     part = config.get("vision_config", config)
+    if not isinstance(part, dict):
+        raise PlanError(f"{path}: the field vision_config is {part!r}, and must be an object.")
     values = {key: part.get(key, default) for key, default in _TOWER_DEFAULTS[family].items()}
     hidden, layers, heads, wide, pixels, patch = (_positive(values, key, str(path)) for key in values)
     return Tower(name, family, hidden, layers, heads, wide, pixels, patch)
@@ -333,7 +324,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def _known(name: str, table: Mapping[str, Any]) -> Any:
-    """By the full name or its last part, whatever the case."""
+def _known(name: str, table: Mapping[str, Any], flag: str, what: str) -> Any:
+    """By the full name or its last part, whatever the case.
+
+    Raises:
+        PlanError: for a name that is not in the table.
+    """
     wanted = name.lower()
-    return next((value for key, value in table.items() if wanted in (key.lower(), key.lower().split("/")[-1])), None)
+    for key, value in table.items():
+        if wanted in (key.lower(), key.lower().split("/")[-1]):
+            return value
+    raise PlanError(
+        f"{flag} {name}: no such folder or file, and no {what} whose sizes are known here. Give a folder with "
+        f"config.json, the config.json itself, or one of {', '.join(table)}."
+    )

@@ -17,15 +17,16 @@ from .configs import LanguageModel, Tower
 from .memory import aligned_layers, lora_parameters
 from .setup import Models, Setup
 
-#: Dense 16-bit tensor-core peaks in TFLOP/s with float32 sums, and memory in GiB: the vendors' data sheets.
+#: Memory in GiB, as PyTorch's out-of-memory messages give the total (the data sheets' GB are more), and dense 16-bit
+#: tensor-core peaks in TFLOP/s with float32 sums: the vendors' data sheets.
 GPUS = {
-    "L40S": (48, 362.0),
-    "A100-40": (40, 312.0),
-    "A100-80": (80, 312.0),
-    "H100": (80, 989.0),
-    "H200": (141, 989.0),
-    "A6000": (48, 154.8),
-    "RTX4090": (24, 165.2),
+    "L40S": (44.4, 362.0),
+    "A100-40": (39.4, 312.0),
+    "A100-80": (79.2, 312.0),
+    "H100": (79.1, 989.0),
+    "H200": (139.8, 989.0),
+    "A6000": (47.5, 154.8),
+    "RTX4090": (23.6, 165.2),
 }
 #: The paper's GPU.
 DEFAULT_GPU = "L40S"

@@ -62,7 +62,8 @@ def resident(models: Models, setup: Setup) -> Terms:
 
     AdamW keeps two float32 numbers a trained weight; DeepSpeed also a float32 copy of it, all spread over the GPUs. In
     ZeRO-3 the student's weights are spread, too, and those that are in use are gathered, up to ZERO3_LIVE. The teacher
-    and its encoder are whole on every GPU (`compat.outside_zero3`); the encoder is the student's where it is the same.
+    is counted whole on every GPU (`--teacher_placement replicate`): `auto`, the default, may spread or offload its
+    layers. The encoder is the student's where it is the same.
     """
     student, c = models.student, setup.compute
     trained = trained_parameters(models, setup)

@@ -307,7 +307,10 @@ def changes(request: Request, stage: Stage, name: str) -> list[Change]:
             if attempt("a smaller teacher", f"TEACHER={checkpoint_of(smaller.name)}", request):
                 return found
     for smaller in _smaller(request.models.student):
-        request = replace(request, models=replace(request.models, student=smaller))
+        changed = replace(request, models=replace(request.models, student=smaller))
+        if stage.distils and not _aligned(changed):
+            continue
+        request = changed
         if attempt("a smaller student", f"STUDENT={smaller.name}", request):
             return found
     return found

@@ -79,6 +79,11 @@ def assumptions(request: Request, plans: Sequence[StagePlan]) -> list[str]:
         f"Samples, image included: {lengths} (--text-tokens, --answer-tokens, --max-length). Memory is that of a "
         "micro-batch of the longest.",
     ]
+    if any(plan.setup.has_teacher for plan in plans):
+        found.append(
+            "The teacher is whole on every GPU (--teacher_placement replicate); auto, the default, spreads or "
+            "offloads its layers where weights take more than 75% of a GPU."
+        )
     if request.models.student.kv_heads < request.models.student.heads:
         found.append(
             "Keys and values of grouped heads are not expanded, as in current transformers; 4.37 expands them."

@@ -143,6 +143,8 @@ class Check:
             self._timed("images", lambda: self._decode(parsed, files))
         elif mix is not None and any(mix.with_image):
             self.report.unchecked.append("what is in the image files: --images decodes them")
+        if self.report.counts:  # lengths and images have refused more
+            self.report.counts["usable"] = self.report.counts["read"] - self.report.skipped
         if self.options.write_skip:
             self._write_skip_list()
         return self.report
@@ -219,9 +221,8 @@ class Check:
         seen: dict[tuple[int, int], int] = {}
         for place in range(len(mix)):
             seen.setdefault(mix.origin(place), place)
-        wanted = None if self.options.write_skip else self.options.measured
         places = list(seen.values())
-        places = [places[number] for number in lengths.chosen_places(len(places), wanted)]
+        places = [places[number] for number in lengths.chosen_places(len(places), self.options.measured)]
         if len(places) < len(seen):
             self.report.unchecked.append(
                 f"lengths and labels of all samples but {len(places)}, evenly spread: --lengths all"

@@ -60,22 +60,22 @@ def without_launcher(arguments: list[str]) -> list[str]:
 
 def parse(flags: list[str], findings: Findings) -> Parsed | None:
     """Read and check the flags as training does; None where they cannot be read."""
-    given = {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
+    given = {_name(flag) for flag in flags if flag.startswith("--")}
     on_gpu = torch.cuda.is_available()
     rest, held = (flags, {}) if on_gpu else take_out(flags, OF_THE_MACHINE)
-    has_output = "--output_dir" in given
+    has_output = "output_dir" in given
     if not has_output:
         rest = [*rest, "--output_dir", os.devnull]
     try:
         parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
         model, data, training = parser.parse_args_into_dataclasses(args=rest)
-        parsed = Parsed(model, data, training, "--model_name_or_path" in given, has_output, flags)
+        parsed = Parsed(model, data, training, "model_name_or_path" in given, has_output, flags)
+        _set(training, held)
         if parsed.has_model:
-            check_arguments(model, data, training)
+            check_arguments(model, data, training, here=False)
     except ValueError as error:  # as the dataclasses say it
         findings.add(STOPS, f"the flags: {error}", remedy="see the message")
         return None
-    _set(training, held)
     if held:
         named = ", ".join(f"--{name}" for name in held)
         findings.add(NOTE, f"flags for a GPU, of which there is none here: {named}", remedy="looked at when training")
@@ -92,16 +92,22 @@ def take_out(flags: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[
     place = 0
     while place < len(flags):
         flag, equals, value = flags[place].partition("=")
+        name = _name(flag)
         place += 1
-        if flag.removeprefix("--") not in names or not flag.startswith("--"):
+        if name not in names or not flag.startswith("--"):
             rest.append(flags[place - 1])
             continue
         if not equals:
             has_value = place < len(flags) and not flags[place].startswith("--")
             value = flags[place] if has_value else "True"
             place += has_value
-        taken[flag.removeprefix("--")] = value
+        taken[name] = value
     return rest, taken
+
+
+def _name(flag: str) -> str:
+    """Of `--output_dir=…`: output_dir. Current transformers take dashes for underscores."""
+    return flag.partition("=")[0].removeprefix("--").replace("-", "_")
 
 
 def _set(training: TrainingArguments, held: dict[str, str]) -> None:

@@ -17,6 +17,7 @@ from ...hosts.llava.model import count_visual_tokens, has_own_tower
 from ...hosts.llava.taf import PROJECTOR_TYPE
 from ...hosts.llava.templates import use_template
 from ...methods.base import Term
+from ...pair.placement import QUANTISED
 from ...pair.student import add_lora, check_adapter_path, check_start, describe_taf, set_trainable, student_dtype
 from ...pair.teacher import check_teacher
 from ...pair.tokens import first_difference
@@ -309,10 +310,11 @@ def check_packages(parsed: Parsed, findings: Findings) -> None:
     """Packages that flags ask for."""
     model_args, args = parsed.model, parsed.training
     reported = args.report_to if isinstance(args.report_to, list) else [args.report_to]
+    quantised = f"--bits {args.bits}" if args.bits in (4, 8) else f"--teacher_placement {args.teacher_placement}"
     needed = {
         "flash_attn": (model_args.attn_implementation == "flash_attention_2", "--attn_implementation", "flash"),
         "deepspeed": (bool(args.deepspeed), "--deepspeed", "deepspeed"),
-        "bitsandbytes": (args.bits in (4, 8), f"--bits {args.bits}", "quant"),
+        "bitsandbytes": (args.bits in (4, 8) or args.teacher_placement in QUANTISED, quantised, "quant"),
         "tensorboard": ("tensorboard" in reported, "--report_to tensorboard", "tensorboard"),
         "wandb": ("wandb" in reported, "--report_to wandb", "wandb"),
         "triton": (args.attention_map_impl == "triton", "--attention_map_impl triton", None),

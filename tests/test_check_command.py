@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -28,9 +29,11 @@ from llava_compodistill.train.preflight import images as image_checks
 from llava_compodistill.train.preflight import pair, processes
 from llava_compodistill.train.preflight.check import EXIT, Check, Options
 from llava_compodistill.train.preflight.findings import NOTE, SKIPS, STOPS
-from llava_compodistill.train.preflight.flags import without_launcher
+from llava_compodistill.train.preflight.flags import OF_THE_MACHINE, take_out, without_launcher
 from llava_compodistill.train.preflight.lengths import Limits, Reader, chosen_places
 from llava_compodistill.train.skip_list import read_skip_list
+
+ROOT = Path(__file__).resolve().parents[1]
 
 LONG = {**GPT, "value": "red square above a blue circle " * 40}
 
@@ -401,6 +404,13 @@ def test_a_list_for_other_data_is_refused(world, folder):
     listed.write_text('{"files": [{"path": 1}]}')
     with pytest.raises(DataError, match=r"skip\.json: not a list that llava-compodistill check"):
         read_skip_list(str(listed), [str(data)])
+    listed.write_text(json.dumps({"files": [{"path": str(data), "skip": [{"index": 1, "checksum": 1e999}]}]}))
+    with pytest.raises(DataError, match=r"--skip_samples .*skip\.json"):
+        read_skip_list(str(listed), [str(data)])
+    same = [{"path": f"{folder}/{name}/data.json", "skip": []} for name in ("gone", "lost")]
+    listed.write_text(json.dumps({"files": same}))
+    with pytest.raises(DataError, match="two of its files could be"):
+        read_skip_list(str(listed), [str(data)])
     with pytest.raises(DataError, match=r"--skip_samples .*none\.json: there is no such file"):
         read_skip_list(str(folder / "none.json"), [str(data)])
 
@@ -436,6 +446,41 @@ def test_a_pair_that_fits(distil, dpt_path):
     ]
     report = distil(student_layers="sight", teacher_layers="sight")
     assert "--student_layers sight" in report.models.aligned_layers()[0]["measured"]
+
+
+@pytest.mark.parametrize(
+    "flags, missing",
+    [
+        ({"teacher_placement": "fsdp"}, None),
+        ({"teacher_placement": "zero3", "deepspeed": ROOT / "scripts" / "zero2.json"}, None),
+        ({"teacher_placement": "4bit"}, "--teacher_placement 4bit"),
+        ({"bits": 4, "lora_enable": True}, "--bits 4"),
+    ],
+    ids=str,
+)
+def test_what_only_the_machine_that_trains_can_have(distil, flags, missing):
+    """Several processes and GPUs are not asked for here; a package is named as what it is."""
+    if missing and importlib.util.find_spec("bitsandbytes") is not None:
+        pytest.skip("bitsandbytes is installed")
+    report = distil(**flags)
+    stopped = [finding for finding in report.findings if finding.level == STOPS]
+    if missing is None:
+        assert not stopped
+    else:
+        assert [finding.kind for finding in stopped] == ["a package is missing"]
+        assert stopped[0].examples[0].detail == f"bitsandbytes, for {missing}"
+
+
+def test_quantised_weights_do_not_go_with_zero3(distil):
+    report = distil(bits=4, lora_enable=True, deepspeed=ROOT / "scripts" / "zero3.json")
+    assert "ZeRO-3 cannot partition quantised weights" in found(report, STOPS, "the flags").examples[0].detail
+
+
+def test_dashes_are_taken_for_underscores():
+    flags = ["--output-dir", "out", "--deepspeed=x.json", "--fsdp-config", "y.json", "--fsdp", "full_shard"]
+    rest, held = take_out(flags, OF_THE_MACHINE)
+    assert rest == ["--output-dir", "out"] and held["deepspeed"] == "x.json"
+    assert held.keys() <= set(OF_THE_MACHINE) and {"fsdp", "fsdp_config"} & set(OF_THE_MACHINE) <= held.keys()
 
 
 def test_the_papers_pair_from_configs_alone(world, folder):

@@ -96,6 +96,14 @@ def test_what_cannot_be_looked_through_is_refused(folder, write, message):
         pickles.refuse_unknown(folder, trusted=False)
 
 
+def test_a_link_to_another_folder_is_refused(folder, tmp_path):
+    """DeepSpeed would follow it."""
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "global_step6").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"global_step6: \[a link to another folder\]"):
+        pickles.refuse_unknown(folder, trusted=False)
+
+
 def test_torch_runs_nothing_where_it_would_by_default(folder, tmp_path, monkeypatch):
     """As torch before 2.6 does, with transformers 4.37."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")

@@ -427,6 +427,14 @@ def test_more_memory_means_larger_micro_batches(capsys):
     assert given["batch"] == 2 and given["accumulation"] == 8
 
 
+def test_a_smaller_student_is_one_that_the_teacher_can_teach(capsys):
+    """Qwen2.5-1.5B is the smaller one by its vocabulary, and has more layers than this teacher."""
+    status, found = plan(
+        *("--student", "qwen1.5-1.8b", "--teacher", "qwen1.5-1.8b", "--stage", "dft", "--gpu-memory", 4), capsys=capsys
+    )
+    assert status == 1 and found
+
+
 def test_what_to_change_where_nothing_fits(capsys):
     arguments = ["--student", "qwen2.5-7b", "--teacher", "Qwen/Qwen2.5-7B", "--stage", "dft", "--zero", 0]
     status, found = plan(*arguments, "--no-gradient-checkpointing", "--gpu-memory", 24, capsys=capsys)

@@ -128,3 +128,8 @@ def test_a_trained_encoder_is_refused_under_fsdp():
     core = SimpleNamespace(config=SimpleNamespace(unfreeze_mm_vision_tower=True))
     with pytest.raises(CheckpointError, match="there has an encoder of its own.*leave --fsdp out"):
         student._hide_tower(core, "there")
+
+
+def test_a_student_of_nan_is_infinitely_far():
+    nan = {"weight": torch.tensor([float("nan"), 1.0])}
+    assert apart(nan, {"weight": torch.ones(2)}) == (float("inf"), float("inf"))

@@ -1,4 +1,5 @@
-"""The benchmark scripts on the miniature's sizes: every suite runs, its parity holds, its figures can be drawn."""
+"""The benchmark scripts on the miniature's sizes: suites run (but compile and images; plan is in test_plan), their
+parity holds, their figures can be drawn."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-pytestmark = pytest.mark.once  # nothing here depends on transformers
+pytestmark = pytest.mark.once  # the suites measure current transformers
 
 SCRIPTS = Path(os.environ.get("COMPODISTILL_SOURCE", Path(__file__).resolve().parents[1])) / "scripts" / "benchmark"
 CURRENT = int(transformers.__version__.split(".")[0]) >= 5

@@ -23,17 +23,19 @@ from ..errors import CheckpointError, DiskError, OutputError
 from ..hosts.llava import register
 from ..hosts.llava.model import has_own_tower
 from . import checkpoint, manifest
+from .mix import MANIFEST_FILE
 from .resume import CALIBRATION_FILE, RUN_FILE
 
 logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 #: What a tokenizer, and a checkpoint of ours, have beside weights and config.
-TOKENIZER_FILES = (
+#: What a tokenizer may consist of.
+TOKENIZER_PARTS = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
-KEPT_FILES = (CALIBRATION_FILE, RUN_FILE, "data_manifest.json")
+KEPT_FILES = (CALIBRATION_FILE, RUN_FILE, MANIFEST_FILE)
 
 
 def merge(path: str, output: str, base: str | None = None, dtype: str | None = None) -> Path:
@@ -161,13 +163,13 @@ def _check_space(model: nn.Module, target: Path) -> None:
 
 def _copy(source: Path, base: Path, target: Path) -> None:
     """The tokenizer, which a checkpoint of LLaVA's may have left with its language model, and how it was trained."""
+    from ..hosts.llava.loader import TOKENIZER_FILES, read_tokenizer
+
     has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)
     if not has_tokenizer and not base.is_dir():
-        from ..hosts.llava.loader import read_tokenizer
-
         read_tokenizer(str(base)).save_pretrained(target)
         compat.make_tokenizer_portable(target)
-    for name in TOKENIZER_FILES:
+    for name in TOKENIZER_PARTS:
         origin = (source if has_tokenizer else base) / name
         if origin.is_file():
             shutil.copyfile(origin, target / name)

@@ -181,6 +181,8 @@ def measure(spec: PairSpec, case: Case, device: torch.device, folder: str, lengt
         seconds.append(time.perf_counter() - begin)
         if optimizer is not None:
             optimizer.step()
+        if not case.accumulated:  # on CUDA this runs twice, and `before` has no gradients
+            pair.student.zero_grad(set_to_none=True)
 
     before = parts["weights"] + parts["gradients"] + parts["optimizer"]
     peak = before + extra_memory(call, device) * 2**20

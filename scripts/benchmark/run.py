@@ -72,9 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=PRESETS, help="sizes (default: paper on cuda, cpu on cpu)")
     parser.add_argument(
-        "--batch", help="micro-batches of step and plan, such as 1,8; profile and compile take the last"
+        "--batch",
+        help="micro-batches of step, sight, teacher and plan, such as 1,8; profile and compile take the last",
     )
-    parser.add_argument("--length", help="sequence lengths of op, step, fit, profile and compile, such as 1024,2048")
+    parser.add_argument(
+        "--length",
+        help="sequence lengths of op, step, fit, profile, compile, teacher and plan (its first), such as 1024,2048",
+    )
     parser.add_argument("--limit", help="memory limits of fit in GiB, such as 48,139 (default: the preset's)")
     parser.add_argument("--no-checkpointing", action="store_true", help="whole steps without gradient checkpointing")
     parser.add_argument("--seconds", type=float, default=5.0, help="time spent on each comparison")

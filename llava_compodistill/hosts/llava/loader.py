@@ -308,7 +308,7 @@ def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:
         model = load_model(model_path, model_base, **kwargs).eval()
         if "device_map" not in kwargs:
             model.to(device)
-        has_tokenizer = any(os.path.isfile(os.path.join(model_path, name)) for name in _TOKENIZER_FILES)
+        has_tokenizer = any(os.path.isfile(os.path.join(model_path, name)) for name in TOKENIZER_FILES)
         source = model_path if has_tokenizer or model_base is None else model_base
         tokenizer = read_tokenizer(source)
         add_image_tokens(model, tokenizer)
@@ -325,7 +325,7 @@ def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:
     return load_pretrained_model
 
 
-_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def add_image_tokens(model: torch.nn.Module, tokenizer: Any) -> None:

@@ -418,13 +418,14 @@ def test_accumulation_and_checkpointing_change_nothing(dft):
 
 @pytest.mark.once
 @pytest.mark.slow
-def test_two_processes_weigh_alike(dft, world, sharp_teacher, mixed, tmp_path):
+def test_two_processes_weigh_alike(ranks, dft, world, sharp_teacher, mixed, tmp_path):
     """Where a rank holds text alone, its teacher runs once, and the other's twice."""
-    from test_distributed import launch, parallel_flags
+    from test_distributed import parallel_flags
 
     options = {"visual_advantage": "both", "shuffle_advantage": True, "max_steps": 3, "per_device_train_batch_size": 1}
     _, expected = dft("one", gradient_accumulation_steps=2, **PLAIN, **options)
-    launch(parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", ddp_backend="gloo", **options))
+    flags = parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", ddp_backend="gloo", **options)
+    ranks.train_well(flags, 2, tmp_path / "log")
     found = read_log(tmp_path / "two")
     assert_same_log(found, expected, 2e-5)
     advantages = [[entry["advantage"] for entry in log] for log in (found, expected)]

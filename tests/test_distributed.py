@@ -18,14 +18,11 @@ from scale import modes
 pytestmark = pytest.mark.invariant
 
 
-def launch(flags, processes=2, entry=("-m", "llava_compodistill.train"), succeeds=True, **environment):
-    """Run the entry point under torchrun, on the CPU; returns its output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *entry, *flags]
-    environment = tiny.environment(**environment)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert (done.returncode == 0) == succeeds, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
+def torchrun(script, flags) -> subprocess.CompletedProcess:
+    """Two processes of a script, on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script), *flags]
+    return subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=240)
 
 
 def parallel_flags(world, teacher, mixed, output, **changes):
@@ -60,17 +57,19 @@ runpy.run_module("llava_compodistill.train", run_name="__main__")
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(dft, world, sharp_teacher, mixed, tmp_path):
+def test_two_processes_give_the_losses_of_one(ranks, dft, world, sharp_teacher, mixed, tmp_path):
     # Into the second epoch, whose order both have to draw alike.
     single, expected = dft("one", max_steps=6, gradient_accumulation_steps=2, **PLAIN)
     flags = parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", ddp_backend="gloo", max_steps=6)
     (tmp_path / "stopped.py").write_text(STOPPED)
-    output = launch(flags, entry=[str(tmp_path / "stopped.py")], succeeds=False)
+    done = torchrun(tmp_path / "stopped.py", flags)
+    output = done.stdout + done.stderr
+    assert done.returncode, output[-6000:]
     assert output.count("Stopped by SIGUSR1 after step 5 of 6 (exit status 75)") == 1
     assert "exitcode  : 75" in output  # of one rank at least: torchrun ends the others, which may be about to end
     assert resume.damage(tmp_path / "two" / "checkpoint-5") is None
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest.names_in(tmp_path / "two" / "checkpoint-5")
-    launch(flags)
+    ranks.train_well(flags, 2, tmp_path / "log")
     log = tiny.read_log(tmp_path / "two")
     assert all(abs(entry["sight"]) < 1 for entry in log)
     assert_same_log(log, expected, 2e-5)

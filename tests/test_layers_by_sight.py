@@ -269,14 +269,12 @@ def test_all_ranks_take_the_first_ones(distil, tmp_path, monkeypatch):
 
 @pytest.mark.once
 @pytest.mark.slow
-def test_two_processes_choose_what_one_does(distil, seeing, tmp_path):
-    from test_distributed import launch
-
+def test_two_processes_choose_what_one_does(ranks, distil, seeing, tmp_path):
     options = {**PLAIN, "learning_rate": 1e-3, "max_steps": 2, "sight_share": 1.0, "version": "qwen_qa"}
     single, expected = distil("one", gradient_accumulation_steps=2, per_device_train_batch_size=2, **options)
     options |= {"teacher_model_path": seeing["llava-teacher"], "model_name_or_path": seeing["qwen-student"]}
     options |= {"mm_projector_type": "mlp2x_gelu", "model_max_length": 1024, "calibration_samples": 32, **BOTH}
-    launch(tiny.flags(seeing, "dft", tmp_path / "two", ddp_backend="gloo", **options))
+    ranks.train_well(tiny.flags(seeing, "dft", tmp_path / "two", ddp_backend="gloo", **options), 2, tmp_path / "log")
     assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-5)
     assert recorded(tmp_path / "two")["teacher_layers"] == recorded(tmp_path / "one")["teacher_layers"]
 

@@ -127,14 +127,14 @@ def test_its_weights_are_kept_for_resuming_and_stay_out_of_llavas_files(dft, tmp
 @pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.invariant
-def test_two_processes_train_a_terms_weights_alike(dft, world, sharp_teacher, mixed, tmp_path):
-    from test_distributed import launch, parallel_flags
+def test_two_processes_train_a_terms_weights_alike(ranks, dft, world, sharp_teacher, mixed, tmp_path):
+    from test_distributed import parallel_flags
 
     # With gradient checkpointing every weight has to be met in every step; a quarter of the samples are text alone.
     options = {"max_steps": 3, "method": TOY, "per_device_train_batch_size": 1, "gradient_checkpointing": True}
     single, expected = dft("one", gradient_accumulation_steps=2, **PLAIN, **options)
     flags = parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", ddp_backend="gloo", **options)
-    launch(flags)
+    ranks.train_well(flags, 2, tmp_path / "log")
     found = tiny.read_log(tmp_path / "two")
     assert_same_log(found, expected, 2e-5)
     saved = torch.load(tmp_path / "two" / "distillation.bin", weights_only=True)

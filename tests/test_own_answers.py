@@ -481,13 +481,14 @@ def test_evaluation_is_on_the_data(on_policy, monkeypatch):
 
 @pytest.mark.once
 @pytest.mark.slow
-def test_two_processes_answer_what_one_does(on_policy, world, talker, sharp_teacher, mixed, tmp_path):
-    from test_distributed import launch, parallel_flags
+def test_two_processes_answer_what_one_does(ranks, on_policy, world, talker, sharp_teacher, mixed, tmp_path):
+    from test_distributed import parallel_flags
 
     options = {"on_policy": 0.5, "on_policy_max_tokens": 6, "on_policy_temperature": 1.2, "max_steps": 2}
     single, expected = on_policy("one", gradient_accumulation_steps=2, **PLAIN, **options)
     options |= {"model_name_or_path": talker, "ddp_backend": "gloo"}
-    printed = launch(parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", **options))
+    flags = parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", **options)
+    printed = ranks.train_well(flags, 2, tmp_path / "log").text
     found = tiny.read_log(tmp_path / "two")
     assert_same_log(found, expected, 2e-4)
     for ours, theirs in zip(found, expected, strict=True):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from checks import PLAIN, assert_same_log
 from factory import make_batch, make_model
+from test_distributed import parallel_flags
 from test_record import LAYOUTS, arguments, make_objective, state
 
 from llava_compodistill.errors import FlagError
@@ -21,6 +22,7 @@ from llava_compodistill.pair.placement import Room, choose, place_teacher, stude
 from llava_compodistill.record.forward import Needs, record
 from llava_compodistill.train import checks, placing, resume
 from llava_compodistill.train.arguments import DataArguments, ModelArguments
+from scale import modes
 
 GIB = 2**30
 
@@ -83,13 +85,11 @@ def test_gradients_pass_through_an_offloaded_teacher(siglip, tmp_path):
 
 #: Two processes: each places a copy of the same teacher, and compares what it gives with what the whole one gave.
 SHARED = """
-import sys
 import torch
 from factory import make_model
 from test_placement import look
 from llava_compodistill.pair.placement import place_teacher
 
-placement, tower = sys.argv[1:]
 if placement == "zero3":
     import deepspeed
     deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)  # compiled on first use, not needed
@@ -105,7 +105,7 @@ held = sum(map(size, teacher.get_model().layers.parameters()))
 for again in range(2):
     for ours, theirs in zip(look(teacher), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-print(f"HELD {held}\\n", end="", flush=True)  # in one piece
+print("HELD", held)
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
@@ -113,21 +113,35 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp", "zero3"])
-def test_a_teacher_in_pieces_gives_the_same(kind, siglip, tmp_path):
+def test_a_teacher_in_pieces_gives_the_same(ranks, kind, siglip, tmp_path):
     if kind == "fsdp" and placement.fully_shard() is None:
         pytest.skip("this torch has no FSDP2")
     if kind == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
-    (tmp_path / "shared.py").write_text(SHARED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(tmp_path / "shared.py"), kind]
-    environment = tiny.environment(DS_ACCELERATOR="cpu")
-    done = subprocess.run([*command, str(siglip)], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
-    held = [int(count) for count in re.findall(r"HELD (\d+)", done.stdout)]  # the ranks' lines may run together
+    code = f"placement, tower = {kind!r}, {str(siglip)!r}\n{SHARED}"
+    done = ranks.python(code, tmp_path / "log", processes=2)
+    assert done.ok, done.text[-6000:]
+    held = [int(count) for count in re.findall(r"HELD (\d+)", done.text)]
     teacher = make_model(siglip, hidden=48, layers=6, heads=6, vocab=128, seed=1, dtype=torch.float32)
     whole = sum(p.numel() for p in teacher.get_model().layers.parameters())
     assert len(held) == 2 and all(count < 0.6 * whole for count in held), (held, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.invariant
+@pytest.mark.parametrize("mode, kind", [("zero3", "zero3"), ("zero2", "zero3"), ("ddp", "fsdp"), ("fsdp2", "fsdp")])
+def test_students_beside_a_teacher_in_pieces(ranks, dft, world, dpt_path, sharp_teacher, mixed, tmp_path, mode, kind):
+    """However the student is wrapped, the losses are those of one process with a whole teacher."""
+    if modes.missing(mode) or (kind == "fsdp" and placement.fully_shard() is None):
+        pytest.skip(modes.missing(mode) or "this torch has no FSDP2")
+    options = {**PLAIN, "per_device_train_batch_size": 1, "max_steps": 3, "mm_projector_type": "taf"}
+    options["pretrain_mm_mlp_adapter"] = dpt_path / "mm_projector.bin"  # ZeRO-3 would draw another one
+    _, expected = dft("one", gradient_accumulation_steps=2, **options)
+    options |= {"teacher_placement": kind, **modes.flags(mode, tmp_path)}
+    flags = parallel_flags(world, sharp_teacher, mixed, tmp_path / "two", sight_steps=None, **options)
+    done = ranks.train_well(flags, 2, tmp_path / "log", modes.prelude(mode))
+    assert f"Teacher: {kind}" in done.text
+    assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

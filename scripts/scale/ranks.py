@@ -83,6 +83,17 @@ class Ranks:
         job = {"flags": flags, "processes": processes, "log": str(log), "code": prelude, "machines": machines}
         return self._run(job, timeout)
 
+    def train_well(self, flags: list[str], processes: int, log: Path, prelude: str = "") -> Done:
+        """`train`, for a run that has to end well.
+
+        Raises:
+            AssertionError: it did not, with the end of what its ranks printed.
+        """
+        done = self.train(flags, processes, log, prelude)
+        if not done.ok:
+            raise AssertionError(f"statuses {done.statuses}\n{done.text[-6000:]}")
+        return done
+
     def python(self, code: str, log: Path, processes: int = 1, machines: bool = False, timeout: float = 240.0) -> Done:
         """Python code on some ranks; see `train`."""
         job = {"flags": None, "processes": processes, "log": str(log), "code": code, "machines": machines}

@@ -248,10 +248,10 @@ def test_a_tiny_run(suite, stage, lora, checkpointing, tmp_path):
     setup = case.setup(preset.pair, 64, "cpu")
     peak, before, _ = plan.predicted(preset.pair, setup)
     found = plan.measure(preset.pair, case, torch.device("cpu"), str(tmp_path), 64)
-    trained = memory.trained_parameters(plan.models(preset.pair), setup)
+    trained = memory.trained_parameters(preset.pair.models, setup)
     assert found["trained"] == trained
-    assert found["gradients"] == 4 * trained == memory.gradients(plan.models(preset.pair), setup)
-    assert found["optimizer"] == 8 * trained == memory.resident(plan.models(preset.pair), setup)["optimizer states"]
+    assert found["gradients"] == 4 * trained == memory.gradients(preset.pair.models, setup)
+    assert found["optimizer"] == 8 * trained == memory.resident(preset.pair.models, setup)["optimizer states"]
     assert found["weights"] == before - 12 * trained
     assert peak == pytest.approx(found["peak"], rel=0.15)
 

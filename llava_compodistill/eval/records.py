@@ -6,13 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import CompoDistillError, DataError, RecordError, RecordsError
-from ..hosts.files import parse_json, read_object, read_text
+from ..hosts.files import half_a_character, parse_json, read_object, read_text
 
 #: A run's parts whose names alone say too little.
 _WORDS = {"weights": "weights that give", "fingerprint": "questions that give", "asked_by": "asked by"}
@@ -205,7 +204,7 @@ def write_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
 def _line(record: dict[str, Any]) -> str:
     """A record as a line; readable, unless it holds half a character, which UTF-8 cannot."""
     text = json.dumps(record, ensure_ascii=False)
-    return (text if text.isascii() or not re.search("[\ud800-\udfff]", text) else json.dumps(record)) + "\n"
+    return (json.dumps(record) if half_a_character(text) else text) + "\n"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

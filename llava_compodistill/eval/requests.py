@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import DataError
+from ..hosts.files import half_a_character
 from .marks import Picture
 
 
@@ -54,5 +55,5 @@ Request = Likelihood | Continuation | FirstWord | Answer
 
 def check_text(text: str) -> None:
     """Raise DataError for a text that tokenizers fail on."""
-    if any("\ud800" <= sign <= "\udfff" for sign in text):
+    if half_a_character(text):
         raise DataError(f"{text[:80]!r} holds half a character (a lone surrogate), which no tokenizer reads.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ _DEEP = "it is nested too deeply"
 
 class _Refused(ValueError):
     """What Python's parsers would accept, and JSON or YAML do not have."""
+
+
+def is_path(name: str) -> bool:
+    """Whether a model's name can only be a folder: the hub's have no more than one slash, and begin with a letter."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def half_a_character(text: str) -> bool:
+    """Whether a text holds a lone surrogate: JSON can (`"\\ud83d"`), and neither UTF-8 nor a tokenizer takes it."""
+    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
 def read_text(path: Name, error: type[CompoDistillError] = DataError, option: str = "") -> str:

@@ -20,6 +20,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import CheckpointError, DiskError, OutputError
+from ..hosts.files import is_path
 from ..hosts.llava import register
 from ..hosts.llava.model import has_own_tower
 from . import checkpoint, manifest
@@ -111,12 +112,11 @@ def _find_base(path: str, given: str | None, named: Any) -> str:
     source = "--base" if given else f"{os.path.join(path, 'adapter_config.json')}, base_model_name_or_path:"
     if not base:
         raise CheckpointError(f"{source} is empty: name the language model that the LoRA was trained on, with --base.")
-    looks_like_path = base.startswith((".", "/", "~")) or base.count("/") > 1
     if os.path.isdir(base):
         kind = checkpoint_kind(base)
         if kind in ("lora", "adapter"):
             raise CheckpointError(f"{source} {base} holds {'a LoRA' if kind == 'lora' else 'an adapter'} itself.")
-    elif looks_like_path:
+    elif is_path(base):
         raise CheckpointError(
             f"{source} {base} is not there: name the folder or hub name of this machine with --base."
         )

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import DataError
+from ..hosts.files import half_a_character
 from .image_files import ImageFiles
 
 logger = logging.getLogger(__name__)
@@ -304,7 +305,7 @@ def find_problem(
             return "a turn without 'from' or 'value'"
         if turn["from"] not in ("human", "gpt"):
             return f"unknown speaker: {turn['from']!r} (must be human or gpt)"
-        if not turn["value"].isascii() and any("\ud800" <= letter <= "\udfff" for letter in turn["value"]):
+        if half_a_character(turn["value"]):
             return "a turn with half a character: a lone surrogate, which no tokenizer takes"
     speakers = [turn["from"] for turn in turns[turns[0]["from"] == "gpt" :]]  # LLaVA drops a gpt turn that begins
     if "gpt" not in speakers:

@@ -11,42 +11,22 @@ import torch
 
 from llava_compodistill.hosts.llava import register
 from llava_compodistill.hosts.llava.taf import fetch_teacher_adapter, taf_config
+from llava_compodistill.train.plan.configs import Adapter, LanguageModel, Tower
+from llava_compodistill.train.plan.flops import useful
+from llava_compodistill.train.plan.setup import Models, Setup
 
 IMAGE_TOKEN = -200
 IGNORE_INDEX = -100
 
 
-@dataclass(frozen=True)
-class LanguageModel:
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-
-    def parameters(self) -> int:
-        """Weights of the layers' matrices (embeddings and head are counted where they are used)."""
-        size = self.hidden // self.heads
-        attention = self.hidden * size * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+def decoder(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocab: int) -> LanguageModel:
+    """A Qwen1.5 or Qwen2 model of these sizes, with a head of its own."""
+    size = hidden // heads
+    return LanguageModel("decoder", "qwen2", hidden, layers, heads, kv_heads, size, intermediate, vocab, qkv_bias=True)
 
 
-@dataclass(frozen=True)
-class Tower:
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    pixels: int
-    patch: int
-
-    @property
-    def patches(self) -> int:
-        return (self.pixels // self.patch) ** 2
-
-    def parameters(self) -> int:
-        # The features are taken before the last layer.
-        return (self.layers - 1) * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate)
+def siglip(hidden: int, layers: int, heads: int, intermediate: int, pixels: int, patch: int) -> Tower:
+    return Tower("tower", "siglip", hidden, layers, heads, intermediate, pixels, patch)
 
 
 @dataclass(frozen=True)
@@ -56,24 +36,19 @@ class PairSpec:
     teacher: LanguageModel
     student: LanguageModel
     tower: Tower
-    vocab: int
     answers: int
     dtype: torch.dtype
     lengths: tuple[int, ...] = field(default=(1024, 2048))
 
+    @property
+    def models(self) -> Models:
+        """The pair as `llava-compodistill plan` knows it."""
+        return Models(self.student, self.tower, self.teacher, Adapter(self.tower.hidden, self.teacher.hidden, 2))
+
     def flops(self, batch: int, length: int) -> float:
-        """Useful FLOPs of a DFT step: teacher forward, student forward and backward, encoder once, both heads on the
-        answer rows; causal attention counted as half of all pairs; recomputation not counted."""
-
-        def forward(model: LanguageModel) -> float:
-            per_token = 2 * model.parameters() + 2 * model.layers * length * model.hidden
-            return batch * (length * per_token + 2 * self.answers * model.hidden * self.vocab)
-
-        side = self.tower.patches
-        tower = 2 * self.tower.parameters() + 4 * (self.tower.layers - 1) * side * self.tower.hidden
-        adapter = 2 * (self.tower.hidden * self.teacher.hidden + self.teacher.hidden**2)
-        encoder = batch * side * (tower + adapter)
-        return 3 * forward(self.student) + forward(self.teacher) + encoder
+        """Useful FLOPs of a DFT step (`plan.flops.useful`); recomputation not counted."""
+        setup = Setup(trains_llm=True, distils=True, aligns=True)
+        return batch * useful(self.models, setup, length, self.answers)
 
 
 class Pair:
@@ -98,7 +73,7 @@ class Pair:
 
         cls = model_class("qwen2")
         config = cls.config_class(
-            vocab_size=self.spec.vocab,
+            vocab_size=size.vocab,
             hidden_size=size.hidden,
             intermediate_size=size.intermediate,
             num_hidden_layers=size.layers,
@@ -141,7 +116,7 @@ class Pair:
                 f"for {self.spec.answers} answer tokens. Take a greater --length."
             )
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(2, self.spec.vocab, (size, text), generator=generator)
+        ids = torch.randint(2, self.spec.student.vocab, (size, text), generator=generator)
         labels = torch.full_like(ids, IGNORE_INDEX)
         labels[:, -self.spec.answers :] = ids[:, -self.spec.answers :]
         ids[:, 4] = IMAGE_TOKEN

@@ -22,7 +22,7 @@ from step import columns, our_step
 
 from llava_compodistill.pair.student import add_lora, set_trainable
 from llava_compodistill.train.arguments import TrainingArguments
-from llava_compodistill.train.plan import configs, flops, memory
+from llava_compodistill.train.plan import flops, memory
 
 
 @dataclass(frozen=True)
@@ -86,28 +86,9 @@ CASES = (
 )
 
 
-def models(spec: PairSpec) -> memory.Models:
-    """The pair's sizes as the planner knows them."""
-
-    def language(size: Any, name: str) -> configs.LanguageModel:
-        return configs.LanguageModel(
-            name, "qwen2", size.hidden, size.layers, size.heads, size.kv_heads, size.hidden // size.heads,
-            size.intermediate, spec.vocab, qkv_bias=True,
-        )  # fmt: skip
-
-    size = spec.tower
-    tower = configs.Tower(
-        "tower", "siglip", size.hidden, size.layers, size.heads, size.intermediate, size.pixels, size.patch
-    )
-    teacher = language(spec.teacher, "teacher")
-    return memory.Models(
-        language(spec.student, "student"), tower, teacher, configs.Adapter(tower.hidden, teacher.hidden, 2)
-    )
-
-
 def predicted(spec: PairSpec, setup: memory.Setup) -> tuple[float, float, str]:
     """(bytes at the peak, bytes there before the micro-batch, the peak's moment)."""
-    sizes = models(spec)
+    sizes = spec.models
     moments = memory.phases(sizes, setup)
     before = memory.resident(sizes, setup)
     grown = memory.gradients(sizes, setup) if setup.accumulation > 1 else 0.0
@@ -196,12 +177,12 @@ def run(
     length = spec.lengths[0]
     for case in cases:
         dtype = torch.float32 if case.precision == "fp32" else torch.bfloat16
-        sized = PairSpec(spec.teacher, spec.student, spec.tower, spec.vocab, spec.answers, dtype, spec.lengths)
+        sized = PairSpec(spec.teacher, spec.student, spec.tower, spec.answers, dtype, spec.lengths)
         setup = case.setup(sized, length, device.type)
         peak, before, moment = predicted(sized, setup)
         found = measure(sized, case, device, folder, length)
         gc.collect()
-        executed = flops.executed(models(sized), setup, length, setup.rows / case.batch) * case.batch
+        executed = flops.executed(sized.models, setup, length, setup.rows / case.batch) * case.batch
         step = (found["peak"] - found["before"], peak - before)
         size = Pair.__new__(Pair)  # for its sizes alone: the models are gone
         size.spec = sized

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from head import Shape as HeadShape
 from op import Shape as OpShape
-from pair import LanguageModel, PairSpec, Tower
+from pair import PairSpec, decoder, siglip
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Preset:
         return preset
 
 
-QWEN15_4B = LanguageModel(hidden=2560, layers=40, heads=20, kv_heads=20, intermediate=6912)
-QWEN15_18B = LanguageModel(hidden=2048, layers=24, heads=16, kv_heads=16, intermediate=5504)
-SO400M = Tower(hidden=1152, layers=27, heads=16, intermediate=4304, pixels=384, patch=14)
+QWEN15_4B = decoder(hidden=2560, layers=40, heads=20, kv_heads=20, intermediate=6912, vocab=151_936)
+QWEN15_18B = decoder(hidden=2048, layers=24, heads=16, kv_heads=16, intermediate=5504, vocab=151_936)
+SO400M = siglip(hidden=1152, layers=27, heads=16, intermediate=4304, pixels=384, patch=14)
 BF16, FP32 = torch.bfloat16, torch.float32
 
 PAPER = Preset(
@@ -52,7 +52,7 @@ PAPER = Preset(
         HeadShape(8192, 1600, 2048, 2560, 151_936, BF16),
         HeadShape(8192, 1600, 2048, 2560, 151_936, BF16, train_head=False),
     ],
-    pair=PairSpec(QWEN15_4B, QWEN15_18B, SO400M, vocab=151_936, answers=200, dtype=BF16),
+    pair=PairSpec(QWEN15_4B, QWEN15_18B, SO400M, answers=200, dtype=BF16),
     batches=(1, 8),
     limits=(48, 139),
 )
@@ -70,10 +70,9 @@ CPU = Preset(
         HeadShape(1024, 128, 256, 320, 32_000, FP32, train_head=False),
     ],
     pair=PairSpec(
-        LanguageModel(hidden=320, layers=10, heads=5, kv_heads=5, intermediate=864),
-        LanguageModel(hidden=256, layers=6, heads=4, kv_heads=4, intermediate=688),
-        Tower(hidden=144, layers=4, heads=4, intermediate=538, pixels=224, patch=14),
-        vocab=32_000,
+        decoder(hidden=320, layers=10, heads=5, kv_heads=5, intermediate=864, vocab=32_000),
+        decoder(hidden=256, layers=6, heads=4, kv_heads=4, intermediate=688, vocab=32_000),
+        siglip(hidden=144, layers=4, heads=4, intermediate=538, pixels=224, patch=14),
         answers=64,
         dtype=FP32,
         lengths=(512,),
@@ -87,10 +86,9 @@ MEDIUM = Preset(
     ops=CPU.ops,
     heads=CPU.heads,
     pair=PairSpec(
-        LanguageModel(hidden=1024, layers=24, heads=16, kv_heads=16, intermediate=2816),
-        LanguageModel(hidden=768, layers=12, heads=12, kv_heads=12, intermediate=2048),
-        Tower(hidden=768, layers=12, heads=12, intermediate=3072, pixels=224, patch=14),
-        vocab=32_000,
+        decoder(hidden=1024, layers=24, heads=16, kv_heads=16, intermediate=2816, vocab=32_000),
+        decoder(hidden=768, layers=12, heads=12, kv_heads=12, intermediate=2048, vocab=32_000),
+        siglip(hidden=768, layers=12, heads=12, intermediate=3072, pixels=224, patch=14),
         answers=64,
         dtype=FP32,
         lengths=(512,),
@@ -110,10 +108,9 @@ MINIATURE = Preset(
     ops=[OpShape(32, 2, 2, 64, 32, 9, FP32)],
     heads=[HeadShape(32 * 64, 32 * 8, 64, 96, 192, FP32)],
     pair=PairSpec(
-        LanguageModel(hidden=96, layers=6, heads=2, kv_heads=2, intermediate=256),
-        LanguageModel(hidden=64, layers=6, heads=2, kv_heads=2, intermediate=192),
-        Tower(hidden=64, layers=4, heads=4, intermediate=128, pixels=42, patch=14),
-        vocab=192,
+        decoder(hidden=96, layers=6, heads=2, kv_heads=2, intermediate=256, vocab=192),
+        decoder(hidden=64, layers=6, heads=2, kv_heads=2, intermediate=192, vocab=192),
+        siglip(hidden=64, layers=4, heads=4, intermediate=128, pixels=42, patch=14),
         answers=12,
         dtype=FP32,
         lengths=(64,),

@@ -28,7 +28,7 @@ def objective(pair: Pair, folder: str, **options: Any) -> Objective:
     arguments = TrainingArguments(output_dir=folder, report_to="none", use_cpu=pair.device.type == "cpu", **options)
     terms = find_method(arguments.method).terms(arguments.stage, arguments)
     teacher = None if arguments.stage in ("pt", "sft") else pair.teacher
-    return Objective(pair.student, teacher, terms, pair.spec.vocab, arguments.attention_map_impl)
+    return Objective(pair.student, teacher, terms, pair.spec.student.vocab, arguments.attention_map_impl)
 
 
 def our_step(pair: Pair, folder: str, **options: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
@@ -255,7 +255,7 @@ def columns(pair: Pair, size: int, length: int) -> dict[str, Any]:
         "length": length,
         "visual": spec.tower.patches,
         "rows": size * spec.answers,
-        "vocab": spec.vocab,
+        "vocab": spec.student.vocab,
         "teacher": text(spec.teacher),
         "student": text(spec.student),
         "dtype": str(spec.dtype).removeprefix("torch."),

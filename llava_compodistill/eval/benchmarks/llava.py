@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MissingData, RecordsError
-from ...hosts.files import parse_json
+from ...hosts.files import half_a_character, parse_json
 from .base import Benchmark
 from .files import read_text
 
@@ -37,7 +37,7 @@ def read_questions(path: Path, images: Path | None = None) -> list[dict[str, Any
     for number, line in enumerate(lines if lines[-1] else lines[:-1], start=1):
         entry = _entry(path, number, line, ("question_id", "image", "text"))
         text = entry["text"]
-        if not isinstance(text, str) or "<image>" in text or re.search("[\ud800-\udfff]", text):
+        if not isinstance(text, str) or "<image>" in text or half_a_character(text):
             raise RecordsError(
                 f"{path}, line {number}: its text must be a question without <image> and without half a character (a "
                 f"lone surrogate), is {text!r}."

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from ...errors import CheckpointError
-from ..files import read_object
+from ..files import is_path, read_object
 
 #: `model_type` of the folders that a vision tower can be read from. (SigLIP 2's NaFlex models are refused later.)
 TOWER_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model")
@@ -20,7 +20,7 @@ def find_tower(config: Any, path: str, substitute: str | None) -> None:
     if name is not None and os.path.isdir(name):
         check_tower(name, f"{os.path.join(path, 'config.json')}: mm_vision_tower ")
         return
-    if name is None or (not name.startswith((".", "/")) and name.count("/") <= 1):
+    if name is None or not is_path(name):
         return
     if substitute is None:
         raise CheckpointError(

@@ -141,3 +141,20 @@ def test_errors(args, message, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert end.value.code not in (0, None)
     assert message in f"{printed.out}{printed.err}{end.value.code}"
+
+
+def test_the_gpus_order_is_rehearsed_step_by_step_and_goes_on(tmp_path):
+    environment = {**os.environ, "REHEARSE": "1", "PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+
+    def gpu(*steps: str, **more: str) -> subprocess.CompletedProcess:
+        command = ["bash", str(SCRIPTS / "gpu.sh"), *steps]
+        return subprocess.run(command, env={**environment, **more}, capture_output=True, text=True, timeout=300)
+
+    stopped = gpu("step", LIMIT="1")
+    assert stopped.returncode == 1 and "stopped after 1 s" in stopped.stdout and "stopped: step" in stopped.stderr
+    assert not (tmp_path / "out" / "step.done").exists()
+    done = gpu("op")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"op.csv", "op.log", "op.done", "op-op.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert all(row["device"] for row in rows(tmp_path / "out" / "op.csv"))
+    assert gpu("ops").returncode == 2

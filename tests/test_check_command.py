@@ -653,6 +653,43 @@ def test_the_output_folder(distil, folder, monkeypatch):
     report = distil(resume_anyway=True)
     assert "training goes on from" in found(report, NOTE, "an earlier run in --output_dir").examples[0].detail
 
+    class Command:
+        def __reduce__(self):
+            return print, ("code of a checkpoint runs",)
+
+    torch.save(Command(), run / "rng_state.pth")
+    stops = found(distil(resume_anyway=True), STOPS, "an earlier run in --output_dir").examples[0].detail
+    assert "rng_state.pth" in stops
+    report = distil(resume_anyway=True, trust_checkpoint=True)
+    assert "training goes on from" in found(report, NOTE, "an earlier run in --output_dir").examples[0].detail
+
+
+def test_a_finished_run_in_the_output_folder(distil, world, teacher_path, folder):
+    tiny.run(world, "dft", folder / "out", teacher_model_path=teacher_path)
+    state = json.loads((folder / "out" / "compodistill_run.json").read_text())
+    report = distil(learning_rate=0.5)
+    detail = found(report, STOPS, "an earlier run in --output_dir").examples[0].detail
+    assert "holds the result of a finished run with other settings" in detail and "learning_rate" in detail
+    made_with = {**state, "settings": {"learning_rate": 0.5}}
+    (folder / "out" / "compodistill_run.json").write_text(json.dumps(made_with))
+    detail = found(distil(learning_rate=0.5), NOTE, "a finished run").examples[0].detail
+    assert "nothing is trained" in detail
+
+
+def test_images_are_opened_as_the_towers_processor_makes_them(folder, monkeypatch):
+    """CLIP's makes the shorter side of a thin image as long as its own, and the longer one with it."""
+    Image.new("RGB", (8, 30)).save(folder / "images" / "thin.png")
+    data = write(folder, [record("thin.png")])
+    monkeypatch.setenv("COMPODISTILL_MAX_MEGAPIXELS", "0.005")
+    tower = folder / "tower"
+    tower.mkdir()
+    flags = files_alone(folder, data, "--vision_tower", str(tower), "--image_aspect_ratio", "square")
+    for size, problems in (({"height": 56, "width": 56}, 0), ({"shortest_edge": 56}, 1), (56, 1)):
+        (tower / "preprocessor_config.json").write_text(json.dumps({"size": size}))
+        report = check(flags, images=True)
+        assert report.images.damaged == problems, size
+    assert "with the shorter side made 56 pixels" in found(report, SKIPS, "the image cannot be").examples[0].detail
+
 
 @pytest.mark.parametrize(
     "changes",

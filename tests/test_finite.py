@@ -96,3 +96,9 @@ def test_a_run_with_nothing_left_says_so_and_returns_like_any_other(dft, tmp_pat
     again, _ = dft(**options)
     result = again.train(resume_from_checkpoint=str(tmp_path / "dft" / "checkpoint-2"))
     assert result.global_step == 2 and result.metrics == {}
+
+
+def test_a_gradient_that_is_not_finite_is_named_where_it_is_logged(dft, poisoned_gradient):
+    poisoned_gradient(2)
+    with pytest.raises(NonFiniteLossError, match="Step 2: the norm of the gradients became nan"):
+        dft(max_steps=4, logging_steps=1, max_grad_norm=1.0)

@@ -126,3 +126,23 @@ def test_what_killed_runs_have_left_is_removed_and_named(tmp_path, caplog):
     assert [name for name in left if (tmp_path / name).exists()] == [] and not (tmp_path / "tmp-checkpoint-4").exists()
     assert caplog.text.count("Removed ") == 3
     assert all(name.split("/")[-1] in caplog.text for name in ("tmp-checkpoint-4", *left[1:]))
+
+
+def test_a_run_takes_the_folder_before_it_loads_anything_and_clears_it(dft, tmp_path, monkeypatch):
+    from llava_compodistill.train import run
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("weights are read")
+
+    folder = tmp_path / "dft"
+    torn = folder / "checkpoint-2" / ".tmpAb12Cd"
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"a part of a model")
+    with monkeypatch.context() as patched, lock.locked(str(folder)):
+        patched.setattr(run, "load_teacher", loaded)
+        patched.setattr(run, "build_student", loaded)
+        with pytest.raises(OutputError, match=f"another run is writing to it .process {os.getpid()} on"):
+            dft(max_steps=1)
+    assert torn.exists()
+    dft(max_steps=1)
+    assert not torn.exists()

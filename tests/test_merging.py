@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import subprocess
 from collections import namedtuple
 
 import pytest
 import tiny
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llava_compodistill import cli
-from llava_compodistill.errors import CheckpointError, DiskError, OutputError
+from llava_compodistill.errors import CheckpointError, DiskError
 from llava_compodistill.hosts.llava.host import import_llava
 from llava_compodistill.hosts.llava.loader import checkpoint_kind
 from llava_compodistill.hosts.llava.model import llava_core
@@ -230,6 +233,33 @@ def test_a_disk_that_fills_up_leaves_nothing(student, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(merging.manifest, "flush", full)
-    with pytest.raises(OutputError, match="cannot be written: .*No space left"):
+    with pytest.raises(DiskError, match="cannot be written: .*No space left"):
         merge(str(student[1]), str(tmp_path / "whole"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_under_safetensors_is_explained(student, tmp_path, monkeypatch):
+    """Its error is no OSError, and has the number in its text alone."""
+
+    def full(*args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(merging.checkpoint, "save_whole", full)
+    with pytest.raises(DiskError, match="cannot be written: No space left .*: nothing of this one is left"):
+        merge(str(student[1]), str(tmp_path / "whole"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_merge_has_left_is_removed(student, tmp_path, caplog):
+    host = socket.gethostname()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left, others, running = (
+        tmp_path / f".whole.merging-{name}" for name in (f"{host}-{gone.pid}", f"elsewhere-{gone.pid}", f"{host}-1")
+    )
+    for folder in (left, others, running):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    merge(str(student[1]), str(tmp_path / "whole"))
+    assert not left.exists() and others.exists() and running.exists()
+    assert "which a merge that was killed has left" in caplog.text

@@ -293,6 +293,8 @@ COUNTS = {
     "attention_schedule": ("linear", "'constant' there, 'linear'"),
     "student_layers": ("early", "'intermediate' there, 'early'"),
     "bf16": (True, "False there, True"),
+    "check_images": (False, "True there, False"),
+    "allow_outside_images": (True, "False there, True"),
 }
 
 

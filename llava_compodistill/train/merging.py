@@ -8,9 +8,11 @@ The sum is computed in float32 on the unquantised language model, also for a LoR
 from __future__ import annotations
 
 import argparse
+import glob
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,23 +21,23 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..errors import CheckpointError, DiskError, OutputError
+from ..errors import CheckpointError, CompoDistillError, DiskError, OutputError
 from ..hosts.files import is_path
 from ..hosts.llava import register
 from ..hosts.llava.model import has_own_tower
-from . import checkpoint, manifest
+from . import checkpoint, disk, manifest
 from .mix import MANIFEST_FILE
 from .resume import CALIBRATION_FILE, RUN_FILE
 
 logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
-#: What a tokenizer, and a checkpoint of ours, have beside weights and config.
 #: What a tokenizer may consist of.
 TOKENIZER_PARTS = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
+#: What a checkpoint of ours has beside weights, config and tokenizer.
 KEPT_FILES = (CALIBRATION_FILE, RUN_FILE, MANIFEST_FILE)
 
 
@@ -79,18 +81,42 @@ def merge(path: str, output: str, base: str | None = None, dtype: str | None = N
         raise CheckpointError(f"{path} and {base} do not make a model: {error}") from error
     model.to(precision)
     _check_space(model, target)
-    temporary = target.with_name(f".{target.name}.merging-{os.getpid()}")
+    temporary = _unfinished(target)
     try:
-        checkpoint.save_whole(model, str(temporary))
-        _copy(Path(path), Path(base), temporary)
-        manifest.flush(temporary)
-        os.rename(temporary, target)
+        with disk.explained(str(target.parent), then="nothing of this one is left"):
+            checkpoint.save_whole(model, str(temporary))
+            _copy(Path(path), Path(base), temporary)
+            manifest.flush(temporary)
+            os.rename(temporary, target)
+    except CompoDistillError:
+        raise
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     logger.info("%s: a whole model in %s, from the LoRA in %s and %s.", target, str(precision)[6:], path, base)
     return target
+
+
+def _unfinished(target: Path) -> Path:
+    """The folder that is filled and then renamed. Those of killed processes, of a model's size, are removed."""
+    host = socket.gethostname()
+    for path in target.parent.glob(f".{glob.escape(target.name)}.merging-{glob.escape(host)}-*"):
+        number = path.name.rpartition("-")[2]
+        if number.isdecimal() and not _runs(int(number)):
+            logger.warning("Removed %s, which a merge that was killed has left.", path)
+            shutil.rmtree(path, ignore_errors=True)
+    return target.with_name(f".{target.name}.merging-{host}-{os.getpid()}")
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def _check_kind(path: str) -> None:

@@ -38,7 +38,7 @@ def output_folder(args: Any) -> Iterator[str | None]:
                 if args.local_process_index == 0:
                     held.enter_context(lock.locked(args.output_dir))
                     lock.remove_unfinished(args.output_dir)
-                start = _find_start(args)
+                start = find_start(args, args.made_with)
             except CompoDistillError as problem:
                 error = problem
         if args.world_size > 1 and args.save_on_each_node:
@@ -113,10 +113,18 @@ def _common_start(start: str | None, args: Any) -> str | None:
     return folder
 
 
-def _find_start(args: Any) -> str | None:
+def find_start(args: Any, made_with: dict[str, Any]) -> str | None:
+    """Where a command begins in its output folder, as `output_folder` gives it.
+
+    Args:
+        made_with: the settings that earlier ones are compared with; see `resume.describe`.
+
+    Raises:
+        CheckpointError: for other settings, and for code in files.
+    """
     options = {"verify": args.verify_checkpoints, "trusted": args.trust_checkpoint}
-    start = resume.checkpoint_to_resume(args.output_dir, args.made_with, args.resume_anyway, **options)
-    if start is None and resume.is_finished(args.output_dir, args.made_with):
+    start = resume.checkpoint_to_resume(args.output_dir, made_with, args.resume_anyway, **options)
+    if start is None and resume.is_finished(args.output_dir, made_with):
         logger.info("%s holds the result of this command, trained to its end: nothing is left to do.", args.output_dir)
         return FINISHED
     return start

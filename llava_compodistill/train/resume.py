@@ -30,15 +30,14 @@ RUN_FILE = "compodistill_run.json"
 CALIBRATION_FILE = "calibration.json"  # see `calibration`
 
 #: Flags of LLaVA and of this package that do not change what is learned: where things lie, how they are computed,
-#: what is logged, and what happens to samples that cannot be read. All others count.
+#: what is logged, and what happens to samples that cannot be read. All others count, among them `check_images` and
+#: `allow_outside_images`: with `--bad_samples skip` they decide which samples there are.
 WITHOUT_EFFECT = {
-    "allow_outside_images",
     "attention_map_impl",
     "attn_implementation",
     "bad_samples",
     "blind",
     "cache_dir",
-    "check_images",
     "evaluation_strategy",
     "image_folder",
     "is_multimodal",

@@ -273,12 +273,10 @@ class Check:
                 if path:
                     users[path].append((number, place))
         summary = self.report.images = images.Summary()
-        padded = parsed.data.image_aspect_ratio == "pad"
+        use = images.use_of(parsed.data.image_aspect_ratio, parsed.model.vision_tower)
         with progress_bar(self.console) as bar:
             task = bar.add_task("decoding images", total=len(users))
-            for picture in images.inspect_all(
-                list(users), padded, self.options.workers, lambda n: bar.advance(task, n)
-            ):
+            for picture in images.inspect_all(list(users), use, self.options.workers, lambda n: bar.advance(task, n)):
                 summary.add(picture)
                 samples = users[picture.path]
                 number, place = samples[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,14 +48,41 @@ class Picture:
     problem: str | None = None
 
 
-def inspect(path: str, padded: bool) -> Picture:
-    """Decode an image.
+@dataclass(frozen=True)
+class Use:
+    """What training makes of an image.
 
-    Args:
-        padded: whether training pads it to a square.
+    Attributes:
+        aspect_ratio: LLaVA's `image_aspect_ratio`.
+        size: the image processor's, as its config has it.
     """
+
+    aspect_ratio: str | None
+    size: Mapping[str, int] | None = None
+
+    @property
+    def padded(self) -> bool:
+        return self.aspect_ratio == "pad"
+
+
+def use_of(aspect_ratio: str | None, tower: str | None) -> Use:
+    """How images become pixels for a vision tower; where its processor is not here, only the aspect ratio counts."""
+    from transformers import CLIPImageProcessor
+
     try:
-        with prepared_for("pad" if padded else None, None):
+        size = CLIPImageProcessor.get_image_processor_dict(tower)[0].get("size") if tower else None
+    except (OSError, ValueError):
+        size = None
+    if isinstance(size, int):  # of an old config
+        size = {"shortest_edge": size}
+    return Use(aspect_ratio, dict(size) if isinstance(size, Mapping) else None)
+
+
+def inspect(path: str, use: Use) -> Picture:
+    """Decode an image, as training does."""
+    padded = use.padded
+    try:
+        with prepared_for(use.aspect_ratio, use):
             open_rgb(path)
     except ImageError as error:
         return Picture(path, problem=f"the image cannot be decoded: {error}")
@@ -84,15 +111,15 @@ def _size(found: dict[str, Any]) -> str:
 
 
 def inspect_all(
-    paths: Sequence[str], padded: bool, workers: int, done: Callable[[int], None] = lambda read: None
+    paths: Sequence[str], use: Use, workers: int, done: Callable[[int], None] = lambda read: None
 ) -> Iterator[Picture]:
     """Decode images in several processes."""
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-    yield from in_processes(_inspect_some, padded, chunks, min(workers, len(chunks)), done)
+    yield from in_processes(_inspect_some, use, chunks, min(workers, len(chunks)), done)
 
 
-def _inspect_some(padded: bool, paths: Sequence[str]) -> list[Picture]:
-    return [inspect(path, padded) for path in paths]
+def _inspect_some(use: Use, paths: Sequence[str]) -> list[Picture]:
+    return [inspect(path, use) for path in paths]
 
 
 @dataclass

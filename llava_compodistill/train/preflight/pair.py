@@ -22,9 +22,10 @@ from ...pair.student import add_lora, check_adapter_path, check_start, describe_
 from ...pair.teacher import check_teacher
 from ...pair.tokens import first_difference
 from ...pair.vision import check_taf, same_tower
-from .. import checkpoint, resume
+from .. import checkpoint
 from ..checks import ADAPTER_STAGES
 from ..on_policy import find_end_token, refuse_other_tokenizer
+from ..output import FINISHED, find_start
 from ..rehearsal import ConfigOnly, check_image_layers, rehearse, sketch, sketch_student
 from ..run import fetches_adapter, read_prepared_tokenizer
 from ..teacher_text import TeacherText, find_teacher_text
@@ -259,8 +260,12 @@ def _look_at_disk(found: Models, parsed: Parsed, findings: Findings) -> None:
     with findings.stopping("an earlier run in --output_dir"):
         # How many processes there will be is not known here.
         made_with = {name: value for name, value in args.made_with.items() if name != "global_batch"}
-        start = resume.checkpoint_to_resume(args.output_dir, made_with, args.resume_anyway)
-        if start is not None:
+        start = find_start(args, made_with)
+        if start is FINISHED:
+            findings.add(
+                NOTE, f"a finished run: {args.output_dir} holds the result of this command; nothing is trained"
+            )
+        elif start is not None:
             findings.add(NOTE, f"an earlier run in --output_dir: training goes on from {start}")
     with findings.stopping("disk space"):
         width = found.student.get_vision_tower().hidden_size

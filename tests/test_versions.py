@@ -48,7 +48,7 @@ def test_an_environment_is_judged_by_its_tests(monkeypatch, tmp_path, code, outc
     (tmp_path / "pyproject.toml").write_text("")
     monkeypatch.setattr(versions, "ROOT", tmp_path)
     monkeypatch.setattr(versions, "TESTS", ("test_it",))
-    cell = versions.Cell("3.11", "current", "2.13.0")
+    cell = versions.Cell("3.11", "current", "2.13.0", "5.18.0")
     versions.run_tests(cell, Path(sys.prefix), tmp_path, all_tests=False)
     assert cell.outcome == outcome and f"1 {outcome}" in cell.tests
     assert (outcome == "failed") == ("test_it.py::test_it" in cell.why)
@@ -63,9 +63,9 @@ def test_what_pip_refuses_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(versions, "pins", lambda generation: ["llava-torch==1", "transformers==1"])
     monkeypatch.setattr(subprocess, "run", run)
     wheel = tmp_path / "ours.whl"
-    cell = versions.Cell("3.11", "current", "9")
+    cell = versions.Cell("3.11", "current", "9", "5.18.0")
     assert versions.install(cell, "python", wheel, tmp_path) == "No matching distribution found for torch==9"
-    assert versions.install(versions.Cell("3.11", "current", "2.5.0"), "python", wheel, tmp_path) == ""
+    assert versions.install(versions.Cell("3.11", "current", "2.5.0", "5.18.0"), "python", wheel, tmp_path) == ""
 
 
 def test_the_tables_show_what_ran():
@@ -74,4 +74,5 @@ def test_the_tables_show_what_ran():
     text = (ROOT / "scripts" / "versions" / "README.md").read_text()
     shown = re.findall(r"^\| (3\.\d+) \| (\S+) \| (\S+) \| (.+) \|$", text, re.MULTILINE)
     assert shown == list(versions.rows(cells))
+    assert all(cell.transformers == cell.versions.get("transformers", cell.transformers) for cell in cells.values())
     assert json.loads(versions.RESULTS.read_text())["cells"] == [versions.asdict(cell) for cell in cells.values()]

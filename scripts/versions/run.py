@@ -3,7 +3,8 @@
 For each Python that this machine has and each generation of transformers (LLaVA's own and the current one, as
 scripts/setup_env.sh pins them), with the oldest and the newest torch that the package index offers: a new environment,
 this package's wheel, LLaVA, and tests in it. Where the oldest torch fails, the next minor releases are tried until one
-passes. The environments are removed again, each as soon as it has been tested.
+passes. The environments are removed again, each as soon as it has been tested. The exit status is 1 if a newest torch
+fails, or every release from the oldest on.
 
 The table is printed, and written as JSON (--output) after every environment; a later run goes on from there. --readme
 writes it into the README of this folder.
@@ -64,6 +65,7 @@ class Cell:
     python: str
     generation: str
     torch: str  # a release, as the index names it
+    transformers: str  # the release that was asked for
     outcome: str = ""  # passed, failed, or not installed
     why: str = ""  # of the last two
     tests: str = ""  # pytest's counts
@@ -100,7 +102,7 @@ def main() -> int:
         if unknown:
             console.print(f"--{name}: unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}.")
             return 2
-    wheel = build_wheel()
+    wheel, failed = build_wheel(), False
     for python in args.pythons.split(","):
         interpreter = find_python(python)
         if interpreter is None:
@@ -111,7 +113,7 @@ def main() -> int:
             chosen = [[args.torch]] if args.torch else [ascending(releases), [releases[-1]]]
             for candidates in chosen:
                 for torch in candidates:
-                    cell = Cell(python, generation, torch)
+                    cell = Cell(python, generation, torch, pinned(generation))
                     if cell.key in done and done[cell.key].commit == commit():
                         cell = done[cell.key]
                     else:
@@ -122,8 +124,9 @@ def main() -> int:
                     console.print(f"    {cell.outcome}: {cell.why or cell.tests}")
                     if cell.outcome == "passed" or not cell.versions:
                         break  # what does not install with one torch does not with the next
+                failed |= cell.outcome == "failed"
     console.print(shown(done))
-    return int(not any(cell.outcome == "passed" for cell in done.values()))
+    return int(failed)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -165,6 +168,11 @@ def pins(generation: str) -> list[str]:
     return subprocess.run(
         ["bash", "-c", script], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.splitlines()
+
+
+def pinned(generation: str) -> str:
+    """The generation's release of transformers."""
+    return dict(pin.split("==") for pin in pins(generation))["transformers"]
 
 
 def build_wheel() -> Path:
@@ -287,9 +295,9 @@ def _order(item: tuple[tuple[str, str, str], Cell]) -> tuple:
 def rows(cells: dict[tuple[str, str, str], Cell]) -> Iterator[tuple[str, str, str, str]]:
     """Python, transformers, torch, outcome: a row an environment."""
     for _, cell in sorted(cells.items(), key=_order):
-        pinned = {pin.split("==")[0]: pin.split("==")[1] for pin in pins(cell.generation)}
         outcome = f"{cell.outcome}: {cell.why}" if cell.why else cell.tests.split(" in ")[0]
-        yield cell.python, pinned["transformers"], cell.versions.get("torch", cell.torch), outcome
+        torch = cell.versions.get("torch", cell.torch).partition("+")[0]
+        yield cell.python, cell.transformers, torch, outcome
 
 
 def shown(cells: dict[tuple[str, str, str], Cell]) -> Table:
@@ -304,6 +312,7 @@ def write_readme(cells: dict[tuple[str, str, str], Cell]) -> None:
     before, rest = path.read_text(encoding="utf-8").split(BEGIN)
     lines = ["| Python | transformers | torch | outcome |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows(cells)]
+    lines += ["", f"Commits: {', '.join(sorted({f'`{cell.commit}`' for cell in cells.values()}))}."]
     path.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 

@@ -24,6 +24,7 @@ from llava_compodistill.ops.answer_loss import answer_loss
 from llava_compodistill.ops.answer_loss import head as answer_head
 from llava_compodistill.ops.visual_attention import chunked, fused
 from llava_compodistill.train.plan import configs, flops, memory, planner
+from miniature import weights
 
 SCRIPTS = Path(os.environ.get("COMPODISTILL_SOURCE", Path(__file__).resolve().parents[1])) / "scripts"
 CURRENT = int(transformers.__version__.split(".")[0]) >= 5
@@ -404,6 +405,35 @@ def test_the_papers_run(capsys):
     assert "attention maps" in dft["memory_gib"] and "attention maps" not in dpt["memory_gib"]
     assert any("assum" in sentence.lower() or "Reserve" in sentence for sentence in found["assumptions"])
     assert (dpt["steps"], dft["steps"], sft["steps"]) == (2181, 5198, 5198)
+
+
+@pytest.mark.parametrize(
+    "student, teacher",
+    [
+        ("Qwen/Qwen1.5-1.8B", "Qwen/Qwen1.5-4B"),
+        ("Qwen/Qwen1.5-1.8B", "Qwen/Qwen2.5-7B"),
+        ("Qwen/Qwen1.5-0.5B", "Qwen/Qwen1.5-1.8B"),
+        ("Qwen/Qwen1.5-0.5B", "Qwen/Qwen1.5-4B"),
+        ("mtgv/MobileLLaMA-1.4B-Base", "mtgv/MobileLLaMA-2.7B-Base"),
+    ],
+)
+def test_the_papers_pairs_fit_its_machine(student, teacher, capsys):
+    """Tables 1, 6 and 7: eight GPUs of 48 GB."""
+    status, found = plan("--student", student, "--teacher", teacher, "--gpus", 8, "--gpu", "L40S", capsys=capsys)
+    assert status == 0 and [stage["stage"] for stage in found["stages"]] == ["dpt", "dft", "sft"]
+    for stage in found["stages"]:
+        assert 0 < stage["peak_gib"] < 48 and 0 < stage["gpu_hours"] < 2000, stage
+    dpt, dft, sft = found["stages"]
+    assert dpt["gpu_hours"] < dft["gpu_hours"] > sft["gpu_hours"]
+
+
+@pytest.mark.skipif(not weights.have_stored_weights(), reason="no stored weights")
+def test_the_miniatures_pair_from_its_folders(tmp_path, capsys):
+    weights.install(tmp_path)
+    pair = "--student", tmp_path / "qwen-student", "--teacher", tmp_path / "llava-teacher"
+    status, found = plan(*pair, "--gpus", 1, "--gpu-memory", 8, "--samples", 4000, capsys=capsys)
+    assert status == 0 and all(0 < stage["peak_gib"] < 8 for stage in found["stages"])
+    assert found["stages"][1]["steps"] == 32  # of 128 samples
 
 
 def test_the_table_in_the_readme(capsys):

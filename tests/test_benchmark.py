@@ -14,6 +14,8 @@ import pytest
 import torch
 import transformers
 
+from miniature import weights
+
 pytestmark = pytest.mark.once  # the suites measure current transformers
 
 SCRIPTS = Path(os.environ.get("COMPODISTILL_SOURCE", Path(__file__).resolve().parents[1])) / "scripts" / "benchmark"
@@ -158,3 +160,12 @@ def test_the_gpus_order_is_rehearsed_step_by_step_and_goes_on(tmp_path):
     assert {"op.csv", "op.log", "op.done", "op-op.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert all(row["device"] for row in rows(tmp_path / "out" / "op.csv"))
     assert gpu("ops").returncode == 2
+
+
+@pytest.mark.skipif(not weights.have_stored_weights(), reason="no stored weights")
+def test_a_manifest_is_checked(tmp_path):
+    done = run("run.py", "--device", "cpu", "--suite", "check", "--records", 300, "--output", tmp_path / "check.csv")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = rows(tmp_path / "check.csv")
+    assert row["note"].startswith("300 records") and row["note"].endswith("status 0")
+    assert float(row["p50_ms"]) > 0 and float(row["extra_mib"]) > 10

@@ -12,6 +12,7 @@ Suites
     eval     items a second of the evaluation engine against one question at a time, and against LLaVA's module, on the
              miniature
     images   the share of the time that an evaluation waits for images, by workers
+    check    how long `llava-compodistill check` reads a manifest of 1.2 million samples, without decoding images
     plan     memory that `llava-compodistill plan` predicts beside what is measured, by stage
 
 All rivals of a suite run in one process on the same inputs. Each is first held against a float64 (op, head) or the
@@ -48,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(ROOT / "scripts"))  # the miniature
 sys.path.insert(0, str(ROOT))  # the checkout's package, so that the commit in the CSV is the code that ran
 
+import check as check_suite  # noqa: E402
 import evaluation  # noqa: E402
 import head as head_suite  # noqa: E402
 import images as image_suite  # noqa: E402
@@ -60,7 +62,7 @@ from measure import machine, write_csv  # noqa: E402
 from pair import Pair  # noqa: E402
 from presets import PRESETS, Preset  # noqa: E402
 
-SUITES = ("op", "head", "step", "fit", "profile", "compile", "sight", "teacher", "eval", "images", "plan")
+SUITES = ("op", "head", "step", "fit", "profile", "compile", "sight", "teacher", "eval", "images", "check", "plan")
 console = Console()
 
 
@@ -82,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", help="memory limits of fit in GiB, such as 48,139 (default: the preset's)")
     parser.add_argument("--no-checkpointing", action="store_true", help="whole steps without gradient checkpointing")
     parser.add_argument("--seconds", type=float, default=5.0, help="time spent on each comparison")
+    parser.add_argument("--records", type=int, default=1_200_000, help="samples of check (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--cases", help="cases of plan by number from 0, such as 0,3 (default: all)")
     parser.add_argument(
@@ -138,6 +141,9 @@ def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Na
             return
         if suite == "images":
             yield from image_suite.run(folder, device, args.seconds)
+            return
+        if suite == "check":
+            yield from check_suite.run(folder, args.records)
             return
         if suite == "plan":
             yield from plan(preset, device, folder, args)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import skip_halves
 
 from llava_compodistill.losses import IGNORE_INDEX, answer_rows, logit_distillation_loss
 from llava_compodistill.ops.answer_loss import answer_loss, chunked
@@ -11,21 +12,8 @@ from llava_compodistill.ops.answer_loss.log_probs import answer_log_probs
 pytestmark = pytest.mark.once  # nothing here depends on transformers
 
 
-def _multiplies_halves() -> bool:
-    half = torch.ones(1, 1, dtype=torch.float16)
-    try:
-        half @ half
-    except RuntimeError:  # torch before 2.2, on a CPU
-        return False
-    return True
-
-
-HALF = _multiplies_halves()
-
-
 def make_inputs(rows=11, student_vocab=17, teacher_vocab=20, dtype=torch.float64, seed=0):
-    if dtype is torch.float16 and not HALF:
-        pytest.skip("this torch multiplies no float16 on a CPU")
+    skip_halves(dtype)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):

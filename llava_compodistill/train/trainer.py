@@ -19,6 +19,7 @@ from torch import nn
 from transformers.trainer_utils import TrainOutput
 
 from .. import compat
+from ..hosts.base import kept_on_cpu, sent
 from ..hosts.llava.model import count_visual_tokens, llava_core
 from ..hosts.llava.training import LLaVATrainer
 from ..methods import Sums
@@ -147,9 +148,11 @@ class CompoDistillTrainer(LLaVATrainer):
         in_step = self.objective.is_running
         # Outside of training_step (evaluation) there is no window, and nothing has opened the context yet.
         counts = self._counts if in_step else self._count([inputs], training=False)
+        found = inputs.get(facts.KEY)
         inputs = {name: value for name, value in inputs.items() if name != facts.KEY}
         inputs = {**self._prepare_inputs(inputs), "use_cache": False}
-        with contextlib.nullcontext() if in_step else self.objective.running():
+        kept = kept_on_cpu(found.kept(inputs) if found is not None else ())
+        with kept, contextlib.nullcontext() if in_step else self.objective.running():
             sums = self.objective(model, inputs)
         weights = self._weights(self.state.global_step)
         self._remember(sums, counts, weights, in_step)
@@ -219,10 +222,7 @@ class CompoDistillTrainer(LLaVATrainer):
             if self._own is not None:
                 self._own.measure(found, self.state.global_step, self._terms_log)
         sums = [sum(getattr(batch, name) for batch in found) for name in COUNTS]
-        counts = torch.tensor(sums, dtype=torch.float32)
-        if self.args.device.type == "cuda":
-            counts = counts.pin_memory()  # from pageable memory the copy would wait for all that is queued
-        counts = self._sum_over_ranks(counts.to(self.args.device, non_blocking=True))
+        counts = self._sum_over_ranks(sent(torch.tensor(sums, dtype=torch.float32), self.args.device))
         return dict(zip(COUNTS, counts.clamp(min=1), strict=True))
 
     def _facts(self, batch: dict[str, Any]) -> BatchFacts:

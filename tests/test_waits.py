@@ -10,6 +10,7 @@ from factory import make_batch, make_model
 from waits import Waits
 
 from llava_compodistill.hosts import base
+from llava_compodistill.ops.visual_attention.key_lists import key_lists
 from llava_compodistill.train import facts
 from llava_compodistill.train.arguments import TrainingArguments
 from llava_compodistill.train.objective import Objective
@@ -28,6 +29,9 @@ METHODS = {
     "align_kd": {},
     "llavadi": {},
 }
+#: What is left. The pass on the text alone has padding and no image, so that its mask stays, and transformers looks
+#: whether it hides anything.
+LEFT = {"compodistill-weighed": ("transformers/",)}
 #: Checks of ranges, which are made on a CPU alone: for a GPU they are skipped.
 ON_A_CPU_ALONE = {
     "llava_compodistill/ops/answer_loss/head.py: <genexpr>: _local_scalar_dense",
@@ -75,7 +79,9 @@ def test_no_micro_batch_waits(siglip, tmp_path, monkeypatch, name):
     waits.on_cpu(here for _, here in kept)
     with waits.counting(monkeypatch):
         step(student, objective, inputs, kept)
-    assert set(waits.places) <= ON_A_CPU_ALONE
+    places = set(waits.places) - ON_A_CPU_ALONE
+    assert [place for place in places if not place.startswith(LEFT.get(name, ("nothing",)))] == []
+    assert bool(places) == (name in LEFT)
 
     # Without the tensors that stay, the device is asked for them, once a model.
     without = Waits()
@@ -83,12 +89,12 @@ def test_no_micro_batch_waits(siglip, tmp_path, monkeypatch, name):
         step(student, objective, inputs, [])
     passes = 1 if objective.teacher is None else 3 if "weighed" in name else 2
     assert without.places["llava_compodistill/hosts/base.py: on_cpu: cpu"] == 3 * passes
-    assert set(without.places) - ON_A_CPU_ALONE == {"llava_compodistill/hosts/base.py: on_cpu: cpu"}
+    assert set(without.places) - places - ON_A_CPU_ALONE == {"llava_compodistill/hosts/base.py: on_cpu: cpu"}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - LEFT))
 def test_no_micro_batch_waits_for_a_gpu(siglip, tmp_path, name):
     student, objective = make_objective(siglip, tmp_path, name, "cuda")
     inputs, kept = batch_on("cuda")
@@ -125,6 +131,23 @@ def test_the_trainer_waits_for_nothing_in_a_micro_batch(dft, monkeypatch):
     assert set(waits.places) <= ON_A_CPU_ALONE, waits.places
     # The loop would ask each micro-batch's loss whether it is finite, which `finite` does with the log.
     assert not trainer.args.logging_nan_inf_filter
+
+
+def test_lists_of_keys_in_order_are_made_without_asking(monkeypatch):
+    index = torch.tensor([[2, 3, 7], [1, 4, -1]])
+    expected = key_lists(index.clone(), None, 9)
+    waits = Waits()
+    with waits.counting(monkeypatch):
+        found = key_lists(index, None, 9, in_order=True)
+        assert not waits.places
+        key_lists(index.clone(), None, 9)
+        assert list(waits.places) == [
+            "llava_compodistill/ops/visual_attention/key_lists.py: _make: _local_scalar_dense"
+        ]
+    for mine, other in zip(found, expected, strict=True):
+        assert mine is other is None or torch.equal(mine, other)
+    batch = base.MergedBatch(index, torch.ones(2, 9, dtype=torch.bool), index)
+    assert not batch.in_order, "who has made it otherwise may have another order"
 
 
 @pytest.mark.parametrize(

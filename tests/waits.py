@@ -51,7 +51,9 @@ class Waits:
 
     def __init__(self) -> None:
         self.places: Counter[str] = Counter()
-        self._made_here: dict[int, bool] = {}  # by storage: True of a batch in the CPU's memory, False of numbers alone
+        self._made_here: dict[
+            int, bool
+        ] = {}  # by storage: True of a batch in the CPU's memory, False of numbers alone
         self._alive: list[torch.Tensor] = []  # so that no storage comes again as another's
 
     def on_cpu(self, tensors: Iterable[torch.Tensor]) -> None:

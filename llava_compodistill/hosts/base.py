@@ -63,8 +63,7 @@ class MergedBatch:
         real: [B, N] bool, False at padding.
         visual_index: [B, N_v] positions of the visual tokens, -1 where a sample has fewer than the batch's maximum.
         left_padded: whether padding stands before the real tokens, where a causal model's real rows would see it.
-        cpu: the same in the CPU's memory, from which `places` and `counts` are read without waiting for a device;
-            made when it is asked for where it is not given.
+        cpu: the same in the CPU's memory, from which `places` and `counts` are read without waiting for a device.
     """
 
     labels: torch.Tensor
@@ -90,11 +89,11 @@ class MergedBatch:
         return cls(*(sent(part, device) for part in (labels, real, here.visual_index)), left, here)
 
     def on_cpu(self) -> MergedBatch:
-        """The batch in the CPU's memory."""
+        """The batch in the CPU's memory; where it has not come from there, that waits for the device."""
         if self.cpu is None:
             if self.labels.device.type == "cpu":
                 return self
-            self.cpu = MergedBatch(self.labels.cpu(), self.real.cpu(), self.visual_index.cpu(), self.left_padded)
+            return MergedBatch(self.labels.cpu(), self.real.cpu(), self.visual_index.cpu(), self.left_padded)
         return self.cpu
 
     def places(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,6 +107,11 @@ class MergedBatch:
     def counts(self, name: str) -> list[int]:
         """For each sample the number of its rows of a name (see `rows`)."""
         return self.on_cpu().rows(name).sum(dim=1).tolist()
+
+    @property
+    def in_order(self) -> bool:
+        """Whether each sample's visual tokens are known to ascend in `visual_index`, as `of` lists them."""
+        return self.cpu is not None
 
     @property
     def visual(self) -> torch.Tensor:

@@ -269,8 +269,8 @@ class TrainingArguments(llava_training.TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
-            "help": "Ask each micro-batch's loss whether it is finite, which waits for the device, and leave it out of "
-            "the logged loss otherwise. Without it, losses are looked at with the log, and the run is stopped."
+            "help": "Ask each micro-batch's loss whether it is finite, which waits for the device, and leave it out "
+            "of the logged loss otherwise. Without it, losses are looked at with the log, and the run is stopped."
         },
     )
     #: The method that `method` and `method_options` name. No flag.

@@ -55,30 +55,30 @@ def make_objective(siglip, folder, name, device="cpu"):
     return student, objective
 
 
-def step(student, objective, inputs, kept):
+def step(student, objective, inputs, found=None):
     """Forward and backward of a micro-batch."""
-    with objective.running(), base.kept_on_cpu(kept):
+    with objective.running(), facts.kept(found, inputs):
         sums = objective(student, inputs)
         sum(found.loss for found in sums.values() if found.loss is not None).backward()
 
 
 def batch_on(device):
-    """A batch on a device (on a CPU: other tensors), and what the trainer keeps of it."""
+    """A batch on a device (on a CPU: other tensors), and its facts."""
     here = make_batch(LAYOUTS, dtype=torch.float32).inputs
     there = {name: value.clone().to(device) for name, value in here.items()}
-    return {**there, "use_cache": False}, facts.BatchFacts.of(here, 16, None).kept(there)
+    return {**there, "use_cache": False}, facts.BatchFacts.of(here, 16, None)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_no_micro_batch_waits(siglip, tmp_path, monkeypatch, name):
     student, objective = make_objective(siglip, tmp_path, name)
-    inputs, kept = batch_on("cpu")
-    assert len(kept) == 3
-    step(student, objective, inputs, kept)  # what is made once, is made
+    inputs, found = batch_on("cpu")
+    assert found.text.keys() == {"input_ids", "labels", "attention_mask"}
+    step(student, objective, inputs, found)  # what is made once, is made
     waits = Waits()
-    waits.on_cpu(here for _, here in kept)
+    waits.on_cpu(found.text.values())
     with waits.counting(monkeypatch):
-        step(student, objective, inputs, kept)
+        step(student, objective, inputs, found)
     places = set(waits.places) - ON_A_CPU_ALONE
     assert [place for place in places if not place.startswith(LEFT.get(name, ("nothing",)))] == []
     assert bool(places) == (name in LEFT)
@@ -86,7 +86,7 @@ def test_no_micro_batch_waits(siglip, tmp_path, monkeypatch, name):
     # Without the tensors that stay, the device is asked for them, once a model.
     without = Waits()
     with without.counting(monkeypatch):
-        step(student, objective, inputs, [])
+        step(student, objective, inputs)
     passes = 1 if objective.teacher is None else 3 if "weighed" in name else 2
     assert without.places["llava_compodistill/hosts/base.py: on_cpu: cpu"] == 3 * passes
     assert set(without.places) - places - ON_A_CPU_ALONE == {"llava_compodistill/hosts/base.py: on_cpu: cpu"}
@@ -97,13 +97,13 @@ def test_no_micro_batch_waits(siglip, tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - LEFT))
 def test_no_micro_batch_waits_for_a_gpu(siglip, tmp_path, name):
     student, objective = make_objective(siglip, tmp_path, name, "cuda")
-    inputs, kept = batch_on("cuda")
+    inputs, found = batch_on("cuda")
     for _ in range(2):
-        step(student, objective, inputs, kept)
+        step(student, objective, inputs, found)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(student, objective, inputs, kept)
+        step(student, objective, inputs, found)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

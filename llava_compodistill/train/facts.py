@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..hosts.base import Kept
+from ..hosts.base import Kept, kept_on_cpu
 from ..hosts.llava.training import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ..pair.tokens import TEACHER, in_both
 
@@ -77,9 +78,11 @@ class BatchFacts:
         counts = sum(tokens), int(with_image.sum()), len(tokens), tokens.count(0), spans, len(own), own_tokens
         return cls(*counts, _text_of(batch))
 
-    def kept(self, sent: Mapping[str, Any]) -> list[Kept]:
-        """The tensors of text of the batch as it was sent to a device, with those that have stayed."""
-        return _pairs(sent, self.text)
+
+def kept(found: BatchFacts | None, sent: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Inside the context, what is asked of the tensors of text of a batch that was sent to a device is asked of those
+    that have stayed."""
+    return kept_on_cpu(_pairs(sent, found.text) if found is not None else ())
 
 
 def _text_of(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,6 +122,7 @@ class CountingCollator:
     Args:
         collator: LLaVA's.
         visual_tokens, limit, teacher: as for `BatchFacts.of`.
+        pixels: the precision in which images leave it; None for the data's own.
     """
 
     def __init__(
@@ -127,11 +131,17 @@ class CountingCollator:
         visual_tokens: int,
         limit: int | None,
         teacher: tuple[int, int | None] | None = None,
+        pixels: torch.dtype | None = None,
     ):
         self.collator, self.visual_tokens, self.limit, self.teacher = collator, visual_tokens, limit, teacher
+        self.pixels = pixels
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         batch = self.collator(samples)
+        images = batch.get("images")
+        if self.pixels is not None and images is not None:
+            several = not torch.is_tensor(images)
+            batch["images"] = [image.to(self.pixels) for image in images] if several else images.to(self.pixels)
         return {**batch, KEY: self.facts(batch)}
 
     def facts(self, batch: dict[str, Any]) -> BatchFacts:

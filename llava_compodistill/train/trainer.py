@@ -19,14 +19,14 @@ from torch import nn
 from transformers.trainer_utils import TrainOutput
 
 from .. import compat
-from ..hosts.base import kept_on_cpu, sent
+from ..hosts.base import sent
 from ..hosts.llava.model import count_visual_tokens, llava_core
 from ..hosts.llava.training import LLaVATrainer
 from ..methods import Sums
 from ..methods.base import COUNTS
 from ..pair.layers import parse_band
 from ..pair.student import computing
-from . import checkpoint, facts, placing, sharding
+from . import checkpoint, facts, placing, sharding, travel
 from .answer_watch import AnswerWatch
 from .arguments import TrainingArguments
 from .calibration import Batches, read_calibration, refuse_zero3, samples_with_image, write_calibration
@@ -101,7 +101,8 @@ class CompoDistillTrainer(LLaVATrainer):
         theirs = None
         if teacher_text is not None:
             theirs = count_visual_tokens(teacher), teacher.config.tokenizer_model_max_length
-        self.data_collator = CountingCollator(self.data_collator, count_visual_tokens(core), self._limit, theirs)
+        counted = count_visual_tokens(core), self._limit, theirs, self.objective.pair.pixel_dtype
+        self.data_collator = CountingCollator(self.data_collator, *counted)
         self._own: OwnAnswers | None = None
         if args.on_policy:
             if self.is_fsdp_enabled:
@@ -151,8 +152,7 @@ class CompoDistillTrainer(LLaVATrainer):
         found = inputs.get(facts.KEY)
         inputs = {name: value for name, value in inputs.items() if name != facts.KEY}
         inputs = {**self._prepare_inputs(inputs), "use_cache": False}
-        kept = kept_on_cpu(found.kept(inputs) if found is not None else ())
-        with kept, contextlib.nullcontext() if in_step else self.objective.running():
+        with facts.kept(found, inputs), contextlib.nullcontext() if in_step else self.objective.running():
             sums = self.objective(model, inputs)
         weights = self._weights(self.state.global_step)
         self._remember(sums, counts, weights, in_step)
@@ -293,7 +293,7 @@ class CompoDistillTrainer(LLaVATrainer):
         return self.train_sampler
 
     def get_train_dataloader(self):
-        return shield_workers(super().get_train_dataloader())
+        return shield_workers(travel.without_waiting(super().get_train_dataloader(), self.args))
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train to the end, or until a signal stops the run: `preempt.Preempted`, its checkpoint saved."""

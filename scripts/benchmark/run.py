@@ -12,6 +12,7 @@ Suites
     eval     items a second of the evaluation engine against one question at a time, and against LLaVA's module, on the
              miniature
     images   the share of the time that an evaluation waits for images, by workers
+    loader   samples a second that one core prepares for training, and the workers that a GPU needs
     plan     memory that `llava-compodistill plan` predicts beside what is measured, by stage
 
 All rivals of a suite run in one process on the same inputs. Each is first held against a float64 (op, head) or the
@@ -51,6 +52,7 @@ sys.path.insert(0, str(ROOT))  # the checkout's package, so that the commit in t
 import evaluation  # noqa: E402
 import head as head_suite  # noqa: E402
 import images as image_suite  # noqa: E402
+import loader as loader_suite  # noqa: E402
 import op as op_suite  # noqa: E402
 import plan as plan_suite  # noqa: E402
 import sight as sight_suite  # noqa: E402
@@ -60,7 +62,7 @@ from measure import machine, write_csv  # noqa: E402
 from pair import Pair  # noqa: E402
 from presets import PRESETS, Preset  # noqa: E402
 
-SUITES = ("op", "head", "step", "fit", "profile", "compile", "sight", "teacher", "eval", "images", "plan")
+SUITES = ("op", "head", "step", "fit", "profile", "compile", "sight", "teacher", "eval", "images", "loader", "plan")
 console = Console()
 
 
@@ -138,6 +140,9 @@ def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Na
             return
         if suite == "images":
             yield from image_suite.run(folder, device, args.seconds)
+            return
+        if suite == "loader":
+            yield from loader_suite.run(folder, args.seconds)
             return
         if suite == "plan":
             yield from plan(preset, device, folder, args)
@@ -225,8 +230,8 @@ def table(suite: str, rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         # In op and head a note is one of the sizes: the pass, or whether the head is trained.
         sizes = ["length", "visual"] if suite == "fit" else ["batch", "length", "visual", "heads", "kv_heads", "rows"]
-        # In op and head a note is one of the sizes (the pass, whether the head is trained), in fit it begins with one.
-        note = row.get("note", "").split(";")[0] if suite in ("op", "head", "fit") else ""
+        # In op and head a note is one of the sizes (the pass, whether the head is trained), in others it begins so.
+        note = row.get("note", "").split(";")[0] if suite in ("op", "head", "fit", "loader") else ""
         base = first.setdefault((*map(row.get, sizes), row.get("head_size"), note), row)
         cells = []
         for name in names:

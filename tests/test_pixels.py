@@ -51,6 +51,16 @@ def test_pixels_are_the_processors(kind, options):
     assert found.image_mean == processor.image_mean and found.size == processor.size
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_pixels(dtype):
+    processor, found = made(*PROCESSORS[1])
+    found.round_to(dtype)
+    image = picture(60, 50)
+    mine = found.preprocess(image, return_tensors="pt")["pixel_values"]
+    theirs = torch.as_tensor(processor.preprocess(image, return_tensors="pt")["pixel_values"])
+    assert mine.dtype == dtype and torch.equal(mine, theirs.to(dtype))
+
+
 def test_the_table_is_what_runs(monkeypatch):
     processor, found = made(*PROCESSORS[0])
     expected = found.preprocess(picture(60, 50), return_tensors="pt")["pixel_values"]

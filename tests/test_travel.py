@@ -81,6 +81,15 @@ def test_the_loader_of_a_run_has_what_is_set(dft):
     assert loader._non_blocking is False, "accelerate's own name for it"
 
 
+def test_a_run_in_bf16_reads_its_pixels_in_it(dft):
+    trainer, log = dft(max_steps=1, bf16=True)
+    samples = [trainer.train_dataset[number] for number in range(len(trainer.train_dataset))]
+    image = next(sample for sample in samples if sample["image"].any())
+    text = next(sample for sample in samples if not sample["image"].any())
+    assert image["image"].dtype == trainer.data_collator.pixels == torch.bfloat16
+    assert trainer.data_collator([image, text])["images"].dtype == torch.bfloat16
+
+
 def make_pair(siglip, dtype, other=None):
     teacher = make_model(siglip if other is None else other, layers=3, seed=1, dtype=torch.float32)
     student = make_model(siglip, layers=3, seed=2, dtype=torch.float32).train()

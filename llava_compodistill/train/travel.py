@@ -1,4 +1,4 @@
-"""How batches come to the device: the loader pins them in memory, and nobody waits for the copy.
+"""How batches come to the device: with pixels in the precision of the model, from pinned memory, unwaited for.
 
 The Trainer pins by default (`--dataloader_pin_memory`), lists of images and what a teacher reads included, but waits
 for the copy, by default (transformers 4.41 and later have a setting for it, `--accelerator_config`).
@@ -7,6 +7,21 @@ for the copy, by default (transformers 4.41 and later have a setting for it, `--
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+
+from ..hosts.llava.pixels import TablePixels
+from ..pair import Pair
+
+
+def pixel_dtype(pair: Pair, data: Any) -> torch.dtype | None:
+    """The precision in which the collator hands out images (`Pair.pixel_dtype`), None for the data's own; a data set
+    whose pixels come from a table has them in it from there on."""
+    dtype = pair.pixel_dtype
+    processor = getattr(getattr(data, "data_args", None), "image_processor", None)
+    if dtype is not None and isinstance(processor, TablePixels):
+        processor.round_to(dtype)
+    return dtype
 
 
 def without_waiting(loader: Any, args: Any) -> Any:

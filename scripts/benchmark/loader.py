@@ -9,6 +9,7 @@ takes S samples a second needs S over a core's samples a second, in whole worker
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -31,6 +32,8 @@ PIXELS = 384
 SIZES = ((384, 384), (640, 480), (1920, 1440))
 #: Samples a second of GPUs.
 RATES = (2, 4, 8, 16, 33)
+#: What the model computes in.
+DTYPE = torch.bfloat16
 #: Samples that are timed, and that are collated at once.
 COUNT, BATCH = 16, 8
 QUESTION = "What stands beside the table, and what color is it?"
@@ -68,7 +71,7 @@ def make_collator(tokenizer: Any) -> Any:
     from llava_compodistill.train.facts import CountingCollator
 
     collator = DataCollatorForSupervisedDataset(tokenizer=tokenizer)
-    return CountingCollator(collator, 729, 2048, None, torch.bfloat16)
+    return CountingCollator(collator, 729, 2048, None, DTYPE)
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -112,13 +115,11 @@ def parts(
     found = {
         "open and decode": each(open_rgb, names),
         "resize (PIL)": each(lambda image: image.resize(size, Image.Resampling.BICUBIC), square),
-        "resize and normalise, processor": each(
-            lambda image: processor.preprocess(image, return_tensors="pt"), square
-        ),
     }
-    if table is not None:
-        run_table = each(lambda image: table.preprocess(image, return_tensors="pt"), square)
-        found["resize and normalise, table"] = run_table
+    for name, made in (("processor", processor), ("table", table)):
+        if made is not None:
+            preprocess = functools.partial(made.preprocess, return_tensors="pt")
+            found[f"resize and normalise, {name}"] = each(preprocess, square)
     found["text"] = each(datasets["processor"].read_text, range(len(names)))
     found["collate"] = each(lambda _: collate(samples), starts)
     return found | {f"sample, {name}": whole(dataset) for name, dataset in datasets.items()}
@@ -133,9 +134,8 @@ def run(folder: str, seconds: float) -> Iterator[dict[str, Any]]:
     torch.set_num_threads(1)  # as in a worker
     try:
         for size in SIZES:
-            yield from measure(
-                Path(folder) / f"{size[0]}x{size[1]}", size, tokenizer, processor, table, collate, seconds
-            )
+            place = Path(folder) / f"{size[0]}x{size[1]}"
+            yield from measure(place, size, tokenizer, processor, table, collate, seconds)
     finally:
         torch.set_num_threads(threads)
 
@@ -148,23 +148,18 @@ def measure(
     datasets = {"processor": make_dataset(folder, tokenizer, processor)}
     same = ""
     if table is not None:  # else the processor's resizing is not PIL's
+        table.round_to(DTYPE)
         datasets["table"] = make_dataset(folder, tokenizer, table)
-        pixels = ([dataset[number]["image"] for number in range(BATCH)] for dataset in datasets.values())
+        pixels = ([dataset[number]["image"].to(DTYPE) for number in range(BATCH)] for dataset in datasets.values())
         same = "equal" if all(map(torch.equal, *pixels)) else "FAILED"
     work = parts(names, processor, table, datasets, collate)
     times = compare(work, torch.device("cpu"), seconds, clock=time.process_time)
     files, common = f"{size[0]} x {size[1]}", {"suite": "loader", "rows": COUNT, "dtype": "bfloat16"}
     for name, cost in times.items():
         low, median, high = (value / COUNT for value in cost)
-        row = {
-            **common,
-            "variant": name,
-            "p20_ms": low,
-            "p50_ms": median,
-            "p80_ms": high,
-            "note": f"{files}; one core",
-        }
-        yield {**row, "samples_per_s": 1e3 / median, "parity": same if "table" in name else ""}
+        row = {**common, "variant": name, "p20_ms": low, "p50_ms": median, "p80_ms": high}
+        row |= {"samples_per_s": 1e3 / median, "note": f"{files}; one core"}
+        yield {**row, "parity": same if "table" in name else ""}
     for name in datasets:
         rate = 1e3 * COUNT / times[f"sample, {name}"][1]
         needed = ", ".join(f"{workers(wanted, rate)} for {wanted}" for wanted in RATES)

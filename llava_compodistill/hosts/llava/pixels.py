@@ -40,8 +40,12 @@ class TablePixels:
         if hasattr(processor, "do_center_crop"):
             options["do_center_crop"] = False
         values = processor.preprocess(Image.fromarray(levels), **options)["pixel_values"][0]
-        self._table = values.reshape(3, 256).numpy()
-        self.always_finite = bool(np.isfinite(self._table).all())
+        self._table, self._dtype = values.reshape(3, 256), values.dtype
+        self.always_finite = bool(torch.isfinite(self._table).all())
+
+    def round_to(self, dtype: torch.dtype) -> None:
+        """From now on give pixels as `Tensor.to(dtype)` rounds them: half the memory, and nothing to round later."""
+        self._dtype = dtype
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "processor":  # also where pickle makes one without __init__
@@ -74,10 +78,12 @@ class TablePixels:
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
         levels = np.asarray(image)
-        pixels = np.empty((3, *levels.shape[:2]), self._table.dtype)
+        table = self._table.to(self._dtype)
+        values = table.view(torch.int16).numpy() if table.element_size() == 2 else table.numpy()  # bfloat16 is none
+        pixels = np.empty((3, *levels.shape[:2]), values.dtype)
         for channel in range(3):
-            np.take(self._table[channel], levels[:, :, channel], out=pixels[channel], mode="clip")
-        return torch.from_numpy(pixels)
+            np.take(values[channel], levels[:, :, channel], out=pixels[channel], mode="clip")
+        return torch.from_numpy(pixels).view(table.dtype)
 
 
 def quick(processor: Any) -> Any:

@@ -101,12 +101,8 @@ class CompoDistillTrainer(LLaVATrainer):
         theirs = None
         if teacher_text is not None:
             theirs = count_visual_tokens(teacher), teacher.config.tokenizer_model_max_length
-        counted = (
-            count_visual_tokens(core),
-            self._limit,
-            theirs,
-            travel.pixel_dtype(self.objective.pair, self.train_dataset),
-        )
+        pixels = travel.pixel_dtype(self.objective.pair, self.train_dataset)
+        counted = count_visual_tokens(core), self._limit, theirs, pixels
         self.data_collator = CountingCollator(self.data_collator, *counted)
         self._own: OwnAnswers | None = None
         if args.on_policy:

@@ -74,6 +74,7 @@ class Objective:
         self._switch: Callable[[], Pass | None] = _no_pass
         self._widths: dict[str, int] = {}
         self._sums: dict[str, Sums] = {}
+        self._partitioned: bool | None = None
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -212,7 +213,9 @@ class Objective:
                 self._sums[term.name].loss = _zero_of(term.module)
         if all(sums.loss is None for sums in self._sums.values()):
             self._sums[self.terms[0].name].loss = _zero_of(self.pair.student)
-        if any(hasattr(parameter, "ds_id") for parameter in self.pair.student.parameters()):
+        if self._partitioned is None:  # known with the first micro-batch, in which DeepSpeed has the weights
+            self._partitioned = any(hasattr(weight, "ds_id") for weight in self.pair.student.parameters())
+        if self._partitioned:
             self._lose_everywhere()
         return {name: sums.loss for name, sums in self._sums.items() if sums.loss is not None}
 

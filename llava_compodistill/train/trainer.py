@@ -35,6 +35,7 @@ from .finite import refuse_broken_gradient, refuse_broken_weights
 from .mix import Mix, write_manifest
 from .objective import Objective
 from .on_policy import PARTITIONED, refuse_other_tokenizer
+from .overhead import CountsOnce
 from .own_answers import OwnAnswers
 from .pickles import loads_tensors_alone
 from .preempt import StopOnSignal, shield_workers
@@ -46,7 +47,7 @@ from .terms_log import TermsLog
 logger = logging.getLogger(__name__)
 
 
-class CompoDistillTrainer(LLaVATrainer):
+class CompoDistillTrainer(CountsOnce, LLaVATrainer):
     """Trains a student in one of the stages pt, dpt, dft, sft by the method that `args.method` names.
 
     Args:
@@ -101,9 +102,9 @@ class CompoDistillTrainer(LLaVATrainer):
         theirs = None
         if teacher_text is not None:
             theirs = count_visual_tokens(teacher), teacher.config.tokenizer_model_max_length
+        counted = count_visual_tokens(core), self._limit, theirs
         pixels = travel.pixel_dtype(self.objective.pair, self.train_dataset)
-        counted = count_visual_tokens(core), self._limit, theirs, pixels
-        self.data_collator = CountingCollator(self.data_collator, *counted)
+        self.data_collator = CountingCollator(self.data_collator, *counted, pixels)
         self._own: OwnAnswers | None = None
         if args.on_policy:
             if self.is_fsdp_enabled:
@@ -228,9 +229,7 @@ class CompoDistillTrainer(LLaVATrainer):
 
     def _facts(self, batch: dict[str, Any]) -> BatchFacts:
         """The collator's; a batch that was made elsewhere is counted here, on its device."""
-        if facts.KEY in batch:
-            return batch[facts.KEY]
-        return self.data_collator.facts(batch)
+        return batch[facts.KEY] if facts.KEY in batch else self.data_collator.facts(batch)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Logging

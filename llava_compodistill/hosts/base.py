@@ -49,7 +49,7 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the CPU's on a device, which is not waited for; itself where that is the CPU."""
     if device.type == "cpu":
         return tensor
-    if device.type == "cuda":
+    if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()  # from pageable memory the copy would wait for all that is queued
     return tensor.to(device, non_blocking=True)
 

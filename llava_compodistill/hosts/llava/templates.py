@@ -84,7 +84,7 @@ def tokenized_pieces(
 
 
 #: Characters up to which a text's tokens are remembered: parts of templates, short questions and answers.
-_SHORT = 100
+_SHORT = 256
 
 
 def _tokens(tokenizer: Any, text: str) -> Sequence[int]:

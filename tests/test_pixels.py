@@ -40,7 +40,7 @@ def picture(width, height):
 def test_pixels_are_the_processors(kind, options):
     processor, found = made(kind, options)
     assert type(found) is TablePixels and found.always_finite
-    for size in ((56, 56), (57, 56), (640, 480), (31, 90), (300, 20), (1, 1)):
+    for size in ((56, 56), (57, 56), (640, 480), (31, 90), (300, 20), (1, 4)):
         image = picture(*size)
         theirs = processor.preprocess(image, return_tensors="pt")["pixel_values"]
         mine = found.preprocess(image, return_tensors="pt")["pixel_values"]
@@ -68,8 +68,9 @@ def test_the_table_is_what_runs(monkeypatch):
     assert torch.equal(found.preprocess(picture(60, 50), return_tensors="pt")["pixel_values"], expected)
     with pytest.raises(TypeError, match="not callable"):  # other options, and other images, are the processor's
         found.preprocess(picture(60, 50), return_tensors="np")
-    with pytest.raises(TypeError, match="not callable"):
-        found.preprocess(picture(60, 50).convert("L"), return_tensors="pt")
+    for other in (picture(60, 50).convert("L"), picture(60, 3)):
+        with pytest.raises(TypeError, match="not callable"):
+            found.preprocess(other, return_tensors="pt")
 
 
 def test_what_the_processor_pads_is_left_to_it():

@@ -77,16 +77,22 @@ def test_no_micro_batch_waits(siglip, tmp_path, monkeypatch, name):
     step(student, objective, inputs, found)  # what is made once, is made
     waits = Waits()
     waits.on_cpu(found.text.values())
+    student.zero_grad()
     with waits.counting(monkeypatch):
         step(student, objective, inputs, found)
     places = set(waits.places) - ON_A_CPU_ALONE
     assert [place for place in places if not place.startswith(LEFT.get(name, ("nothing",)))] == []
     assert bool(places) == (name in LEFT)
 
-    # Without the tensors that stay, the device is asked for them, once a model.
+    gradients = [weight.grad.clone() for weight in student.parameters() if weight.grad is not None]
+
+    # Without the tensors that stay, the device is asked for them, once a model; the gradients are the same.
+    student.zero_grad()
     without = Waits()
     with without.counting(monkeypatch):
         step(student, objective, inputs)
+    again = [weight.grad for weight in student.parameters() if weight.grad is not None]
+    assert len(again) > 20 and all(map(torch.equal, gradients, again))
     passes = 1 if objective.teacher is None else 3 if "weighed" in name else 2
     assert without.places["llava_compodistill/hosts/base.py: on_cpu: cpu"] == 3 * passes
     assert set(without.places) - places - ON_A_CPU_ALONE == {"llava_compodistill/hosts/base.py: on_cpu: cpu"}

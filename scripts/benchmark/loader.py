@@ -36,8 +36,9 @@ RATES = (2, 4, 8, 16, 33)
 DTYPE = torch.bfloat16
 #: Samples that are timed, and that are collated at once.
 COUNT, BATCH = 16, 8
-QUESTION = "What stands beside the table, and what color is it?"
-ANSWER = "A chair with a blue seat and four thin legs."
+#: Longer than the texts that training remembers, as if every sample had its own.
+QUESTION = "What stands beside the table, and what color is it? " * 6
+ANSWER = "A chair with a blue seat and four thin legs. " * 6
 
 
 def make_data(folder: Path, size: tuple[int, int]) -> list[str]:

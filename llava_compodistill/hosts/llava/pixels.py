@@ -66,8 +66,8 @@ class TablePixels:
 
     def _pixels(self, image: Any) -> torch.Tensor | None:
         """[3, H, W] of an image; None where that is left to the processor."""
-        if not isinstance(image, Image.Image) or image.mode != "RGB":
-            return None
+        if not isinstance(image, Image.Image) or image.mode != "RGB" or image.height <= 3:
+            return None  # of 1 or 3 rows transformers 4.37 reads the first as channels
         processor = self.processor
         if processor.do_resize:
             image = image.resize(_resized(image.size, processor.size), processor.resample)

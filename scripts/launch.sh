@@ -26,7 +26,7 @@
 #   LOGGING_STEPS    steps between two lines of the log: 1
 #   REPORT_TO        none | tensorboard | wandb: none
 #   GRADIENT_CHECKPOINTING   True | False; False takes more memory and less time: True
-#   WORKERS          processes that load data, for each GPU: 4
+#   WORKERS          processes that load data, for each GPU: 4, as in LLaVA (one is enough for most data: README.md)
 #   SELECT_LAYER     layer of the vision tower that is read: -2
 #   ASPECT_RATIO     pad | square, in fine-tuning stages: pad
 #   PYTHON           the interpreter: python

@@ -4,6 +4,7 @@ parity holds, their figures can be drawn."""
 from __future__ import annotations
 
 import csv
+import importlib
 import os
 import runpy
 import subprocess
@@ -169,3 +170,19 @@ def test_a_manifest_is_checked(tmp_path):
     (row,) = rows(tmp_path / "check.csv")
     assert row["note"].startswith("300 records") and row["note"].endswith("status 0")
     assert float(row["p50_ms"]) > 0 and float(row["extra_mib"]) > 10
+
+
+def test_the_loader_suite(tmp_path, monkeypatch):
+    """In this process, on a few small images."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    loader = importlib.import_module("loader")
+    monkeypatch.setattr(loader, "SIZES", ((40, 30),))
+    monkeypatch.setattr(loader, "PIXELS", 28)
+    found = list(loader.run(str(tmp_path), 0))
+    costs = {row["variant"]: row for row in found if "p50_ms" in row}
+    assert {"open and decode", "text", "collate", "sample, processor"} <= costs.keys()
+    assert all(row["p50_ms"] > 0 and row["samples_per_s"] > 0 for row in costs.values())
+    assert all(row["parity"] == ("equal" if "table" in name else "") for name, row in costs.items())
+    needed = [row["note"] for row in found if row["variant"].startswith("workers")]
+    assert needed and all("40 x 30; workers for samples a second: 1 for 2" in note for note in needed)
+    assert [loader.workers(33, rate) for rate in (100, 33, 32, 10)] == [1, 1, 2, 4]

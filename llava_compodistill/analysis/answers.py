@@ -49,4 +49,4 @@ def _with_keys(batch: MergedBatch, keys: torch.Tensor) -> MergedBatch:
     index = torch.full((len(keys), int(counts.max())), -1, dtype=torch.long, device=keys.device)
     sample, position = keys.nonzero(as_tuple=True)
     index[sample, keys.long().cumsum(dim=1)[sample, position] - 1] = position
-    return replace(batch, visual_index=index)
+    return replace(batch, visual_index=index, cpu=None)

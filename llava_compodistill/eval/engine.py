@@ -23,6 +23,7 @@ from ..errors import DataError, NonFiniteModelError, SampleError
 from ..hosts.llava.decoding import continue_sequences
 from ..hosts.llava.host import import_llava, import_llava_train
 from ..hosts.llava.model import llava_core
+from ..hosts.llava.pixels import quick
 from ..hosts.llava.templates import prepare_tokenizer, use_template
 from ..record.head import dense_head
 from .marks import Picture, open_picture
@@ -94,7 +95,7 @@ class Engine:
         self._crops = "anyres" in (getattr(config, "image_aspect_ratio", None) or "")
         self._prepare()
         process = import_llava("llava.mm_utils").process_images
-        processor = self.model.get_vision_tower().image_processor
+        processor = quick(self.model.get_vision_tower().image_processor)
         make = MakePixels(process, processor, config, self.model.dtype, open_image or open_picture)
         self.pictures = Pictures(make, image_workers, ahead=2 * batch_size, processes=processes)
         self._weight: torch.Tensor | None = None  # the head's, widened when it is first needed

@@ -7,14 +7,51 @@ methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 IGNORE_INDEX = -100
+
+#: (a tensor on its device, the copy of it that the CPU has kept)
+Kept = tuple[torch.Tensor, torch.Tensor]
+_kept: contextvars.ContextVar[Sequence[Kept]] = contextvars.ContextVar("kept", default=())
+
+
+@contextlib.contextmanager
+def kept_on_cpu(tensors: Sequence[Kept]) -> Iterator[None]:
+    """Inside the context `on_cpu` finds the copies of these tensors, which are equal to them.
+
+    What a batch is like (where its images and its answers are) decides the shapes of all that follows. The collator
+    knows it on the CPU; to ask the device would wait for all that is queued there.
+    """
+    token = _kept.set((*_kept.get(), *tensors))
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the CPU's memory: itself, the copy that was kept, or, which waits for the device, a new one."""
+    for there, here in _kept.get():
+        if there is tensor:
+            return here
+    return tensor.cpu()
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU's on a device, which is not waited for; itself where that is the CPU."""
+    if device.type == "cpu":
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # from pageable memory the copy would wait for all that is queued
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass
@@ -26,12 +63,55 @@ class MergedBatch:
         real: [B, N] bool, False at padding.
         visual_index: [B, N_v] positions of the visual tokens, -1 where a sample has fewer than the batch's maximum.
         left_padded: whether padding stands before the real tokens, where a causal model's real rows would see it.
+        cpu: the same in the CPU's memory, from which `places` and `counts` are read without waiting for a device.
     """
 
     labels: torch.Tensor
     real: torch.Tensor
     visual_index: torch.Tensor
     left_padded: bool = False
+    cpu: MergedBatch | None = field(default=None, repr=False, compare=False)
+    _places: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @classmethod
+    def of(
+        cls, labels: torch.Tensor, real: torch.Tensor, visual: torch.Tensor, left: bool, device: torch.device
+    ) -> MergedBatch:
+        """A batch on a device, from what the CPU knows of it.
+
+        Args:
+            labels, real, visual: [B, N], the latter True at visual tokens.
+            left: whether it is left-padded.
+        """
+        here = cls(labels, real, _positions(visual), left)
+        return cls(*(sent(part, device) for part in (labels, real, here.visual_index)), left, here)
+
+    def on_cpu(self) -> MergedBatch:
+        """The batch in the CPU's memory; where it has not come from there, that waits for the device."""
+        if self.cpu is None:
+            if self.labels.device.type == "cpu":
+                return self
+            return MergedBatch(self.labels.cpu(), self.real.cpu(), self.visual_index.cpu(), self.left_padded)
+        return self.cpu
+
+    def places(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """([R], [R]): sample and position of each of the rows of a name (see `rows`), in reading order. Indexing with
+        them is what indexing with the mask is, for forward and backward, without asking the device how many it has."""
+        if name not in self._places:
+            here = self.on_cpu().rows(name).nonzero(as_tuple=True)
+            self._places[name] = tuple(sent(index, self.labels.device) for index in here)
+        return self._places[name]
+
+    def counts(self, name: str) -> list[int]:
+        """For each sample the number of its rows of a name (see `rows`)."""
+        return self.on_cpu().rows(name).sum(dim=1).tolist()
+
+    @property
+    def in_order(self) -> bool:
+        """Whether each sample's visual tokens are known to ascend in `visual_index`, as `of` lists them."""
+        return self.cpu is not None
 
     @property
     def visual(self) -> torch.Tensor:
@@ -57,7 +137,8 @@ class MergedBatch:
 
     def answer_targets(self) -> torch.Tensor:
         """[R]: the labels predicted at `answer_mask`, in its order."""
-        return self.labels[:, 1:][self.answer_mask()[:, :-1]]
+        sample, position = self.places("answer")
+        return self.labels[sample, position + 1]
 
     def rows(self, name: str) -> torch.Tensor:
         """[B, N] bool: the positions of a name.
@@ -85,6 +166,17 @@ class MergedBatch:
             rows: as for `rows`.
         """
         return self.real & (self.visual.long().cumsum(dim=1) > 0) & self.rows(rows)
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """[B, N] bool -> [B, most True in a row], their positions in order, padded with -1."""
+    counts = mask.sum(dim=1)
+    width = int(counts.max()) if len(counts) else 0
+    index = torch.full((mask.shape[0], width), -1, dtype=torch.long, device=mask.device)
+    batch, position = mask.nonzero(as_tuple=True)
+    column = mask.long().cumsum(dim=1)[batch, position] - 1
+    index[batch, column] = position
+    return index
 
 
 class Host(Protocol):

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..hosts.base import IGNORE_INDEX, MergedBatch
+from ..hosts.base import IGNORE_INDEX, MergedBatch, sent
 from ..losses.advantage import advantage_weights
 from ..pair import Pair
 from ..record.forward import Needs, Pass
@@ -81,13 +81,13 @@ class AdvantageTerm(Term):
 
     def row_weights(self, student: Pass, teacher: Pass) -> torch.Tensor:
         """[B, N]: the weights of the student's queries: those of the answer tokens that they predict, 1 elsewhere."""
-        weights, rows = self.token_weights(teacher), student.batch.answer_mask()
-        found = weights.new_ones(rows.shape)
+        weights, rows = self.token_weights(teacher), student.batch.places("answer")
+        found = weights.new_ones(student.batch.labels.shape)
         if self.pair.shares_encoder:  # and one limit: one sequence
             found[rows] = weights
             return found
         mine, theirs = common_rows(student.batch, teacher.batch)
-        sample, position = rows.nonzero()[mine].unbind(dim=1)
+        sample, position = (index[mine] for index in rows)
         found[sample, position] = weights[theirs]
         return found
 
@@ -101,8 +101,7 @@ class AdvantageTerm(Term):
 
 def _answer_numbers(batch: MergedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """[R] each: the sample of an answer row, and which of the sample's answer tokens it predicts, counted from 0."""
-    rows = batch.answer_mask()
-    owner, position = rows.nonzero(as_tuple=True)
+    owner, position = batch.places("answer")
     # Nothing predicts a label at the first position, but it is a token of the answer, with or without the image.
     number = (batch.labels != IGNORE_INDEX).long().cumsum(dim=1)[owner, position + 1] - 1
     return owner, number
@@ -115,7 +114,7 @@ def _advantages(teacher: Pass) -> torch.Tensor:
     for found in (teacher, blind):
         owner, number = _answer_numbers(found.batch)
         if found is blind:  # which holds the samples with an image alone
-            owner = batch.has_image.nonzero()[:, 0][owner]
+            owner = sent(batch.on_cpu().has_image.nonzero()[:, 0], owner.device)[owner]
         width = max(batch.labels.shape[1], blind.batch.labels.shape[1])
         table = found.log_probs.new_full((len(batch.labels), width), torch.nan)
         table[owner, number] = found.log_probs

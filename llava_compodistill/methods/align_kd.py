@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..hosts.base import sent
 from ..pair import Pair
 from ..record.attention import refuse_windows
 from ..record.forward import EMBEDDINGS, Needs, Pass
@@ -99,7 +100,8 @@ class VisualFeatureTerm(Term):
         # What each visual token is attended to by, over all queries of its sample.
         queries = teacher.batch.real[:, :, None]
         attended = teacher.maps[(_LAYER,)].float().masked_fill(~queries, 0.0).sum(dim=1)
-        attended = attended[teacher.batch.visual_index >= 0]
+        columns = (teacher.batch.on_cpu().visual_index >= 0).nonzero(as_tuple=True)
+        attended = attended[tuple(sent(index, attended.device) for index in columns)]
         losses = []
         for rows in samples_of(student.batch):
             focus = rows[attended[rows].topk(min(self.top, len(rows))).indices]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..hosts.base import MergedBatch
+from ..hosts.base import MergedBatch, sent
 from ..ops.answer_loss import answer_loss
 from ..pair import Pair
 from ..record.forward import Needs, Pass
@@ -29,14 +29,14 @@ Rows = slice | torch.Tensor
 def common_rows(mine: MergedBatch, theirs: MergedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the answer rows of two models' layouts of the same samples, those that both have: where an encoder of more
     patches, or a limit, has cut one of them, its last answers are missing there."""
-    counts = [batch.answer_mask().sum(dim=1).tolist() for batch in (mine, theirs)]
+    counts = [batch.counts("answer") for batch in (mine, theirs)]
     found: list[list[torch.Tensor]] = [[], []]
     starts = [0, 0]
     for pair in zip(*counts, strict=True):
         for model in (0, 1):
             found[model].append(torch.arange(starts[model], starts[model] + min(pair)))
             starts[model] += pair[model]
-    first, second = (torch.cat(rows).to(mine.labels.device) for rows in found)
+    first, second = (sent(torch.cat(rows), mine.labels.device) for rows in found)
     return first, second
 
 
@@ -96,15 +96,20 @@ class AnswerTerm(Term):
         theirs = teacher.head["answer"]
         weights = None if self.advantage is None else self.advantage.token_weights(teacher)
         if self.pair.shares_encoder:  # and one limit: one sequence
-            self._check_same_rows(mine.targets, theirs.targets)
+            self._check_same_rows(len(mine.targets), len(theirs.targets))
             return self._compared(mine, slice(None), theirs, slice(None), given, weights)
-        both, others = common_rows(student.batch, teacher.batch)
-        self._check_same_rows(mine.targets[both], theirs.targets[others], compare=True)
+        here = student.batch.on_cpu(), teacher.batch.on_cpu()
+        common = common_rows(*here)
+        targets = [batch.answer_targets() for batch in here]
+        self._check_same_rows(*map(len, common), *(rows[part] for rows, part in zip(targets, common, strict=True)))
+        both, others = (sent(rows, mine.hidden.device) for rows in common)
         total = self._compared(mine, both, theirs, others, given, weights)
-        alone = torch.ones(len(mine.targets), dtype=torch.bool, device=both.device)
-        alone[both] = False
-        alone = alone if given is None else alone & given
-        return total + self._sums(mine, alone) if alone.any() else total
+        alone = torch.ones(len(targets[0]), dtype=torch.bool)
+        alone[common[0]] = False
+        rows = sent(alone.nonzero().flatten(), mine.hidden.device)
+        if given is not None:
+            rows = rows[given[rows]]
+        return total + self._sums(mine, rows) if len(rows) else total
 
     def _compared(
         self,
@@ -161,11 +166,11 @@ class AnswerTerm(Term):
             )
         )
 
-    def _check_same_rows(self, mine: torch.Tensor, theirs: torch.Tensor, compare: bool = False) -> None:
-        # Comparing values waits for the device.
-        if len(mine) != len(theirs) or (compare and not torch.equal(mine, theirs)):
+    def _check_same_rows(self, mine: int, theirs: int, *targets: torch.Tensor) -> None:
+        """Of their numbers, and of the targets where those are given."""
+        if mine != theirs or (targets and not torch.equal(*targets)):
             raise ValueError(
-                f"Teacher and student predict different answer tokens ({len(theirs)} and {len(mine)} rows): their "
+                f"Teacher and student predict different answer tokens ({theirs} and {mine} rows): their "
                 "tokenizers or --model_max_length differ."
             )
 

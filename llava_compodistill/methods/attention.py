@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..hosts.base import MergedBatch
+from ..hosts.base import MergedBatch, sent
 from ..hosts.llava.model import count_visual_tokens
 from ..losses.attention import attention_distillation_loss, attention_similarity, counting_samples
 from ..pair import Pair
@@ -212,7 +212,7 @@ class VisualAttentionTerm(Term):
         rows = self._rows(student, teacher)
         columns = batch.visual_index >= 0
         counts = counting_samples(rows)
-        order = _another_image(batch.has_image) if args.shuffle_attention_targets else None
+        order = _another_image(batch) if args.shuffle_attention_targets else None
         options = {"similarity": args.attention_similarity, "column_mask": columns, "reduction": "none"}
         weights = None if self.advantage is None else self.advantage.row_weights(student, teacher)
         losses, similarities = [], []
@@ -275,9 +275,10 @@ def attention_schedule(args: TrainingArguments) -> Schedule | None:
     return Schedule(args.attention_schedule, args.attention_schedule_end)
 
 
-def _another_image(has_image: torch.Tensor) -> torch.Tensor:
-    """[B] -> [B]: an order that gives every sample with an image the place of another such sample."""
-    order = torch.arange(len(has_image), device=has_image.device)
+def _another_image(batch: MergedBatch) -> torch.Tensor:
+    """[B]: an order that gives every sample with an image the place of another such sample."""
+    has_image = batch.on_cpu().has_image
+    order = torch.arange(len(has_image))
     holders = has_image.nonzero().flatten()
     order[holders] = holders.roll(1)
-    return order
+    return sent(order, batch.labels.device)

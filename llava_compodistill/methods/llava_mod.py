@@ -96,7 +96,7 @@ class PreferenceTerm(Term):
 
     def _likelihoods(self, rows: HeadRows, latest: Pass) -> torch.Tensor:
         weight, bias = rows.weights
-        counts = latest.batch.answer_mask().sum(dim=1).tolist()
+        counts = latest.batch.counts("answer")
         losses = [
             answer_loss(hidden, weight, targets, student_bias=bias).loss
             for hidden, targets in zip(rows.hidden.split(counts), rows.targets.split(counts), strict=True)

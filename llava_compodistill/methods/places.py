@@ -34,17 +34,17 @@ def check_same_visual_places(pair: Pair, mine: MergedBatch, theirs: MergedBatch)
         ValueError: with the shapes.
     """
     if not pair.shares_tokenizer:  # the same tokens at other positions
-        counts = [(batch.visual_index >= 0).sum(dim=1) for batch in (mine, theirs)]
-        if not torch.equal(*counts):
+        counts = [batch.counts("visual") for batch in (mine, theirs)]
+        if counts[0] != counts[1]:
             raise ValueError(
-                f"A sample has {counts[1].tolist()} visual tokens in the teacher and {counts[0].tolist()} in the "
+                f"A sample has {counts[1]} visual tokens in the teacher and {counts[0]} in the "
                 "student: the text before an image is longer in one of them, and --model_max_length has cut it. Raise "
                 "--model_max_length."
             )
         return
-    # One encoder and one limit give one sequence. Comparing values would wait for the device.
+    # One encoder and one limit give one sequence.
     same = mine.visual_index.shape == theirs.visual_index.shape and (
-        pair.shares_encoder or torch.equal(mine.visual_index, theirs.visual_index)
+        pair.shares_encoder or torch.equal(mine.on_cpu().visual_index, theirs.on_cpu().visual_index)
     )
     if not same:
         raise ValueError(
@@ -56,6 +56,6 @@ def check_same_visual_places(pair: Pair, mine: MergedBatch, theirs: MergedBatch)
 
 def samples_of(batch: MergedBatch, rows: str = "visual") -> list[torch.Tensor]:
     """For each sample that has such rows, where they lie among the rows of the whole batch."""
-    counts = batch.rows(rows).sum(dim=1).tolist()
+    counts = batch.counts(rows)
     places = torch.arange(sum(counts), device=batch.labels.device)
     return [part for part in places.split(counts) if len(part)]

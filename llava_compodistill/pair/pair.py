@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ..hosts.llava.model import count_visual_tokens, llava_core, projector
@@ -78,6 +79,20 @@ class Pair:
     def vocab_sizes(self) -> tuple[int | None, int | None]:
         """The real vocabularies of the student and of the teacher; None where it is not known."""
         return self.vocab_size, self.vocab_size if self.shares_tokenizer else self.teacher_vocab_size
+
+    @property
+    def pixel_dtype(self) -> torch.dtype | None:
+        """The precision of 16 bits to which images can be rounded before they travel, so that every number that is
+        made of them stays what it is; None to leave them as they are.
+
+        The encoder rounds them to its own as the first thing that it does, and gives its features back in the images'
+        own, which an adapter with weights rounds to its own. A teacher with another encoder may resize or normalise
+        them anew before it rounds.
+        """
+        dtype = self.student.get_vision_tower().dtype
+        adapters = [projector(model) for model in (self.student, self.teacher) if model is not None]
+        rounded = dtype in (torch.bfloat16, torch.float16) and (self.teacher is None or self.shares_encoder)
+        return dtype if rounded and all(next(adapter.parameters(), None) is not None for adapter in adapters) else None
 
     @property
     def longest(self) -> int | None:

@@ -67,9 +67,8 @@ class AttentionCapture:
             key_mask = batch.real if batch.left_padded else None  # only left padding hides keys from real rows
             if self.detach:
                 query, key = query.detach(), key.detach()
-            attention = visual_attention_map(
-                query, key, batch.visual_index, key_mask=key_mask, scale=scale, impl=self.impl, heads=heads
-            )
+            options = {"impl": self.impl, "heads": heads, "in_order": batch.in_order}
+            attention = visual_attention_map(query, key, batch.visual_index, key_mask=key_mask, scale=scale, **options)
             # Gradient checkpointing runs the layer again in the backward: what is made of the map must be made again,
             # as in the forward, but the result belongs to the recomputation and is not recorded twice.
             reduced = self._reduce(layer, attention)

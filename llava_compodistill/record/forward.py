@@ -107,10 +107,9 @@ class Pass:
         """[R] bool, of the answer rows those whose label is the data's and not the student's own; None for all."""
         if self.own is None:
             return None
-        answers = self.batch.answer_mask()
-        number = answers.long().cumsum(dim=1) - 1
+        number = self.batch.answer_mask().long().cumsum(dim=1) - 1
         own = (self.own >= 0)[:, None] & (number >= self.own[:, None])
-        return ~own[answers]
+        return ~own[self.batch.places("answer")]
 
 
 class PassRecorder:
@@ -187,7 +186,7 @@ def record(
 
         def keep(name: str) -> HeadRows:
             targets = latest.batch.answer_targets() if name == "answer" else None
-            return HeadRows(hidden[latest.batch.rows(name)], targets, host.head(model), run_head)
+            return HeadRows(hidden[latest.batch.places(name)], targets, host.head(model), run_head)
 
         latest.head = {name: keep(name) for name in needs.head}
         if needs.log_probs:
@@ -236,7 +235,7 @@ def _keep_routing(recorder: PassRecorder, layer: int, module: nn.Module, args: t
 def _keep_hidden(layer: nn.Module, recorder: PassRecorder, key: LayerRows) -> Iterator[None]:
     def keep(states: Any) -> None:
         latest = recorder.latest
-        rows = (states[0] if isinstance(states, tuple) else states)[latest.batch.rows(key[1])]
+        rows = (states[0] if isinstance(states, tuple) else states)[latest.batch.places(key[1])]
         # Gradient checkpointing runs the layer again in the backward, and has to meet the same operations; what they
         # give then belongs to the recomputation and is not recorded twice.
         latest.hidden.setdefault(key, rows)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..hosts import host_of
-from ..hosts.base import IGNORE_INDEX, MergedBatch
+from ..hosts.base import IGNORE_INDEX, MergedBatch, sent
 from .patch import replaced
 
 __all__ = ["IGNORE_INDEX", "MergeRecorder", "MergedBatch", "record_merge"]
@@ -53,6 +55,25 @@ def record_merge(
         received(batch)
 
     recording = host.recording_merge(model, getattr(model, host.MERGE), receive)
-    recording.records_merge = True
-    with replaced(model, host.MERGE, recording):
+
+    def merge(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _takes_ids_from_cpu(model.get_input_embeddings(), input_ids.device):
+            return recording(input_ids, *args, **kwargs)
+
+    merge.records_merge = True
+    with replaced(model, host.MERGE, merge):
         yield recorder
+
+
+@contextlib.contextmanager
+def _takes_ids_from_cpu(embedding: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside the context an embedding takes token ids that the CPU has kept."""
+
+    def send(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return sent(args[0], device), *args[1:]
+
+    handle = embedding.register_forward_pre_hook(send)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -266,6 +266,13 @@ class TrainingArguments(llava_training.TrainingArguments):
         default=False,
         metadata={"help": "Resume from a checkpoint in --output_dir although loading its files runs their code."},
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Ask each micro-batch's loss whether it is finite, which waits for the device, and leave it out "
+            "of the logged loss otherwise. Without it, losses are looked at with the log, and the run is stopped."
+        },
+    )
     #: The method that `method` and `method_options` name. No flag.
     chosen_method: ClassVar[Method]
     #: What `resume.describe` gives for this run; every checkpoint is saved with it. No flag.

@@ -95,13 +95,17 @@ class CheckedDataset(LazySupervisedDataset):
     def read(self, position: int) -> dict[str, Any]:
         """LLaVA's sample: input_ids, labels and image; under TEACHER, what a teacher with another tokenizer reads."""
         how = (getattr(self.data_args, name, None) for name in ("image_aspect_ratio", "image_processor"))
+        record = self.list_data_dict[position]
+        once = copy.copy(self)  # LLaVA's code asks for the record four times, which are as many readings of the file
+        once.list_data_dict = {position: record}
         with prepared_for(*how):
-            sample = super().__getitem__(position)
-        if "image" in sample and not bool(torch.isfinite(sample["image"]).all()):
+            sample = LazySupervisedDataset.__getitem__(once, position)
+        known = getattr(self.data_args.image_processor, "always_finite", False)
+        if "image" in sample and not known and not bool(torch.isfinite(sample["image"]).all()):
             raise SampleError("its pixels are NaN or infinite after preprocessing")
         if self.teacher is None:
             return sample
-        return {**sample, TEACHER: self.teacher.read(self.list_data_dict[position], sample)}
+        return {**sample, TEACHER: self.teacher.read(record, sample)}
 
     def conversation(self, record: dict[str, Any]) -> tuple[list[dict[str, str]], bool]:
         """The turns of a sample as they are tokenized, and whether there is an image."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ..hosts.base import Kept, kept_on_cpu
 from ..hosts.llava.training import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ..pair.tokens import TEACHER, in_both
 
 #: The key of a batch's facts beside its tensors.
 KEY = "facts"
+#: The tensors of text in a batch.
+TEXT = ("input_ids", "labels", "attention_mask")
 #: Where the student has answered samples itself (`own_answers`), [B]: the number of the first answer row of the sample
 #: that predicts a token of its own answer; -1 for a sample with the data's answers alone.
 OWN = "own_answers"
@@ -30,6 +34,8 @@ class BatchFacts:
         aligned_spans: spans of answers that begin at the same place in the student's and the teacher's tokens.
         own_samples: samples that the student has answered itself.
         own_tokens: answer tokens of those answers.
+        text: the batch's tensors of text, which stay in the CPU's memory: where its images and answers are decides
+            the shapes of a step, and is not asked of the device. Under TEACHER, those of such a teacher.
     """
 
     answer_tokens: int
@@ -39,6 +45,7 @@ class BatchFacts:
     aligned_spans: int = 0
     own_samples: int = 0
     own_tokens: int = 0
+    text: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -68,7 +75,36 @@ class BatchFacts:
         first = batch[OWN].tolist() if OWN in batch else []
         own = [count - start for count, start in zip(tokens, first, strict=False) if start >= 0]
         own_tokens = sum(max(0, count) for count in own)
-        return cls(sum(tokens), int(with_image.sum()), len(tokens), tokens.count(0), spans, len(own), own_tokens)
+        counts = sum(tokens), int(with_image.sum()), len(tokens), tokens.count(0), spans, len(own), own_tokens
+        return cls(*counts, _text_of(batch))
+
+
+def kept(found: BatchFacts | None, sent: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Inside the context, what is asked of the tensors of text of a batch that was sent to a device is asked of those
+    that have stayed."""
+    return kept_on_cpu(_pairs(sent, found.text) if found is not None else ())
+
+
+def _text_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch's tensors of text that are in the CPU's memory."""
+    found: dict[str, Any] = {}
+    for name, value in batch.items():
+        if name == TEACHER:
+            found[name] = _text_of(value)
+        elif name in TEXT and torch.is_tensor(value) and value.device.type == "cpu":
+            found[name] = value
+    return found
+
+
+def _pairs(sent: Mapping[str, Any], stayed: Mapping[str, Any]) -> list[Kept]:
+    found: list[Kept] = []
+    for name, value in stayed.items():
+        there = sent.get(name)
+        if isinstance(value, Mapping):
+            found += _pairs(there or {}, value)
+        elif torch.is_tensor(there) and there.shape == value.shape:
+            found.append((there, value))
+    return found
 
 
 def answer_tokens(batch: dict[str, Any], width: int, limit: int | None) -> torch.Tensor:
@@ -86,6 +122,7 @@ class CountingCollator:
     Args:
         collator: LLaVA's.
         visual_tokens, limit, teacher: as for `BatchFacts.of`.
+        pixels: the precision in which images leave it; None for the data's own.
     """
 
     def __init__(
@@ -94,11 +131,17 @@ class CountingCollator:
         visual_tokens: int,
         limit: int | None,
         teacher: tuple[int, int | None] | None = None,
+        pixels: torch.dtype | None = None,
     ):
         self.collator, self.visual_tokens, self.limit, self.teacher = collator, visual_tokens, limit, teacher
+        self.pixels = pixels
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         batch = self.collator(samples)
+        images = batch.get("images")
+        if self.pixels is not None and images is not None:
+            several = not torch.is_tensor(images)
+            batch["images"] = [image.to(self.pixels) for image in images] if several else images.to(self.pixels)
         return {**batch, KEY: self.facts(batch)}
 
     def facts(self, batch: dict[str, Any]) -> BatchFacts:

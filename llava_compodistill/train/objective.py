@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..hosts import host_of
+from ..hosts.base import kept_on_cpu, on_cpu, sent
 from ..methods import Sums, Term
 from ..methods.base import prepared
 from ..pair import Pair
@@ -73,6 +74,7 @@ class Objective:
         self._switch: Callable[[], Pass | None] = _no_pass
         self._widths: dict[str, int] = {}
         self._sums: dict[str, Sums] = {}
+        self._partitioned: bool | None = None
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -154,9 +156,14 @@ class Objective:
         if not asked or sighted is None or not sighted.batch.visual_index.shape[1]:
             return
         teacher = self.pair.teacher
-        with_image = sighted.batch.has_image.nonzero()[:, 0]
-        text = host_of(teacher).text_alone(teachers_inputs(inputs, self.pair.shares_tokenizer), with_image)
-        with torch.no_grad(), record(teacher, reduce(or_, asked), impl=self.impl) as recorder:
+        with_image = sighted.batch.on_cpu().has_image.nonzero()[:, 0]
+        given = teachers_inputs(inputs, self.pair.shares_tokenizer)
+        texts = ("input_ids", "labels", "attention_mask")
+        here = {name: on_cpu(given[name]) for name in texts if given.get(name) is not None}
+        here = host_of(teacher).text_alone(here, with_image)
+        text = {name: sent(value, given["input_ids"].device) for name, value in here.items()}
+        kept = kept_on_cpu([(text[name], here[name]) for name in here])
+        with kept, torch.no_grad(), record(teacher, reduce(or_, asked), impl=self.impl) as recorder:
             teacher(**text, use_cache=False)
             sighted.blind = recorder.latest
 
@@ -206,7 +213,9 @@ class Objective:
                 self._sums[term.name].loss = _zero_of(term.module)
         if all(sums.loss is None for sums in self._sums.values()):
             self._sums[self.terms[0].name].loss = _zero_of(self.pair.student)
-        if any(hasattr(parameter, "ds_id") for parameter in self.pair.student.parameters()):
+        if self._partitioned is None:  # known with the first micro-batch, in which DeepSpeed has the weights
+            self._partitioned = any(hasattr(weight, "ds_id") for weight in self.pair.student.parameters())
+        if self._partitioned:
             self._lose_everywhere()
         return {name: sums.loss for name, sums in self._sums.items() if sums.loss is not None}
 

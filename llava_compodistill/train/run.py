@@ -21,6 +21,7 @@ from ..errors import CheckpointError, CompoDistillError, FlagError
 from ..hosts.llava import register
 from ..hosts.llava.loader import add_image_tokens, checkpoint_kind, read_tokenizer
 from ..hosts.llava.model import llava_core
+from ..hosts.llava.pixels import quick
 from ..hosts.llava.taf import PROJECTOR_TYPE
 from ..hosts.llava.templates import prepare_tokenizer, use_template
 from ..pair.student import build_student, compute_dtype
@@ -217,7 +218,7 @@ def configure(
         core.enable_input_require_grads()
 
     data_args.is_multimodal = True
-    data_args.image_processor = core.get_vision_tower().image_processor
+    data_args.image_processor = quick(core.get_vision_tower().image_processor)
     data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
 
 

@@ -19,13 +19,14 @@ from torch import nn
 from transformers.trainer_utils import TrainOutput
 
 from .. import compat
+from ..hosts.base import sent
 from ..hosts.llava.model import count_visual_tokens, llava_core
 from ..hosts.llava.training import LLaVATrainer
 from ..methods import Sums
 from ..methods.base import COUNTS
 from ..pair.layers import parse_band
 from ..pair.student import computing
-from . import checkpoint, facts, placing, sharding
+from . import checkpoint, facts, placing, sharding, travel
 from .answer_watch import AnswerWatch
 from .arguments import TrainingArguments
 from .calibration import Batches, read_calibration, refuse_zero3, samples_with_image, write_calibration
@@ -34,6 +35,7 @@ from .finite import refuse_broken_gradient, refuse_broken_weights
 from .mix import Mix, write_manifest
 from .objective import Objective
 from .on_policy import PARTITIONED, refuse_other_tokenizer
+from .overhead import CountsOnce
 from .own_answers import OwnAnswers
 from .pickles import loads_tensors_alone
 from .preempt import StopOnSignal, shield_workers
@@ -45,7 +47,7 @@ from .terms_log import TermsLog
 logger = logging.getLogger(__name__)
 
 
-class CompoDistillTrainer(LLaVATrainer):
+class CompoDistillTrainer(CountsOnce, LLaVATrainer):
     """Trains a student in one of the stages pt, dpt, dft, sft by the method that `args.method` names.
 
     Args:
@@ -100,7 +102,9 @@ class CompoDistillTrainer(LLaVATrainer):
         theirs = None
         if teacher_text is not None:
             theirs = count_visual_tokens(teacher), teacher.config.tokenizer_model_max_length
-        self.data_collator = CountingCollator(self.data_collator, count_visual_tokens(core), self._limit, theirs)
+        counted = count_visual_tokens(core), self._limit, theirs
+        pixels = travel.pixel_dtype(self.objective.pair, self.train_dataset)
+        self.data_collator = CountingCollator(self.data_collator, *counted, pixels)
         self._own: OwnAnswers | None = None
         if args.on_policy:
             if self.is_fsdp_enabled:
@@ -147,9 +151,10 @@ class CompoDistillTrainer(LLaVATrainer):
         in_step = self.objective.is_running
         # Outside of training_step (evaluation) there is no window, and nothing has opened the context yet.
         counts = self._counts if in_step else self._count([inputs], training=False)
+        found = inputs.get(facts.KEY)
         inputs = {name: value for name, value in inputs.items() if name != facts.KEY}
         inputs = {**self._prepare_inputs(inputs), "use_cache": False}
-        with contextlib.nullcontext() if in_step else self.objective.running():
+        with facts.kept(found, inputs), contextlib.nullcontext() if in_step else self.objective.running():
             sums = self.objective(model, inputs)
         weights = self._weights(self.state.global_step)
         self._remember(sums, counts, weights, in_step)
@@ -219,17 +224,12 @@ class CompoDistillTrainer(LLaVATrainer):
             if self._own is not None:
                 self._own.measure(found, self.state.global_step, self._terms_log)
         sums = [sum(getattr(batch, name) for batch in found) for name in COUNTS]
-        counts = torch.tensor(sums, dtype=torch.float32)
-        if self.args.device.type == "cuda":
-            counts = counts.pin_memory()  # from pageable memory the copy would wait for all that is queued
-        counts = self._sum_over_ranks(counts.to(self.args.device, non_blocking=True))
+        counts = self._sum_over_ranks(sent(torch.tensor(sums, dtype=torch.float32), self.args.device))
         return dict(zip(COUNTS, counts.clamp(min=1), strict=True))
 
     def _facts(self, batch: dict[str, Any]) -> BatchFacts:
         """The collator's; a batch that was made elsewhere is counted here, on its device."""
-        if facts.KEY in batch:
-            return batch[facts.KEY]
-        return self.data_collator.facts(batch)
+        return batch[facts.KEY] if facts.KEY in batch else self.data_collator.facts(batch)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Logging
@@ -293,7 +293,7 @@ class CompoDistillTrainer(LLaVATrainer):
         return self.train_sampler
 
     def get_train_dataloader(self):
-        return shield_workers(super().get_train_dataloader())
+        return shield_workers(travel.without_waiting(super().get_train_dataloader(), self.args))
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train to the end, or until a signal stops the run: `preempt.Preempted`, its checkpoint saved."""

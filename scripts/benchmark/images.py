@@ -28,15 +28,19 @@ WORKERS = (0, 1, 2)
 ROUNDS = 3
 
 
-def write_images(folder: Path) -> list[str]:
-    """JPEGs of quality 90 with structure at every scale, as photographs have it."""
+def write_images(folder: Path, size: tuple[int, int] = (SIZE, SIZE), count: int = COUNT) -> list[str]:
+    """JPEGs of quality 90 with structure at every scale, as photographs have it.
+
+    Args:
+        size: (width, height).
+    """
     rng = np.random.default_rng(0)
     names = []
-    for number in range(COUNT):
-        pixels = np.zeros((SIZE, SIZE, 3))
+    for number in range(count):
+        pixels = np.zeros((*size[::-1], 3))
         for cells in (3, 12, 48, 192):
             coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-            pixels += np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) / (cells / 3) ** 0.5
+            pixels += np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)) / (cells / 3) ** 0.5
         pixels *= 255 / pixels.max()
         names.append(str(folder / f"{number}.jpg"))
         Image.fromarray(pixels.astype(np.uint8)).save(names[-1], quality=90)

@@ -13,6 +13,7 @@ Suites
              miniature
     images   the share of the time that an evaluation waits for images, by workers
     check    how long `llava-compodistill check` reads a manifest of 1.2 million samples, without decoding images
+    loader   samples a second that one core prepares for training, and the workers that a GPU needs
     plan     memory that `llava-compodistill plan` predicts beside what is measured, by stage
 
 All rivals of a suite run in one process on the same inputs. Each is first held against a float64 (op, head) or the
@@ -53,6 +54,7 @@ import check as check_suite  # noqa: E402
 import evaluation  # noqa: E402
 import head as head_suite  # noqa: E402
 import images as image_suite  # noqa: E402
+import loader as loader_suite  # noqa: E402
 import op as op_suite  # noqa: E402
 import plan as plan_suite  # noqa: E402
 import sight as sight_suite  # noqa: E402
@@ -62,7 +64,9 @@ from measure import machine, write_csv  # noqa: E402
 from pair import Pair  # noqa: E402
 from presets import PRESETS, Preset  # noqa: E402
 
-SUITES = ("op", "head", "step", "fit", "profile", "compile", "sight", "teacher", "eval", "images", "check", "plan")
+SUITES = (
+    "op", "head", "step", "fit", "profile", "compile", "sight", "teacher", "eval", "images", "loader", "check", "plan",
+)  # fmt: skip
 console = Console()
 
 
@@ -144,6 +148,9 @@ def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Na
             return
         if suite == "check":
             yield from check_suite.run(folder, args.records)
+            return
+        if suite == "loader":
+            yield from loader_suite.run(folder, args.seconds)
             return
         if suite == "plan":
             yield from plan(preset, device, folder, args)
@@ -231,8 +238,8 @@ def table(suite: str, rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         # In op and head a note is one of the sizes: the pass, or whether the head is trained.
         sizes = ["length", "visual"] if suite == "fit" else ["batch", "length", "visual", "heads", "kv_heads", "rows"]
-        # In op and head a note is one of the sizes (the pass, whether the head is trained), in fit it begins with one.
-        note = row.get("note", "").split(";")[0] if suite in ("op", "head", "fit") else ""
+        # In op and head a note is one of the sizes (the pass, whether the head is trained), in others it begins so.
+        note = row.get("note", "").split(";")[0] if suite in ("op", "head", "fit", "loader") else ""
         base = first.setdefault((*map(row.get, sizes), row.get("head_size"), note), row)
         cells = []
         for name in names:

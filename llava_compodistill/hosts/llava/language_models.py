@@ -30,6 +30,13 @@ class MultimodalForward:
     def get_model(self) -> nn.Module:
         return self.model
 
+    @property
+    def device(self) -> torch.device:
+        """That of the first weights, for which LLaVA's merge asks three times a sample: transformers walks over the
+        modules to find them."""
+        weight = getattr(self.model.embed_tokens, "weight", None)
+        return super().device if weight is None else weight.device
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base import IGNORE_INDEX, MergedBatch
+from ..base import IGNORE_INDEX, MergedBatch, on_cpu, sent
 from .experts import routers as routers
 
 MERGE = "prepare_inputs_labels_for_multimodal"
@@ -76,32 +76,31 @@ def recording_merge(
     labels carry a mark of their own, the unpadded positions that are left with IGNORE_INDEX are exactly the visual
     tokens: for any template, several images anywhere, truncation, any-resolution tiles and either padding side.
 
+    It is given its tensors of text in the CPU's memory, where they are kept (`hosts.base.on_cpu`), and the model's
+    embedding has to take its token ids from there.
+
     The forward then receives no labels, so it computes no full-vocabulary loss; and no attention mask where padding is
     on the right, since a causal model's real rows never see it, so that the fused attention kernels run.
     """
 
     def recording(input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None):
-        given_labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
-        given_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        # LLaVA's code asks its tensors of text about ten things a sample; the CPU answers without waiting.
+        device, ids = input_ids.device, on_cpu(input_ids)
+        given_labels = torch.full_like(ids, IGNORE_INDEX) if labels is None else on_cpu(labels)
+        given_mask = torch.ones_like(ids) if attention_mask is None else on_cpu(attention_mask)
         marked = given_labels.masked_fill(given_labels == IGNORE_INDEX, _MARKED)
-        merged_ids, position_ids, mask, past_key_values, embeds, marked = merge(
-            input_ids, position_ids, given_mask, past_key_values, marked, images, image_sizes
+        _, position_ids, mask, past_key_values, embeds, marked = merge(
+            ids, position_ids, given_mask, past_key_values, marked, images, image_sizes
         )
         real = mask.bool()
-        visual = real & (marked == IGNORE_INDEX)
         right_padded = getattr(core.config, "tokenizer_padding_side", "right") == "right"
-        received(
-            MergedBatch(
-                labels=marked.masked_fill((marked == _MARKED) | ~real, IGNORE_INDEX),
-                real=real,
-                visual_index=_positions(visual),
-                left_padded=not right_padded,
-            )
-        )
-        merged = embeds is not None  # without images the padding is as the caller made it
-        if attention_mask is None or (merged and right_padded):
-            mask = None
-        return merged_ids, position_ids, mask, past_key_values, embeds, None
+        labels = marked.masked_fill((marked == _MARKED) | ~real, IGNORE_INDEX)
+        received(MergedBatch.of(labels, real, real & (marked == IGNORE_INDEX), not right_padded, device))
+        if embeds is None:  # without images the padding is as the caller made it
+            return input_ids, position_ids, attention_mask, past_key_values, None, None
+        position_ids = None if position_ids is None else sent(position_ids, device)
+        mask = None if attention_mask is None or right_padded else sent(mask, device)
+        return None, position_ids, mask, past_key_values, embeds, None
 
     return recording
 
@@ -131,17 +130,6 @@ def text_alone(inputs: Mapping[str, Any], samples: torch.Tensor) -> dict[str, to
         "labels": labels.gather(1, order).masked_fill(~there, IGNORE_INDEX),
         "attention_mask": there | (places == 0),
     }
-
-
-def _positions(mask: torch.Tensor) -> torch.Tensor:
-    """[B, N] bool -> [B, most True in a row], their positions in order, padded with -1."""
-    counts = mask.sum(dim=1)
-    width = int(counts.max()) if len(counts) else 0
-    index = torch.full((mask.shape[0], width), -1, dtype=torch.long, device=mask.device)
-    batch, position = mask.nonzero(as_tuple=True)
-    column = mask.long().cumsum(dim=1)[batch, position] - 1
-    index[batch, column] = position
-    return index
 
 
 def holds_weights(module: nn.Module | None) -> bool:

@@ -8,6 +8,7 @@ tokenized piece by piece, so the mask is exact by construction, whatever the tok
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ def tokenized_pieces(
     if together and texts:
         read = iter(tokenizer(texts, add_special_tokens=False).input_ids)
     else:
-        read = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
+        read = (_tokens(tokenizer, text) for text in texts)
     found = []
     for pieces in layout:
         found.append([(list(first), False)])
@@ -82,8 +83,26 @@ def tokenized_pieces(
     return found
 
 
+#: Characters up to which a text's tokens are remembered: parts of templates, short questions and answers.
+_SHORT = 256
+
+
+def _tokens(tokenizer: Any, text: str) -> Sequence[int]:
+    if len(text) <= _SHORT and getattr(tokenizer, "is_fast", False):
+        return _remembered(tokenizer, len(tokenizer), text)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@functools.lru_cache(maxsize=8192)
+def _remembered(tokenizer: Any, size: int, text: str) -> tuple[int, ...]:
+    """The tokens of a text; `size` is the vocabulary's, which tokens may have been added to."""
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
 def _beginning(tokenizer: Any) -> list[int]:
     """The BOS token where the tokenizer puts one before a text, as LLaVA's evaluation will; Qwen's have none."""
+    if tokenizer.bos_token_id is None:
+        return []
     first = list(tokenizer("").input_ids[:1])
     return first if first == [tokenizer.bos_token_id] else []
 

@@ -39,6 +39,7 @@ def visual_attention_map(
     scale: float | None = None,
     impl: str = "auto",
     heads: str = "mean",
+    in_order: bool = False,
 ) -> torch.Tensor:
     """Causal attention probabilities at the visual keys, differentiable in ``query`` and ``key``.
 
@@ -56,6 +57,8 @@ def visual_attention_map(
             where it runs and agrees with "eager" on a first small input, and says once through logging what it
             takes.
         heads: "mean" for the mean over heads, "all" for every head.
+        in_order: the caller knows that each sample's positions ascend, with -1 behind them alone, and that
+            ``key_mask`` hides none of them. (Triton's kernels need to know, and would ask the device.)
 
     Returns:
         [B, N, N_v] (``heads="all"``: [B, H, N, N_v]) in float32 whatever the input dtype, float64 for float64 inputs.
@@ -73,8 +76,9 @@ def visual_attention_map(
     elif impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {['auto', *IMPLEMENTATIONS]}, got {impl!r}")
     # The op sets its own precision: autocast would round the scores of float32 inputs.
+    known = {"in_order": True} if in_order and impl == "triton" else {}
     with torch.autocast(query.device.type, enabled=False):
-        return IMPLEMENTATIONS[impl](query, key, visual_index, key_mask, scale, heads == "mean")
+        return IMPLEMENTATIONS[impl](query, key, visual_index, key_mask, scale, heads == "mean", **known)
 
 
 def _choose(query: torch.Tensor, key: torch.Tensor) -> str:

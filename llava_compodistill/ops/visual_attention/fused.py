@@ -70,6 +70,7 @@ def visual_attention_triton(
     key_mask: torch.Tensor | None,
     scale: float,
     mean_heads: bool,
+    in_order: bool = False,
 ) -> torch.Tensor:
     """See :func:`llava_compodistill.ops.visual_attention.visual_attention_map`; arguments are already validated.
 
@@ -79,7 +80,7 @@ def visual_attention_triton(
         raise RuntimeError(f"impl='triton' cannot run: {problem}")
     if problem := unsupported(query):
         raise ValueError(f"impl='triton' {problem}")
-    lists = key_lists(visual_index, key_mask, query.shape[2])
+    lists = key_lists(visual_index, key_mask, query.shape[2], in_order)
     out = _FusedVisualAttention.apply(query, key, lists, scale, mean_heads)
     if lists.column is None:
         return out

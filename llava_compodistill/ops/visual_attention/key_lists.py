@@ -26,22 +26,25 @@ class KeyLists(NamedTuple):
     column: torch.Tensor | None
 
 
-def key_lists(visual_index: torch.Tensor, key_mask: torch.Tensor | None, length: int) -> KeyLists:
+def key_lists(
+    visual_index: torch.Tensor, key_mask: torch.Tensor | None, length: int, in_order: bool = False
+) -> KeyLists:
     """The lists of a batch; the last ones are kept, since all layers of a forward ask for the same.
 
-    Making them waits for the device once, to learn whether the columns are in order.
+    Making them waits for the device once, to learn whether the columns are in order, unless the caller knows
+    (`in_order`).
     """
     global _last
     inputs = (visual_index, key_mask)
     # Tensors made under inference_mode count no versions: they could change without a trace.
     if any(x is not None and x.is_inference() for x in inputs):
-        return _make(visual_index, key_mask, length)
+        return _make(visual_index, key_mask, length, in_order)
     state = (length, *(None if x is None else x._version for x in inputs))
     if _last is not None:
         references, seen, lists = _last
         if seen == state and all(r() is x if r else x is None for r, x in zip(references, inputs, strict=True)):
             return lists
-    lists = _make(visual_index, key_mask, length)
+    lists = _make(visual_index, key_mask, length, in_order)
     _last = (tuple(None if x is None else weakref.ref(x) for x in inputs), state, lists)
     return lists
 
@@ -50,7 +53,7 @@ _last: tuple[tuple[weakref.ref | None, ...], tuple[int | None, ...], KeyLists] |
 
 
 @torch.no_grad()
-def _make(visual_index: torch.Tensor, key_mask: torch.Tensor | None, length: int) -> KeyLists:
+def _make(visual_index: torch.Tensor, key_mask: torch.Tensor | None, length: int, in_order: bool) -> KeyLists:
     asked = visual_index.masked_fill((visual_index < 0) | (visual_index > length), length)
     if key_mask is not None:  # nobody attends to a hidden key, visual or not
         hidden = torch.nn.functional.pad(~key_mask, (0, 1))
@@ -58,7 +61,7 @@ def _make(visual_index: torch.Tensor, key_mask: torch.Tensor | None, length: int
 
     visual, column = asked, None
     step = asked.diff(dim=1)
-    if not bool(((step > 0) | (asked[:, 1:] == length)).all()):
+    if not in_order and not bool(((step > 0) | (asked[:, 1:] == length)).all()):
         # Any other order, gaps in the padding, positions asked for twice: each position once, in order.
         visual = asked.sort(dim=1).values
         repeated = torch.nn.functional.pad(visual.diff(dim=1) == 0, (1, 0))

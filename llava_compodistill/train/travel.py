@@ -1,0 +1,31 @@
+"""How batches come to the device: with pixels in the precision of the model, from pinned memory, unwaited for.
+
+The Trainer pins by default (`--dataloader_pin_memory`), lists of images and what a teacher reads included, but waits
+for the copy, by default (transformers 4.41 and later have a setting for it, `--accelerator_config`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..hosts.llava.pixels import TablePixels
+from ..pair import Pair
+
+
+def pixel_dtype(pair: Pair, data: Any) -> torch.dtype | None:
+    """The precision in which the collator hands out images (`Pair.pixel_dtype`), None for the data's own; a data set
+    whose pixels come from a table has them in it from there on."""
+    dtype = pair.pixel_dtype
+    processor = getattr(getattr(data, "data_args", None), "image_processor", None)
+    if dtype is not None and isinstance(processor, TablePixels):
+        processor.round_to(dtype)
+    return dtype
+
+
+def without_waiting(loader: Any, args: Any) -> Any:
+    """A data loader, as accelerate has prepared it, whose copies from pinned memory to a GPU are not waited for."""
+    if args.dataloader_pin_memory and args.device.type == "cuda":
+        loader._non_blocking = True
+    return loader

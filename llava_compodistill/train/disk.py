@@ -15,8 +15,11 @@ _CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 @contextlib.contextmanager
-def explained(output_dir: str) -> Iterator[None]:
+def explained(output_dir: str, goes_on: str = "it goes on from the newest whole checkpoint") -> Iterator[None]:
     """In here what the disk refuses becomes one kind of error, whoever was writing.
+
+    Args:
+        goes_on: what the same command will do when it is run again.
 
     Raises:
         DiskError: naming the file, where that is known, the reason and the space that is free.
@@ -31,7 +34,7 @@ def explained(output_dir: str) -> Iterator[None]:
             raise
         raise DiskError(
             f"{_file(error) or output_dir} cannot be written: {reason} ({_free(output_dir)}). When it can be, run the "
-            "same command again: it goes on from the newest whole checkpoint."
+            f"same command again: {goes_on}."
         ) from error
 
 

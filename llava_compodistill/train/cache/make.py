@@ -163,19 +163,17 @@ def show_size(job: Job, lengths: Sequence[Lengths]) -> None:
     from rich.table import Table
 
     size, count = mean_bytes(lengths, job.what), len(job.dataset)
-    table = Table(box=box.SIMPLE, title=f"{count:,} samples: {run.said(job.what)}", title_justify="left")
+    table = Table(box=box.SIMPLE)
     for name in ("", "logits a sample", "maps a sample", "a sample", "in all", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
     for name, what in [("this command", job.what), *alternatives(job.what, ("all", "answer"))]:
         other = mean_bytes(lengths, what)
         cells = (other.logits, other.maps, other.total, other.total * count)
         table.add_row(name, *map(readable, cells), f"{other.total / size.total:.2f}")
-    console = Console()
+    console = Console(width=max(100, Console().width))
+    console.print(f"{count:,} samples: {run.said(job.what)}")
     console.print(table)
-    console.print(
-        f"At most: measured on the lengths of {len(lengths)} samples; zeros of maps that a causal model need not have "
-        "take less."
-    )
+    console.print(f"At most, by the lengths of {len(lengths)} samples: zeros that a map need not have take less.")
 
 
 def readable(count: float) -> str:
@@ -289,6 +287,7 @@ def fill(job: Job, folder: Path, blocks: Sequence[tuple[int, int]]) -> None:
     loader = DataLoader(
         _Batches(job, batches),
         batch_size=None,
+        collate_fn=_as_it_is,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.device.type == "cuda",
     )
@@ -366,6 +365,10 @@ def batches_of(job: Job, block: tuple[int, int]) -> list[list[int]]:
     lengths, size = job.dataset.list_data_dict.words, job.args.per_device_train_batch_size
     order = sorted(range(*block), key=lambda position: lengths[position])
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
 
 
 class _Batches(Dataset):

@@ -147,6 +147,45 @@ def test_a_killed_run_goes_on_as_the_unbroken_one(dft, small, monkeypatch, train
         assert torch.equal(value, trained_weights(broken.model)[name]), name
 
 
+def test_a_run_reads_what_it_needs_alone(dft, exact, monkeypatch):
+    """Logit distillation from the cache of a run with maps; fewer groups than there are."""
+    read, original = set(), shards.Shard._part
+
+    def note(self, name, *places):
+        read.add(name)
+        return original(self, name, *places)
+
+    monkeypatch.setattr(shards.Shard, "_part", note)
+    _, expected = dft("live", vat=False, **PLAIN)
+    _, found = dft("cached", vat=False, teacher_cache=exact, **PLAIN)
+    assert_same_log(found, expected, 1e-5)
+    assert read and not any(name.startswith("map") for name in read)
+    fewer = {"student_layers": "2,3", "teacher_layers": "2,3,4"}  # groups 2-3 and 3-4
+    _, expected = dft("live-fewer", **fewer, **PLAIN)
+    _, found = dft("cached-fewer", teacher_cache=exact, **fewer, **PLAIN)
+    assert_same_log(found, expected, 1e-5)
+    assert {name.split(".")[1] for name in read if name.startswith("map")} == {"2-3", "3-4"}
+
+
+def test_students_of_two_depths_share_a_cache(dft, world, of_dft, tmp_path):
+    deeper = tmp_path / "deeper"
+    shutil.copytree(world["qwen-student"], deeper)
+    config = json.loads((deeper / "config.json").read_text())
+    config["num_hidden_layers"] = 5
+    config.pop("layer_types", None)
+    (deeper / "config.json").write_text(json.dumps(config))
+    layers = {"student_layers": "all", "teacher_layers": "all"}  # of 4, 5 and 6 layers
+    values = {**of_dft, **layers}
+    one = make.prepare(make.Options("none"), flags(world, "dft", **values))
+    two = make.prepare(make.Options("none", also_for=(str(deeper),)), flags(world, "dft", **values))
+    assert one.what.groups == ((0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5))
+    assert set(two.what.groups) == {*one.what.groups, (0, 1), (1, 2), (2, 3), (3, 4), (4, 5)}
+    cache = make_cache(world, tmp_path / "cache", "dft", *EXACT, "--also_for", str(deeper), **values)
+    _, expected = dft("live", **layers, **PLAIN)
+    _, found = dft("cached", teacher_cache=cache, **layers, **PLAIN)
+    assert_same_log(found, expected, 1e-5)
+
+
 def test_a_cache_of_all_rows_serves_answer_rows(dft, exact):
     options = {**PLAIN, "attention_rows": "answer"}
     _, expected = dft("live", **options)

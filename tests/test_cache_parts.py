@@ -325,10 +325,11 @@ def test_a_shard_gives_back_its_samples(tmp_path):
     shard = shards.Shard(path)
     assert shard.samples == 5
     for place in (4, 0, 3):
-        found = shard[place]
+        found = shard.read(place)
         assert {name: value.tolist() for name, value in found.items() if value.size} == {
             name: value.tolist() for name, value in made[place].items() if value.size
         }
+    assert shard.read(3, ["b", "c"]).keys() == {"b"}
 
 
 def test_damage_is_found_and_named(tmp_path):

@@ -66,7 +66,7 @@ def _cached(
     shard = shards.Shard(path)
 
     def read() -> dict[str, torch.Tensor]:
-        return entries.collate([entries.as_tensors(shard[place], what) for place in range(size)])
+        return entries.collate([entries.as_tensors(shard.read(place), what) for place in range(size)])
 
     cached = {name: value.to(pair.device) for name, value in read().items()}
 

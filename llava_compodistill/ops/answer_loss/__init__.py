@@ -142,7 +142,7 @@ def answer_loss(
 
 def _check_row_weights(weights: torch.Tensor, rows: int, with_teacher: bool) -> None:
     if not with_teacher:
-        raise ValueError("kl_row_weights weigh the divergence from a teacher: give one, too")
+        raise ValueError("kl_row_weights weigh the divergence from a teacher: give teacher_hidden or teacher_top, too")
     if weights.shape != (rows,) or not weights.dtype.is_floating_point:
         raise ValueError(
             f"kl_row_weights must be floating point [R] = [{rows}], got {weights.dtype} {list(weights.shape)}"

@@ -50,6 +50,18 @@ class What:
     rows: str = "all"
     map_bits: int = 8
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of an entry's arrays; those of a small vocabulary lack `top.high`, those of text alone all maps."""
+        tops = ("top.tokens", "top.high", "top.codes", "top.ends", "top.rest") if self.answers else ()
+        maps = [f"{map_name(group)}.{part}" for group in self.groups for part in ("mask", "codes", "peaks")]
+        return ("sizes", "digest.text", "digest.pixels", *tops, *maps)
+
+
+def map_name(group: Group) -> str:
+    """What the parts of a group's map begin with."""
+    return "map." + "-".join(map(str, group))
+
 
 def digests(sample: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """{"digest.text", "digest.pixels"}: of what a model reads of a sample, as `CheckedDataset.read` gives it. A sample
@@ -107,7 +119,7 @@ def make_entries(found: Pass, what: What) -> list[dict[str, np.ndarray]]:
             entry |= _narrow_tokens(tokens.numpy().ravel(), what.vocab)
             entry["top.codes"] = code.numpy().ravel().astype(_STORED[what.logit_bits])
             entry["top.ends"], entry["top.rest"] = end.numpy().ravel(), rest.numpy()
-    for number, group in enumerate(what.groups):
+    for group in what.groups:
         if group not in found.maps:  # a batch without an image
             continue
         for sample, entry in enumerate(entries):
@@ -115,7 +127,7 @@ def make_entries(found: Pass, what: What) -> list[dict[str, np.ndarray]]:
             _refuse_broken(attention, f"attention maps of the layers {list(group)}")
             codes, peaks = quantise_map(attention, what.map_bits)
             mask, stored = packed(codes.cpu().numpy(), what.map_bits)
-            name = f"map.{number}"
+            name = map_name(group)
             entry |= {f"{name}.mask": mask, f"{name}.codes": stored, f"{name}.peaks": peaks.cpu().numpy()}
     return entries
 
@@ -156,8 +168,7 @@ def as_tensors(entry: Entry, what: What) -> dict[str, torch.Tensor]:
         found["top.tokens"] = torch.from_numpy(tokens)
         for name in ("top.codes", "top.ends", "top.rest"):
             found[name] = _whole(entry[name])
-    for number in range(len(what.groups)):
-        name = f"map.{number}"
+    for name in map(map_name, what.groups):
         if f"{name}.codes" in entry and columns:
             codes = unpacked(entry[f"{name}.mask"], entry[f"{name}.codes"], what.map_bits, rows * columns)
             found |= {f"{name}.codes": _whole(codes), f"{name}.peaks": _whole(entry[f"{name}.peaks"])}
@@ -195,8 +206,8 @@ def read_pass(cached: Mapping[str, torch.Tensor], batch: MergedBatch, what: What
         found.top = TopRows(top, batch.answer_targets())
     if batch.visual_index.shape[1]:
         rows, columns = batch.attention_rows(what.rows), batch.visual_index >= 0
-        for number, group in enumerate(what.groups):
-            codes, peaks = (cached[f"map.{number}.{part}"] for part in ("codes", "peaks"))
+        for group in what.groups:
+            codes, peaks = (cached[f"{map_name(group)}.{part}"] for part in ("codes", "peaks"))
             found.maps[group] = _placed(codes, peaks, rows, columns, what.map_bits)
     return found
 

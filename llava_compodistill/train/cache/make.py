@@ -66,6 +66,7 @@ class Options:
     map_bits: int = 8
     shard_samples: int | None = None
     estimate: bool = False
+    also_for: tuple[str, ...] = ()
 
 
 @dataclass
@@ -120,6 +121,8 @@ def prepare(options: Options, flags: Sequence[str]) -> Job:
     tokenizer = load_tokenizer(model_args, args, template)
     teacher_text, shared = find_teacher_text(tokenizer, model_args, args)
     terms = rehearse(model_args, args, teacher_text)
+    for path in options.also_for:
+        terms = [*terms, *rehearse(replace(model_args, model_name_or_path=path), args, teacher_text)]
     teacher = run.look("cache", model_args, terms, teacher_text)
     chosen = {"top_k": options.top_k, "logit_bits": options.logit_bits, "map_bits": options.map_bits}
     what = wanted_of(terms, args, len(tokenizer) if shared is None else shared, **chosen)

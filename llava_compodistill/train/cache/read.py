@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class TeacherCache:
 
     Attributes:
         settings: of the cache.
-        what: it holds of each sample.
+        what: the run reads of each sample.
 
     Raises:
         CacheError: when it is not finished, damaged, or not for this run; naming file, setting and way out.
@@ -43,7 +44,13 @@ class TeacherCache:
         self.folder, self._wanted = Path(folder), dict(wanted)
         self.settings = read_settings(self.folder)
         refuse_unfit(self.folder, self.settings, wanted)
-        self.what = held(self.settings)
+        # Of a cache that holds more than this run needs, that alone is read.
+        self.what = replace(
+            held(self.settings),
+            answers=wanted["answers"],
+            groups=tuple(tuple(group) for group in wanted["groups"]),
+        )
+        self._parts = self.what.parts
         index = read_index(self.folder)
         for name, entry in index.items():
             problem = damage(self.folder / name, entry)
@@ -76,7 +83,7 @@ class TeacherCache:
         if place not in self._open:
             self._open[place] = Shard(self.folder / self._names[place])
         shard = self._open[place]
-        entry = shard[position - self._starts[place]]
+        entry = shard.read(position - self._starts[place], self._parts)
         answers, rows, columns = entry["sizes"].tolist()
         if answers < 0:
             raise CacheError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,14 @@ class Shard:
             raise CacheError(f"{path} is damaged ({error}). {REPAIR}") from None
         self.samples = counts.pop()
 
-    def __getitem__(self, place: int) -> dict[str, np.ndarray]:
-        return {name: self._part(name, starts[place], starts[place + 1]) for name, starts in self._starts.items()}
+    def read(self, place: int, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """The entry of a sample, by its number in the shard.
+
+        Args:
+            names: of the parts to read, those of them that there are; all by default.
+        """
+        found = {name: self._starts[name] for name in names or self._starts if name in self._starts}
+        return {name: self._part(name, starts[place], starts[place + 1]) for name, starts in found.items()}
 
     def _part(self, name: str, start: int, stop: int) -> np.ndarray:
         part = self._file.get_slice(name)

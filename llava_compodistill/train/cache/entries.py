@@ -52,7 +52,7 @@ class What:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of an entry's arrays; those of a small vocabulary lack `top.high`, those of text alone all maps."""
+        """The names of an entry's arrays. (A small vocabulary has no `top.high`, a sample of text alone no maps.)"""
         tops = ("top.tokens", "top.high", "top.codes", "top.ends", "top.rest") if self.answers else ()
         maps = [f"{map_name(group)}.{part}" for group in self.groups for part in ("mask", "codes", "peaks")]
         return ("sizes", "digest.text", "digest.pixels", *tops, *maps)

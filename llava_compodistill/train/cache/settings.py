@@ -11,6 +11,7 @@ from typing import Any
 
 from ...errors import CacheError
 from .. import manifest
+from ..teacher_text import MARKERS
 from .entries import What
 
 #: What is told of each setting where it differs.
@@ -68,7 +69,7 @@ def describe(
         "tower": _place(tower),
         "tower_files": _fingerprint(tower),
         "template": template,
-        "tokenizer": _digest(sorted(tokenizer.get_vocab().items())),
+        "tokenizer": _digest(sorted(entry for entry in tokenizer.get_vocab().items() if entry[0] not in MARKERS)),
         "vocab": what.vocab,
         "limit": limit,
         "aspect_ratio": aspect_ratio,

@@ -11,7 +11,15 @@ import torch
 from checks import PLAIN, assert_same_log, assert_same_weights, killed_and_resumed, trained_weights
 from safetensors.torch import load_file, save_file
 
-from llava_compodistill.errors import CacheError, CheckpointError, CompoDistillError, DiskError, FlagError, OutputError
+from llava_compodistill.errors import (
+    CacheError,
+    CheckpointError,
+    CompoDistillError,
+    DiskError,
+    FlagError,
+    NonFiniteModelError,
+    OutputError,
+)
 from llava_compodistill.hosts.llava.adapters import read_adapter
 from llava_compodistill.hosts.llava.model import llava_core, projector
 from llava_compodistill.train.cache import cli, make, shards
@@ -118,6 +126,9 @@ def test_dpt_fetches_the_adapter_alone(world, teacher_path, tmp_path, monkeypatc
     weights = load_file(teacher_path / "model.safetensors")
     for part, value in fetched.state_dict().items():
         assert torch.equal(value, weights[f"model.mm_projector.{part}"])
+    base = load_file(world["qwen-student"] / "model.safetensors")
+    state = llava_core(cached.model).state_dict()
+    assert all(torch.equal(state[name], value) for name, value in base.items()), "the language model is frozen"
 
 
 def test_the_adapter_of_any_checkpoint(teacher_path, tmp_path):
@@ -310,9 +321,24 @@ def test_an_unfinished_or_torn_cache_is_named(world, of_dft, exact, tmp_path):
         CacheError, match=r"00000005-00000010.safetensors is damaged \(\d+ bytes of \d+\).*command again"
     ):
         train(tiny.flags(world, "dft", tmp_path / "out", **values))
+    index = json.loads((torn / shards.INDEX_FILE).read_text())
+    whole = dict(index["shards"])
+    del index["shards"][shard.name]
+    (torn / shards.INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(CacheError, match="its shards do not hold its 16 samples"):
+        train(tiny.flags(world, "dft", tmp_path / "out", **values))
+    (torn / shards.INDEX_FILE).write_text(json.dumps({"shards": {**whole, shard.name: {"start": 0}}}))
+    with pytest.raises(CacheError, match="index.json is damaged"):
+        train(tiny.flags(world, "dft", tmp_path / "out", **values))
     (torn / shards.INDEX_FILE).unlink()
     with pytest.raises(CacheError, match="is not finished"):
         train(tiny.flags(world, "dft", tmp_path / "out", **values))
+    settings = json.loads((torn / shards.SETTINGS_FILE).read_text())
+    for name, value in (("groups", [1]), ("top_k", "64"), ("teacher_files", None)):
+        broken = {**settings, "settings": {**settings["settings"], name: value}}
+        (torn / shards.SETTINGS_FILE).write_text(json.dumps(broken))
+        with pytest.raises(CacheError, match=rf"cache.json is damaged \({name}"):
+            train(tiny.flags(world, "dft", tmp_path / "out", **values))
     with pytest.raises(CacheError, match="holds no teacher cache"):
         train(tiny.flags(world, "dft", tmp_path / "out", **{**values, "teacher_cache": tmp_path}))
 
@@ -437,6 +463,15 @@ def test_a_folder_that_another_command_fills_is_refused(world, of_dft, small):
 
     with locked(str(small)), pytest.raises(OutputError, match=r"--output .*another run is writing to it \(process"):
         make_cache(world, small, "dft", "--top_k", "8", **of_dft)
+
+
+def test_a_teacher_that_is_not_finite_is_named_with_its_samples(world, of_dft, tmp_path, monkeypatch):
+    def broken(found, what):
+        raise FloatingPointError("the teacher's log-probabilities are NaN or infinite")
+
+    monkeypatch.setattr(make, "make_entries", broken)
+    with pytest.raises(NonFiniteModelError, match=r"NaN or infinite in the batch of sample 'sample-\d+' \(number"):
+        make_cache(world, tmp_path / "cache", "dft", **of_dft)
 
 
 def test_bad_samples_are_left_out_of_it_and_stay_out(world, of_dft, mixed, tmp_path):

@@ -8,7 +8,8 @@ have to agree.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,27 @@ OPTIONS = ((None, 32, "all", 32), (64, 8, "all", 8), (64, 8, "all", 4), (16, 8, 
 
 def run(pair: Pair, folder: str, batches: tuple[int, ...], seconds: float) -> Iterator[dict[str, Any]]:
     """Rows for each length and micro-batch: the step with the teacher; by options, that from a cache, and what reading
-    takes."""
+    takes. All of them take turns."""
     for length in pair.spec.lengths:
         for size in batches:
-            row = {**columns(pair, size, length), "suite": "cache"}
             batch = pair.batch(size, length)
             live = our_step(pair, folder)
             truth = gradients(pair, live, batch)
-            p20, p50, p80 = compare({"live": lambda: live(batch)}, pair.device, seconds)["live"]  # noqa: B023
-            memory = extra_memory(lambda: live(batch), pair.device)  # noqa: B023
-            figures = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "extra_mib": memory}
-            yield {**row, "variant": "with the teacher", **figures, "samples_per_s": 1e3 * size / p50}
+            work: dict[str, Callable[[], Any]] = {"with the teacher": lambda: live(batch)}  # noqa: B023
+            rows: dict[str, dict[str, Any]] = {}
             for options in OPTIONS:
-                yield from _cached(pair, folder, batch, options, truth, row, seconds)
+                name, row, step, read = _cached(pair, folder, batch, options, truth)
+                work |= {name: step, f"reading: {name}": read}
+                rows[name] = row
+            times = compare(work, pair.device, seconds)
+            for name, call in work.items():
+                p20, p50, p80 = times[name]
+                row = {**columns(pair, size, length), "suite": "cache", "variant": name, **rows.get(name, {})}
+                row |= {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
+                if not name.startswith("reading"):
+                    row |= {"extra_mib": extra_memory(call, pair.device), "samples_per_s": 1e3 * size / p50}
+                yield row
+            pair.student.zero_grad(set_to_none=False)
 
 
 def _cached(
@@ -54,15 +63,14 @@ def _cached(
     batch: dict[str, torch.Tensor],
     options: tuple[int | None, int, str, int],
     truth: tuple[float, dict[str, torch.Tensor]],
-    row: dict[str, Any],
-    seconds: float,
-) -> Iterator[dict[str, Any]]:
+) -> tuple[str, dict[str, Any], Callable[[], Any], Callable[[], Any]]:
+    """(name, what is known before it is timed, the step, what reads a batch from its shard) of one set of options."""
     top_k, logit_bits, rows, map_bits = options
     vocab, size = pair.spec.student.vocab, len(batch["input_ids"])
     chosen = {"top_k": top_k or vocab, "logit_bits": logit_bits, "map_bits": map_bits}
     goal = _objective(pair, folder, rows, chosen)
     what = goal.pair.teacher.what
-    path = shards.write_shard(Path(folder), 0, _entries(pair, batch, what))
+    path = shards.write_shard(Path(tempfile.mkdtemp(dir=folder)), 0, _entries(pair, batch, what))
     shard = shards.Shard(path)
 
     def read() -> dict[str, torch.Tensor]:
@@ -70,7 +78,7 @@ def _cached(
 
     cached = {name: value.to(pair.device) for name, value in read().items()}
 
-    def step(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def step(inputs: dict[str, torch.Tensor] = batch) -> torch.Tensor:
         counts = {"answer_tokens": (inputs["labels"] != IGNORE_INDEX).sum(), "image_samples": size}
         with goal.running():
             sums = goal(pair.student, {**inputs, TEACHER: cached, "use_cache": False})
@@ -83,19 +91,12 @@ def _cached(
     apart = sum((found[n].float() - g.float()).norm().item() ** 2 for n, g in truth[1].items()) ** 0.5
     whole = sum(g.float().norm().item() ** 2 for g in truth[1].values()) ** 0.5
     error = max(abs(loss - truth[0]) / abs(truth[0]), apart / whole)
-    exact = top_k is None and rows == "all" and map_bits == 32
-    limit = 1e-3 if pair.spec.dtype == torch.float32 else 0.05
-    parity = f"FAILED {error:.1e}" if exact and error > limit else f"{error:.1e}" if exact else ""
     each = path.stat().st_size / size
-    note = f"{each / 1e3:,.4g} kB a sample, {error:.1e} from the teacher's loss or gradients"
-    work = {"step": lambda: step(batch), "read": read}
-    times = {key: compare({key: call}, pair.device, seconds)[key] for key, call in work.items()}
-    p20, p50, p80 = times["step"]
-    figures = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "extra_mib": extra_memory(work["step"], pair.device)}
-    yield {**row, "variant": name, "parity": parity, "note": note, **figures, "samples_per_s": 1e3 * size / p50}
-    p20, p50, p80 = times["read"]
-    yield {**row, "variant": f"reading: {name}", "p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
-    path.unlink()
+    row = {"note": f"{each / 1e3:,.4g} kB a sample, {error:.1e} from the teacher's loss or gradients"}
+    if top_k is None and rows == "all" and map_bits == 32:
+        limit = 1e-3 if pair.spec.dtype == torch.float32 else 0.05
+        row["parity"] = f"FAILED {error:.1e}" if error > limit else f"{error:.1e}"
+    return name, row, step, read
 
 
 def _objective(pair: Pair, folder: str, rows: str, chosen: dict[str, int]) -> Objective:

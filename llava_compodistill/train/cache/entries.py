@@ -206,22 +206,27 @@ def read_pass(cached: Mapping[str, torch.Tensor], batch: MergedBatch, what: What
         found.top = TopRows(top, batch.answer_targets())
     if batch.visual_index.shape[1]:
         rows, columns = batch.attention_rows(what.rows), batch.visual_index >= 0
+        places = rows[:, :, None] & columns[:, None, :]
+        heights = rows & columns.any(dim=1, keepdim=True)
         for group in what.groups:
             codes, peaks = (cached[f"{map_name(group)}.{part}"] for part in ("codes", "peaks"))
-            found.maps[group] = _placed(codes, peaks, rows, columns, what.map_bits)
+            found.maps[group] = _placed(codes, peaks, places, heights, what.map_bits)
     return found
 
 
 def _placed(
-    codes: torch.Tensor, peaks: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, bits: int
+    codes: torch.Tensor, peaks: torch.Tensor, places: torch.Tensor, rows: torch.Tensor, bits: int
 ) -> torch.Tensor:
-    """[B, N, N_v] float32, 0 where a cache has no entry. Nothing here waits for the device."""
-    places = rows[:, :, None] & columns[:, None, :]
+    """[B, N, N_v] float32, 0 where a cache has no entry. Nothing here waits for the device.
+
+    Args:
+        places: [B, N, N_v] bool, of the codes in their order.
+        rows: [B, N] bool, of the peaks.
+    """
     if bits == 32:
         codes = codes.view(torch.float32)
     whole = codes.new_zeros(places.shape).masked_scatter_(places, codes)
     if bits == 32:
         return whole
     peaks = peaks.view(torch.float32)
-    heights = peaks.new_zeros(rows.shape).masked_scatter_(rows & columns.any(dim=1, keepdim=True), peaks)
-    return restore_map(whole, heights, bits)
+    return restore_map(whole, peaks.new_zeros(rows.shape).masked_scatter_(rows, peaks), bits)

@@ -15,8 +15,8 @@ from ...errors import CacheError
 from ...methods.base import Term
 from ...pair.tokens import TEACHER
 from .entries import What, as_tensors, collate, digests, merged
-from .settings import held, refuse_unfit
-from .shards import REPAIR, Shard, damage, read_index, read_settings
+from .settings import check_sound, held, refuse_unfit
+from .shards import REPAIR, SETTINGS_FILE, Shard, damage, read_index, read_settings
 
 _CHANGED = {
     "digest.text": "tokens or labels (other data, another order or draw of a mix, another template or tokenizer)",
@@ -43,6 +43,7 @@ class TeacherCache:
     def __init__(self, folder: str, wanted: Mapping[str, Any]):
         self.folder, self._wanted = Path(folder), dict(wanted)
         self.settings = read_settings(self.folder)
+        check_sound(self.folder / SETTINGS_FILE, self.settings)
         refuse_unfit(self.folder, self.settings, wanted)
         # Of a cache that holds more than this run needs, that alone is read.
         self.what = replace(
@@ -57,6 +58,9 @@ class TeacherCache:
             if problem is not None:
                 raise CacheError(f"{self.folder / name} {problem}. {REPAIR}")
         found = sorted((entry["start"], entry["stop"], name) for name, entry in index.items())
+        ends = [0, *(stop for _, stop, _ in found)]
+        if [start for start, _, _ in found] != ends[:-1] or ends[-1] != self.settings["samples"]:
+            raise CacheError(f"{self.folder}: its shards do not hold its {self.settings['samples']} samples. {REPAIR}")
         self._starts, self._names = [start for start, _, _ in found], [name for _, _, name in found]
         self._open: dict[int, Shard] = {}
 

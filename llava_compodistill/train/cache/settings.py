@@ -86,6 +86,25 @@ def describe(
     return json.loads(json.dumps(found))
 
 
+def check_sound(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that no command has written.
+
+    Raises:
+        CacheError: naming the file and the entry.
+    """
+    kinds = {"answers": bool, "groups": list, "rows": str, "temperature": float, "teacher_files": dict}
+    kinds |= dict.fromkeys(("top_k", "logit_bits", "map_bits", "vocab", "limit", "patches", "samples"), int)
+    kinds |= {"tower_files": dict}
+    for name, kind in kinds.items():
+        if not isinstance(settings.get(name), kind):
+            raise CacheError(
+                f"{path} is damaged ({name} is {settings.get(name)!r:.60}). Make the cache anew in another folder."
+            )
+    layers = [layer for group in settings["groups"] for layer in (group if isinstance(group, list) else [None])]
+    if not all(isinstance(layer, int) for layer in layers):
+        raise CacheError(f"{path} is damaged (groups must be lists of layers). Make the cache anew in another folder.")
+
+
 def held(settings: Mapping[str, Any]) -> What:
     """What a cache of these settings holds of each sample."""
     return What(

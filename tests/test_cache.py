@@ -22,7 +22,7 @@ from llava_compodistill.errors import (
 )
 from llava_compodistill.hosts.llava.adapters import read_adapter
 from llava_compodistill.hosts.llava.model import llava_core, projector
-from llava_compodistill.train.cache import cli, make, shards
+from llava_compodistill.train.cache import cli, make, shards, size
 from llava_compodistill.train.run import main as train
 from scale import modes
 
@@ -376,11 +376,21 @@ def test_a_command_that_is_stopped_goes_on(world, of_dft, exact, tmp_path, monke
     assert stored(folder) == stored(exact)
     assert written[0].stat().st_mtime_ns == first, "what is whole is kept"
 
+    (folder / "index.json").write_text("{")
+    make_cache(world, folder, "dft", *EXACT, **of_dft)
+    assert stored(folder) == stored(exact), "only the index was damaged"
+
     torn.write_bytes(torn.read_bytes()[:-3] + b"123")  # as large as it was
     monkeypatch.setattr(make, "load", refuse_to_run := lambda job: pytest.fail("there is nothing to do"))
     with pytest.raises(pytest.fail.Exception):
         make_cache(world, folder, "dft", *EXACT, **of_dft)
     assert refuse_to_run and not (folder / "index.json").exists() and not torn.exists()
+
+
+def test_a_folder_that_a_machine_does_not_see_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "SHOWN_AFTER", 0.1)
+    with pytest.raises(OutputError, match="is not the first machine's folder on rank 3: name one that all share"):
+        make.wait_for(tmp_path, 3)
 
 
 @pytest.mark.slow
@@ -416,11 +426,11 @@ def test_the_size_is_printed_before_and_close_to_what_is_made(world, of_dft, sma
     )
     assert not (tmp_path / "none").exists()
     job = make.prepare(make.Options("none", top_k=8), flags(world, "dft", **of_dft))
-    told = make.mean_bytes(make.measure(job), job.what).total * len(job.dataset)
+    told = size.mean_bytes(size.measure(job), job.what).total * len(job.dataset)
     made = sum(path.stat().st_size for path in small.glob("*.safetensors"))
     header = 4096
     assert 0.6 * told < made < told + header
-    assert make.readable(make.mean_bytes(make.measure(job), job.what).total) in capsys.readouterr().out
+    assert size.readable(size.mean_bytes(size.measure(job), job.what).total) in capsys.readouterr().out
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(world, of_dft, small):
@@ -440,7 +450,7 @@ def test_a_full_disk_is_said_before_and_while_it_fills(world, of_dft, tmp_path, 
         monkeypatch.context() as patch,
         pytest.raises(DiskError, match=r"the cache needs about .* more, and 1 kB are"),
     ):
-        patch.setattr(make.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        patch.setattr(size.shutil, "disk_usage", lambda path: usage._replace(free=1000))
         make_cache(world, folder, "dft", **of_dft)
     original, written = shards.save_file, []
 

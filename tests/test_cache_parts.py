@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -291,6 +293,37 @@ def test_the_size_that_is_told_is_the_size_that_is_made(changes, tmp_path):
     path = shards.write_shard(tmp_path, 0, made)
     header = int.from_bytes(path.read_bytes()[:8], "little") + 8
     assert path.stat().st_size - header <= 3 * told.total + 64
+
+
+def test_the_sizes_in_the_guide():
+    """scripts/README.md, of the paper's tower and pair."""
+    guide = (Path(__file__).parents[1] / "scripts" / "README.md").read_text(encoding="utf-8")
+
+    def of(question: int, answer: int, **changes) -> float:
+        ids = torch.full((1 + question + answer,), 5)
+        ids[0] = -200
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        labels[1 + question :] = 5
+        length = size.Lengths.of({"input_ids": ids, "labels": labels}, 729, 2048, ["all", "answer"])
+        values = {"vocab": 151_646, "top_k": 64, "logit_bits": 8, "map_bits": 8, **changes}
+        return size.bytes_of(length, what(**values)).total
+
+    groups = tuple((layer,) for layer in range(9))
+    rows = [
+        ("5.5 kB | 3.1 GB", of(0, 20, groups=()), 558e3),
+        ("40 kB | 27 GB", of(150, 150, groups=()), 665e3),
+        ("0.54 MB | 0.36 TB", of(150, 150, groups=groups, rows="answer", map_bits=4), 665e3),
+        ("1.0 MB | 0.69 TB", of(150, 150, groups=groups, rows="answer"), 665e3),
+        ("3.1 MB | 2.1 TB", of(150, 150, groups=groups, map_bits=4), 665e3),
+        ("5.3 MB | 3.5 TB", of(150, 150, groups=groups), 665e3),
+        ("18 MB | 12 TB", of(150, 150, groups=groups, map_bits=32), 665e3),
+    ]
+    units = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    for text, each, samples in rows:
+        assert f"| {text} |" in guide, text
+        for told, found in zip(text.split(" | "), (each, each * samples), strict=True):
+            number, unit = told.split()
+            assert float(number) * units[unit] == pytest.approx(found, rel=0.03), text
 
 
 def test_other_options_are_told_with_their_size():

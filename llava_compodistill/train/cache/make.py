@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 
-from ...errors import CompoDistillError, DiskError, FlagError, NonFiniteModelError
+from ...errors import CacheError, CompoDistillError, FlagError, NonFiniteModelError, OutputError
 from ...hosts.llava import register
 from ...hosts.llava.loader import add_marker_tokens
 from ...hosts.llava.model import count_visual_tokens
@@ -36,6 +35,7 @@ from .. import lock
 from ..arguments import DataArguments, ModelArguments, TrainingArguments
 from ..checks import check_arguments, uncached
 from ..data import CheckedDataset, make_data_module
+from ..output import SHOWN_AFTER
 from ..preflight.flags import take_out, without_launcher
 from ..rehearsal import rehearse, sketch_student
 from ..run import load_tokenizer, teacher_dtype
@@ -44,7 +44,7 @@ from . import run, shards
 from .entries import DIGEST, What, digests, make_entries
 from .read import wanted_of
 from .settings import refuse_others
-from .size import Lengths, alternatives, mean_bytes
+from .size import Lengths, check_room, mean_bytes, measure, readable, show_size
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,6 @@ logger = logging.getLogger(__name__)
 _OF_TRAINING = ("deepspeed", "fsdp", "fsdp_config")
 #: Bytes that a shard is to have, about, and the most samples.
 SHARD_BYTES, MOST_SAMPLES = 256 << 20, 4096
-#: Samples whose lengths the size is estimated from.
-MEASURED = 512
 
 
 @dataclass(frozen=True)
@@ -142,69 +140,6 @@ def prepare(options: Options, flags: Sequence[str]) -> Job:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Its size
-# ---------------------------------------------------------------------------------------------------------------------
-def measure(job: Job) -> list[Lengths]:
-    """The lengths of a few hundred samples, spread evenly over the data."""
-    names = list(dict.fromkeys([job.what.rows, "all", "answer"]))
-    found: list[Lengths] = []
-    for position in np.linspace(0, len(job.dataset) - 1, min(MEASURED, len(job.dataset))).astype(int).tolist():
-        try:
-            sample = job.dataset.read_text(position)
-        except Exception as error:
-            if job.dataset.fault(error) is None:
-                raise
-            continue  # it names itself when it is read in earnest
-        found.append(Lengths.of(sample, job.patches, job.args.model_max_length, names))
-    return found
-
-
-def show_size(job: Job, lengths: Sequence[Lengths]) -> None:
-    """Print what a sample and the whole cache take, and what other options would."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    size, count = mean_bytes(lengths, job.what), len(job.dataset)
-    table = Table(box=box.SIMPLE)
-    for name in ("", "logits a sample", "maps a sample", "a sample", "in all", "ratio"):
-        table.add_column(name, justify="left" if not name else "right")
-    for name, what in [("this command", job.what), *alternatives(job.what, ("all", "answer"))]:
-        other = mean_bytes(lengths, what)
-        cells = (other.logits, other.maps, other.total, other.total * count)
-        table.add_row(name, *map(readable, cells), f"{other.total / size.total:.2f}")
-    console = Console(width=max(100, Console().width))
-    console.print(f"{count:,} samples: {run.said(job.what)}")
-    console.print(table)
-    console.print(f"At most, by the lengths of {len(lengths)} samples: zeros that a map need not have take less.")
-
-
-def readable(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def check_room(job: Job, each: float, folder: Path) -> None:
-    """Refuse a cache that the disk has no room for.
-
-    Raises:
-        DiskError: with the space needed, the space free, and the ways out.
-    """
-    present = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    needed, free = each * len(job.dataset) - present, shutil.disk_usage(folder).free
-    if free < needed:
-        raise DiskError(
-            f"--output {folder}: the cache needs about {readable(needed)} more, and {readable(free)} are free. Free "
-            "some space, name another folder, or take smaller options (see the table): fewer bits, a smaller --top_k, "
-            "or maps of answer rows alone (--attention_rows answer, in training as well)."
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Making it
 # ---------------------------------------------------------------------------------------------------------------------
 def make(options: Options, flags: Sequence[str]) -> None:
@@ -234,16 +169,33 @@ def make(options: Options, flags: Sequence[str]) -> None:
         if error is not None:
             raise error
         todo, blocks = pending
+        if todo:
+            wait_for(folder, args.process_index)
         mine = todo[args.process_index :: args.world_size]
         if mine:
             fill(job, folder, mine)
         finish(folder, blocks)
 
 
+def wait_for(folder: Path, rank: int) -> None:
+    """Wait until a process sees the folder of the first one, which a file system may show to other machines late.
+
+    Raises:
+        OutputError: when it does not.
+    """
+    until = time.monotonic() + SHOWN_AFTER
+    while not (folder / shards.SETTINGS_FILE).is_file():
+        if time.monotonic() > until:
+            raise OutputError(
+                f"--output {folder} is not the first machine's folder on rank {rank}: name one that all share."
+            )
+        time.sleep(0.2)
+
+
 def begin(job: Job, lengths: Sequence[Lengths], folder: Path) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Look at what there is, and say what is to be made: the blocks that are missing, and all of them."""
     show_size(job, lengths)
-    each, count = mean_bytes(lengths, job.what).total, len(job.dataset)
+    each, count = max(1, mean_bytes(lengths, job.what).total), len(job.dataset)
     there = shards.read_settings(folder) if (folder / shards.SETTINGS_FILE).is_file() else None
     size = job.options.shard_samples or (there or {}).get("shard_samples")
     settings = {**job.settings, "shard_samples": size or max(1, min(MOST_SAMPLES, int(SHARD_BYTES / each), count))}
@@ -257,7 +209,12 @@ def begin(job: Job, lengths: Sequence[Lengths], folder: Path) -> tuple[list[tupl
     blocks = [
         (start, min(start + settings["shard_samples"], count)) for start in range(0, count, settings["shard_samples"])
     ]
-    index = shards.read_index(folder) if (folder / shards.INDEX_FILE).is_file() else {}
+    index: dict[str, Any] = {}
+    if (folder / shards.INDEX_FILE).is_file():
+        try:
+            index = shards.read_index(folder)
+        except CacheError as error:
+            logger.warning("%s It is written anew.", error)
     todo = []
     for block in blocks:
         path = folder / shards.shard_name(*block)
@@ -277,9 +234,12 @@ def begin(job: Job, lengths: Sequence[Lengths], folder: Path) -> tuple[list[tupl
 
 def finish(folder: Path, blocks: Sequence[tuple[int, int]]) -> None:
     """Write the index where all shards are there: the last process to end does."""
-    if all((folder / shards.shard_name(*block)).is_file() for block in blocks):
-        total = shards.write_index(folder, blocks)
-        logger.info("%s is finished: %s. Train from it with --teacher_cache %s", folder, readable(total), folder)
+    missing = sum(not (folder / shards.shard_name(*block)).is_file() for block in blocks)
+    if missing:
+        logger.info("%d shards of %s are being made by other processes; the last to end finishes it.", missing, folder)
+        return
+    total = shards.write_index(folder, blocks)
+    logger.info("%s is finished: %s. Train from it with --teacher_cache %s", folder, readable(total), folder)
 
 
 def fill(job: Job, folder: Path, blocks: Sequence[tuple[int, int]]) -> None:

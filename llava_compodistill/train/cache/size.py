@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ...errors import DiskError
 from .entries import DIGEST, What, merged, token_bytes
 from .quantise import LOGIT_BITS, MAP_BITS, dense_or_sparse_bytes
+from .run import said
+
+if TYPE_CHECKING:
+    from .make import Job
+
+#: Samples whose lengths the size is estimated from.
+MEASURED = 512
 
 #: Of each part of an entry.
 _LENGTH = 8
@@ -84,3 +99,62 @@ def alternatives(what: What, names: Sequence[str]) -> list[tuple[str, What]]:
         found += [(f"--attention_rows {n}", replace(what, rows=n)) for n in names if n != what.rows]
         found.append(("--vat False (no maps)", replace(what, groups=())))
     return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of the data of a command
+# ---------------------------------------------------------------------------------------------------------------------
+def measure(job: Job) -> list[Lengths]:
+    """The lengths of a few hundred samples, spread evenly over the data."""
+    names = list(dict.fromkeys([job.what.rows, "all", "answer"]))
+    found: list[Lengths] = []
+    for position in np.linspace(0, len(job.dataset) - 1, min(MEASURED, len(job.dataset))).astype(int).tolist():
+        try:
+            sample = job.dataset.read_text(position)
+        except Exception as error:
+            if job.dataset.fault(error) is None:
+                raise
+            continue  # it names itself when it is read in earnest
+        found.append(Lengths.of(sample, job.patches, job.args.model_max_length, names))
+    return found
+
+
+def show_size(job: Job, lengths: Sequence[Lengths]) -> None:
+    """Print what a sample and the whole cache take, and what other options would."""
+    size, count = mean_bytes(lengths, job.what), len(job.dataset)
+    table = Table(box=box.SIMPLE)
+    for name in ("", "logits a sample", "maps a sample", "a sample", "in all", "ratio"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, what in [("this command", job.what), *alternatives(job.what, ("all", "answer"))]:
+        other = mean_bytes(lengths, what)
+        cells = (other.logits, other.maps, other.total, other.total * count)
+        table.add_row(name, *map(readable, cells), f"{other.total / max(1, size.total):.2f}")
+    console = Console(width=max(100, Console().width))
+    console.print(f"{count:,} samples: {said(job.what)}")
+    console.print(table)
+    console.print(f"At most, by the lengths of {len(lengths)} samples: zeros that a map need not have take less.")
+
+
+def readable(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def check_room(job: Job, each: float, folder: Path) -> None:
+    """Refuse a cache that the disk has no room for.
+
+    Raises:
+        DiskError: with the space needed, the space free, and the ways out.
+    """
+    present = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    needed, free = each * len(job.dataset) - present, shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskError(
+            f"--output {folder}: the cache needs about {readable(needed)} more, and {readable(free)} are free. Free "
+            "some space, name another folder, or take smaller options (see the table): fewer bits, a smaller --top_k, "
+            "or maps of answer rows alone (--attention_rows answer, in training as well)."
+        )

@@ -61,6 +61,11 @@ class ImageError(DataError):
     """An image cannot be used; the message names its file and says why."""
 
 
+class CacheError(DataError):
+    """A teacher cache cannot be used: it is not finished, damaged, or of something else; the message says what
+    differs and the way out."""
+
+
 class MissingData(DataError):
     """A benchmark's files are not there at all: nobody has got them yet."""
 

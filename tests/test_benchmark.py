@@ -37,7 +37,8 @@ def rows(path: Path) -> list[dict[str, str]]:
 def measured(tmp_path_factory):
     """The CSV of all suites that this transformers can run, and its pictures."""
     path = tmp_path_factory.mktemp("benchmark") / "figures.csv"
-    suites = "op,head,step,fit,profile,sight,teacher,eval" if CURRENT else "op,head,profile,sight,teacher,eval"
+    suites = "op,head,profile,sight,teacher,cache,eval"
+    suites = suites.replace("head,", "head,step,fit,") if CURRENT else suites
     done = run(
         "run.py",
         "--device",
@@ -115,6 +116,21 @@ def test_placements_of_the_teacher(measured):
         assert "cosine" in found[name]["note"] or found[name]["note"].startswith(
             f"not run: --teacher_placement {name}: "
         )
+
+
+def test_a_step_from_a_cache(measured):
+    """What is stored whole gives the teacher's gradients in no more memory, and fewer bits are fewer bytes."""
+    found = {row["variant"]: row for row in rows(measured) if row["suite"] == "cache"}
+    live = found.pop("with the teacher")
+    steps = {name: row for name, row in found.items() if not name.startswith("reading: ")}
+    assert len(steps) == 5 and found.keys() == {*steps, *(f"reading: {name}" for name in steps)}
+    assert all(float(row["extra_mib"]) < 1.2 * float(live["extra_mib"]) for row in steps.values())
+    exact = steps["all tokens, 32 bits; all rows, 32 bits"]
+    assert float(exact["parity"]) < 1e-4
+    size = {name: float(row["note"].split(" kB")[0].replace(",", "")) for name, row in steps.items()}
+    assert (
+        size["16 tokens, 8 bits; all rows, 4 bits"] < size["64 tokens, 8 bits; all rows, 8 bits"] < max(size.values())
+    )
 
 
 def test_pictures(measured):

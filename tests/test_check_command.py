@@ -607,6 +607,21 @@ def test_what_training_would_refuse(distil, changes, kind, message, monkeypatch)
     assert message in found(report, STOPS, kind).examples[0].detail
 
 
+def test_a_teacher_cache(distil, folder, world, teacher_path):
+    """It is read as training reads it, but for the samples."""
+    from llava_compodistill.train.cache import cli
+
+    data = write(folder, [record()])
+    values = {"stage": "dft", "teacher_model_path": teacher_path, "model_max_length": 512}
+    cache = folder / "cache"
+    assert cli.main(["--output", str(cache), *whole(world, folder, data, **values)]) == 0
+    report = distil(teacher_cache=cache)
+    assert "64 likeliest of 646 tokens" in row(report, "teacher cache")[1]
+    assert not [finding for finding in report.findings if finding.level == STOPS]
+    other = distil(teacher_cache=cache, model_max_length=256)
+    assert "--model_max_length: 512 there, 256" in found(other, STOPS, "the pair").examples[0].detail
+
+
 def test_kinds_of_checkpoints(distil, world, dpt_path, teacher_path, folder):
     report = distil(world["qwen-teacher"])
     details = [example.detail for finding in report.findings for example in finding.examples]

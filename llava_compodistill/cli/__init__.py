@@ -38,6 +38,9 @@ COMMANDS: dict[str, Command] = {
     "check": Command(
         "llava_compodistill.train.preflight.cli", "main", "before training: data, images and models, without weights"
     ),
+    "cache": Command(
+        "llava_compodistill.train.cache.cli", "main", "the teacher once over a data set, to train from without it"
+    ),
     "train": Command("llava_compodistill.train.run", "main", "train one stage (flags as in LLaVA's scripts)", True),
     "eval": Command("llava_compodistill.eval.cli", "main", "compositional and hallucination benchmarks"),
     "merge": Command("llava_compodistill.train.merging", "main", "a LoRA student as a whole checkpoint"),

@@ -13,7 +13,7 @@ from ..hosts.base import MergedBatch, sent
 from ..ops.answer_loss import answer_loss
 from ..pair import Pair
 from ..record.forward import Needs, Pass
-from ..record.head import HeadRows
+from ..record.head import HeadRows, TopRows
 from .base import Sums, Term
 from .unlike import WEIGHT, UniversalLogitTerm
 
@@ -56,6 +56,7 @@ class AnswerTerm(Term):
     name = "answers"
     count = "answer_tokens"
     unlike_tokenizers = True
+    from_cache = True
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class AnswerTerm(Term):
         mine, given = student.head["answer"], student.given_rows()
         if teacher is None or not self.distilled:
             return self._sums(mine, slice(None) if given is None else given)
-        theirs = teacher.head["answer"]
+        theirs = teacher.head["answer"] if teacher.top is None else teacher.top
         weights = None if self.advantage is None else self.advantage.token_weights(teacher)
         if self.pair.shares_encoder:  # and one limit: one sequence
             self._check_same_rows(len(mine.targets), len(theirs.targets))
@@ -115,7 +116,7 @@ class AnswerTerm(Term):
         self,
         mine: HeadRows,
         rows: Rows,
-        theirs: HeadRows,
+        theirs: HeadRows | TopRows,
         their_rows: Rows,
         given: torch.Tensor | None,
         weights: torch.Tensor | None,
@@ -139,14 +140,17 @@ class AnswerTerm(Term):
         self,
         mine: HeadRows,
         rows: Rows,
-        theirs: HeadRows | None = None,
+        theirs: HeadRows | TopRows | None = None,
         their_rows: Rows | None = None,
         their_weights: torch.Tensor | None = None,
         lm_weight: float | None = None,
     ) -> torch.Tensor:
         weight, bias = mine.weights
-        teacher_weight = teacher_bias = None
-        if theirs is not None:
+        hidden = teacher_weight = teacher_bias = top = None
+        if isinstance(theirs, TopRows):
+            top = theirs.top.at(their_rows)
+        elif theirs is not None:
+            hidden = theirs.hidden[their_rows]
             with torch.no_grad():
                 teacher_weight, teacher_bias = theirs.weights
         return torch.stack(
@@ -154,7 +158,7 @@ class AnswerTerm(Term):
                 mine.hidden[rows],
                 weight,
                 mine.targets[rows],
-                None if theirs is None else theirs.hidden[their_rows],
+                hidden,
                 teacher_weight,
                 student_bias=bias,
                 teacher_bias=teacher_bias,
@@ -163,6 +167,7 @@ class AnswerTerm(Term):
                 temperature=self.temperature,
                 vocab_size=self.pair.vocab_size,
                 kl_row_weights=None if their_weights is None else their_weights[their_rows],
+                teacher_top=top,
             )
         )
 

@@ -47,6 +47,7 @@ class VisualAttentionTerm(Term):
     name = "attention"
     count = "image_samples"
     unlike_tokenizers = True
+    from_cache = True
     _NO_IMAGE = "{}: the first batches of the data hold no image. Raise --calibration_batches."
     #: The flag for which maps are compared before training.
     _compares: ClassVar[str] = "layer_matching"

@@ -61,6 +61,8 @@ class Term:
         unlike_tokenizers: whether it runs on a pair with two tokenizers, where text tokens do not correspond; visual
             tokens do, at other positions (`pair.tokens`).
         left_out_by: the flag that takes the term out of its method, where there is one.
+        from_cache: whether it can do with what `--teacher_cache` holds of a teacher: `Pass.top` in place of what
+            reaches the head at answer rows, and `Pass.maps`.
     """
 
     name: ClassVar[str]
@@ -73,6 +75,7 @@ class Term:
     calibration_samples: int = 0
     unlike_tokenizers: ClassVar[bool] = False
     left_out_by: ClassVar[str] = ""
+    from_cache: ClassVar[bool] = False
 
     def weight_at(self, progress: float) -> float:
         """Its factor in the loss of an optimizer step.

@@ -27,6 +27,7 @@ Head = tuple[int, int]
 class MatchedHeadsTerm(VisualAttentionTerm):
     """Over the student's layers and heads, the mean distance between a head's map and that of its teacher head."""
 
+    from_cache = False
     _compares = "attention_heads"
 
     @property

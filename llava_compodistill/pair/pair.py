@@ -26,6 +26,7 @@ class Pair:
         shares_encoder: whether images are encoded once for both.
         shares_adapter: whether the student's frozen adapter is this teacher's, so that it runs once for both, too.
         trains_encoder: whether the student's encoder is trained in this stage.
+        cached: whether the teacher is a config and a tower's sizes alone, and its passes come from a cache.
     """
 
     student: nn.Module
@@ -35,6 +36,7 @@ class Pair:
     shares_adapter: bool = False
     teacher_vocab_size: int | None = None
     trains_encoder: bool = False
+    cached: bool = False
 
     @classmethod
     def of(
@@ -61,7 +63,8 @@ class Pair:
         pair.teacher_vocab_size = teacher_vocab_size
         if isinstance(projector(student), TAFProjector):
             check_taf(student.config, teacher.config)
-        pair.shares_adapter = pair.shares_encoder and has_adapter_of(student, teacher)
+        pair.cached = not isinstance(teacher, nn.Module)
+        pair.shares_adapter = pair.shares_encoder and not pair.cached and has_adapter_of(student, teacher)
         # The sequences must be cut behind the same text for their rows to correspond.
         limit = getattr(student.config, "tokenizer_model_max_length", None)
         if limit is not None and not pair.shares_encoder:
@@ -101,6 +104,8 @@ class Pair:
 
     def share_vision(self) -> None:
         """Let both use one encoder where they can, and say what runs."""
+        if self.cached:
+            return
         if not self.shares_encoder:
             sizes = [model.get_vision_tower().config.image_size for model in (self.student, self.teacher)]
             resized = "" if sizes[0] == sizes[1] else f", resized from {sizes[0]} to {sizes[1]} pixels for the teacher"

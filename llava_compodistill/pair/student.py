@@ -22,11 +22,14 @@ from ..hosts.llava.taf import PROJECTOR_TYPE, TAFProjector, fetch_teacher_adapte
 logger = logging.getLogger(__name__)
 
 
-def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None = None) -> nn.Module:
+def build_student(model_args: Any, training_args: Any, teacher: Any = None) -> nn.Module:
     """Build the student that a stage starts from: a language model, or a checkpoint of an earlier stage.
 
     With `--mm_projector_type taf` a new adapter gets its frozen part from the teacher, else from the checkpoint
     named by `--pretrain_mm_mlp_adapter` or the student's own.
+
+    Args:
+        teacher: a model; or, where it is not loaded, its `config` and a function `adapter` that reads its adapter.
 
     Returns:
         A LLaVA causal language model, or a PeftModel around one with `--lora_enable`.
@@ -53,7 +56,8 @@ def build_student(model_args: Any, training_args: Any, teacher: nn.Module | None
     _initialize_vision(core, model_args, training_args)
     if not model_args.pretrain_mm_mlp_adapter and not continued:
         if isinstance(projector(core), TAFProjector):
-            fetch_teacher_adapter(projector(core), projector(teacher))
+            loaded = isinstance(teacher, nn.Module)
+            fetch_teacher_adapter(projector(core), projector(teacher) if loaded else teacher.adapter())
         if stage not in ("pt", "dpt"):
             logger.warning("The adapter starts from random weights: --pretrain_mm_mlp_adapter loads a trained one.")
     continues_lora = _is_peft(model)

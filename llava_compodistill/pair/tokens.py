@@ -18,7 +18,7 @@ from ..hosts.base import IGNORE_INDEX
 from ..hosts.token_bytes import TokenBytes
 
 #: Beside the student's tensors in a sample and in a batch: what a teacher with another tokenizer reads, and under
-#: "aligned" the answer rows that correspond.
+#: "aligned" the answer rows that correspond; or what a cache holds of a teacher (`train.cache`).
 TEACHER = "teacher"
 
 

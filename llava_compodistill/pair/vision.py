@@ -16,10 +16,10 @@ from ..hosts.llava.taf import TAFProjector
 def same_tower(student: Any, teacher: Any) -> bool:
     """Whether the models of two configs see the same features: one encoder, the same layer and patches of it, and
     neither has trained it."""
-    return not (has_own_tower(student) or has_own_tower(teacher)) and _same_origin(student, teacher)
+    return not (has_own_tower(student) or has_own_tower(teacher)) and same_origin(student, teacher)
 
 
-def _same_origin(student: Any, teacher: Any) -> bool:
+def same_origin(student: Any, teacher: Any) -> bool:
     """Whether the encoders of two configs are the same, or were before training."""
 
     def identity(config: Any) -> tuple:
@@ -45,7 +45,7 @@ def check_taf(student: Any, teacher: Any) -> None:
             "TAF fetches the teacher's adapter, which reads the teacher's encoder, and the teacher has trained that "
             "(unfreeze_mm_vision_tower in its config.json): use --mm_projector_type mlp2x_gelu."
         )
-    if not _same_origin(student, teacher):
+    if not same_origin(student, teacher):
         raise ValueError(
             "TAF fetches the teacher's adapter, which reads the teacher's encoder: --vision_tower "
             f"{student.mm_vision_tower} (layer {student.mm_vision_select_layer}) is not the teacher's "

@@ -19,7 +19,7 @@ from .patch import replaced
 @contextlib.contextmanager
 def encode_for(pair: Pair) -> Iterator[None]:
     """Inside the context the teacher's forward, and then the student's, encode a batch's images as the pair does."""
-    if pair.teacher is None:
+    if pair.teacher is None or pair.cached:
         yield
     elif pair.shares_encoder:
         with encode_once(pair):

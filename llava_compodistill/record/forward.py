@@ -20,7 +20,7 @@ from ..hosts import host_of
 from ..hosts.base import MergedBatch
 from ..ops.answer_loss.log_probs import answer_log_probs
 from .attention import GroupMeans, capture_visual_attention
-from .head import HeadRows, at_head
+from .head import HeadRows, TopRows, at_head
 from .merge import record_merge
 from .patch import replaced
 
@@ -86,6 +86,7 @@ class Pass:
         switched: of a student, the teacher's pass on the student's visual features, where a term asks for it.
         blind: of a teacher, its pass on the text alone of the samples with an image, where a term asks for it and
             there is such a sample.
+        top: of a teacher that is read from a cache, its distributions at the answer rows; None of a forward.
         own: of a student that has answered samples of the batch itself, [B]: the number of the first answer row of the
             sample that predicts a token of its own answer; -1 for a sample with the data's answers alone.
     """
@@ -101,6 +102,7 @@ class Pass:
     aligned: torch.Tensor | None = None
     switched: Pass | None = None
     blind: Pass | None = None
+    top: TopRows | None = None
     own: torch.Tensor | None = None
 
     def given_rows(self) -> torch.Tensor | None:

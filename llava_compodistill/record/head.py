@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..hosts import host_of
+from ..ops.answer_loss.top_tokens import TopTokens
 from .patch import replaced
 
 
@@ -39,6 +40,19 @@ class HeadRows:
     def weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight [V, D] and bias [V] of the head; see `dense_head`."""
         return dense_head(self.head, self.hidden, self.run)
+
+
+@dataclass
+class TopRows:
+    """What a cache holds of a teacher's distributions at R answer rows, in place of `HeadRows`.
+
+    Attributes:
+        top: the likeliest tokens, and the mass of the rest.
+        targets: [R], the tokens predicted there.
+    """
+
+    top: TopTokens
+    targets: torch.Tensor
 
 
 #: (hidden states [B, N, D], the head as it was) -> what the head returns in their place

@@ -38,6 +38,13 @@ class ModelArguments(llava_training.ModelArguments):
     teacher_model_base: str | None = field(
         default=None, metadata={"help": "Base LLM of the teacher when its checkpoint is a LoRA or an adapter alone."}
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of `llava-compodistill cache`: what the teacher gives for every sample is read from there "
+            "and its language model is not loaded."
+        },
+    )
     teacher_version: str | None = field(
         default=None,
         metadata={

@@ -127,6 +127,8 @@ def check_arguments(
             f"--teacher_version {model.teacher_version}: no teacher reads samples in --stage {training.stage} of "
             f"--method {training.method}. Leave the flag out."
         )
+    if model.teacher_cache:
+        check_cached(model, training)
     if not model.vision_tower:
         raise ValueError("--vision_tower is missing: name a CLIP or SigLIP encoder or the folder of one.")
     if model.taf_depth not in (1, 2):
@@ -155,6 +157,30 @@ def check_arguments(
         raise ValueError(
             "--data_path is missing: give a JSON file of conversations, several with commas, or a YAML mix."
         )
+
+
+def check_cached(model: ModelArguments, training: TrainingArguments) -> None:
+    """Refuse a --teacher_cache in a run that cannot do with one.
+
+    Raises:
+        ValueError: naming the flags and the way out.
+    """
+    why = uncached(training)
+    if why is None and training.teacher_placement != "auto":
+        why = f"no teacher is loaded: leave --teacher_placement {training.teacher_placement} out"
+    if why is not None:
+        raise ValueError(f"--teacher_cache {model.teacher_cache}: {why}.")
+
+
+def uncached(training: TrainingArguments) -> str | None:
+    """Why a stage's teacher cannot come from a cache, as its flags tell; None where they do not."""
+    if not training.distilled:
+        return f"no teacher is in the loss of --stage {training.stage} of {training.method}: leave the flag out"
+    if training.on_policy:
+        return f"with --on_policy {training.on_policy:g} the teacher reads answers that the student gives as it trains"
+    if training.paired:
+        return f"--stage {training.stage} of {training.method} takes pairs of answers, which a cache does not hold"
+    return None
 
 
 def check_placement(training: TrainingArguments, here: bool = True) -> None:

@@ -14,6 +14,7 @@ from ..hosts.llava import training as llava_training
 from ..hosts.llava.images import most_pixels, prepared_for
 from ..hosts.llava.training import IGNORE_INDEX, DataCollatorForSupervisedDataset, LazySupervisedDataset
 from ..pair.tokens import TEACHER
+from .cache.read import CacheCollator, TeacherCache
 from .mix import Mix, Source, read_sources
 from .skip_list import read_skip_list
 from .teacher_text import TeacherText, TeacherTextCollator
@@ -33,6 +34,7 @@ class CheckedDataset(LazySupervisedDataset):
         seed: draws samples where a mix takes a share of a file.
         teacher: how a teacher with another tokenizer reads the samples, which then hold that, too.
         samples: the mix, where it has been read already.
+        cache: what the teacher has given for each sample (a `TeacherCache`), which samples then hold.
 
     Raises:
         DataError: for an unreadable file, or bad samples under "error".
@@ -49,8 +51,9 @@ class CheckedDataset(LazySupervisedDataset):
         seed: int = 0,
         teacher: TeacherText | None = None,
         samples: Mix | None = None,
+        cache: TeacherCache | None = None,
     ):
-        self.tokenizer, self.teacher = tokenizer, teacher
+        self.tokenizer, self.teacher, self.cache = tokenizer, teacher, cache
         self.data_args = data_args
         data_args.image_folder = data_args.image_folder or ""
         most_pixels()  # a limit that is none shows now
@@ -61,6 +64,8 @@ class CheckedDataset(LazySupervisedDataset):
             unwanted = samples_left_out(data_args, sources)
             samples = Mix(sources, *options, seed, self.paired, allowed, unwanted)
         self.list_data_dict = samples
+        if cache is not None:
+            cache.check_samples(len(samples))
 
     @property
     def lengths(self) -> list[int]:
@@ -77,23 +82,32 @@ class CheckedDataset(LazySupervisedDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         for offset in range(len(self)):
             position = (index + offset) % len(self)
-            record = self.list_data_dict[position]
             try:
                 return self.read(position)
             except Exception as error:
                 cause = self.fault(error)
                 if cause is None:
                     raise
-                message = f"sample {record.get('id', position)!r} (image {record.get('image')!r}): {cause}"
-                if self.data_args.bad_samples == "error":
-                    file = self.list_data_dict.file_of(position)
-                    message = f"{file}: {message.rstrip('.')}. --bad_samples skip leaves such samples out."
-                    raise DataError(message) from error
-                logger.warning("Skipped %s", message)
+                self.pass_over(position, cause, error)
         raise DataError("No sample of the data can be used.")
 
+    def pass_over(self, position: int, cause: str, error: Exception) -> None:
+        """Log a sample that cannot be used.
+
+        Raises:
+            DataError: instead, where `bad_samples` is "error".
+        """
+        record = self.list_data_dict[position]
+        message = f"sample {record.get('id', position)!r} (image {record.get('image')!r}): {cause}"
+        if self.data_args.bad_samples == "error":
+            file = self.list_data_dict.file_of(position)
+            message = f"{file}: {message.rstrip('.')}. --bad_samples skip leaves such samples out."
+            raise DataError(message) from error
+        logger.warning("Skipped %s", message)
+
     def read(self, position: int) -> dict[str, Any]:
-        """LLaVA's sample: input_ids, labels and image; under TEACHER, what a teacher with another tokenizer reads."""
+        """LLaVA's sample: input_ids, labels and image; under TEACHER, what a teacher with another tokenizer reads, or
+        what one has given that is read from a cache."""
         how = (getattr(self.data_args, name, None) for name in ("image_aspect_ratio", "image_processor"))
         record = self.list_data_dict[position]
         once = copy.copy(self)  # LLaVA's code asks for the record four times, which are as many readings of the file
@@ -103,9 +117,16 @@ class CheckedDataset(LazySupervisedDataset):
         known = getattr(self.data_args.image_processor, "always_finite", False)
         if "image" in sample and not known and not bool(torch.isfinite(sample["image"]).all()):
             raise SampleError("its pixels are NaN or infinite after preprocessing")
+        if self.cache is not None:
+            return {**sample, TEACHER: self.cache.read(position, sample, self.name_of(position))}
         if self.teacher is None:
             return sample
         return {**sample, TEACHER: self.teacher.read(record, sample)}
+
+    def name_of(self, position: int) -> str:
+        """How messages call a sample."""
+        record = self.list_data_dict[position]
+        return f"sample {record.get('id', position)!r} (number {position}, image {record.get('image')!r})"
 
     def conversation(self, record: dict[str, Any]) -> tuple[list[dict[str, str]], bool]:
         """The turns of a sample as they are tokenized, and whether there is an image."""
@@ -213,18 +234,26 @@ class PreferenceCollator:
 
 
 def make_data_module(
-    tokenizer: Any, data_args: Any, seed: int = 0, teacher: TeacherText | None = None, paired: bool = False
+    tokenizer: Any,
+    data_args: Any,
+    seed: int = 0,
+    teacher: TeacherText | None = None,
+    paired: bool = False,
+    cache: TeacherCache | None = None,
 ) -> dict[str, Any]:
     """The Trainer's data arguments: a checked data set and LLaVA's own collator, one for each tokenizer.
 
     Args:
         paired: whether samples are pairs of answers.
+        cache: as for `CheckedDataset`.
     """
     collator = DataCollatorForSupervisedDataset(tokenizer=tokenizer)
     if teacher is not None:
         collator = TeacherTextCollator(collator, DataCollatorForSupervisedDataset(tokenizer=teacher.tokenizer))
+    if cache is not None:
+        collator = CacheCollator(collator)
     kind = PreferenceDataset if paired else CheckedDataset
     return {
-        "train_dataset": kind(data_args.data_path, tokenizer, data_args, seed, teacher),
+        "train_dataset": kind(data_args.data_path, tokenizer, data_args, seed, teacher, cache=cache),
         "data_collator": PreferenceCollator(collator) if paired else collator,
     }

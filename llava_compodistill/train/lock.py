@@ -29,8 +29,12 @@ _UNFINISHED_FILE = re.compile(rf"{re.escape(MANIFEST_FILE)}\.tmp|\.tmp[A-Za-z0-9
 
 
 @contextlib.contextmanager
-def locked(output_dir: str) -> Iterator[None]:
+def locked(output_dir: str, flag: str = "--output_dir", lost: str = "checkpoints") -> Iterator[None]:
     """Hold an output folder, making it where it is missing; one that stays empty is removed again.
+
+    Args:
+        flag: that names the folder.
+        lost: what a folder that cannot be written to would lose.
 
     Raises:
         OutputError: when it cannot be written to, or another run holds it; naming that run's process and host.
@@ -39,12 +43,12 @@ def locked(output_dir: str) -> Iterator[None]:
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = _take(folder / LOCK_FILE)
+        handle = _take(folder / LOCK_FILE, flag)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(
-            f"--output_dir {output_dir} cannot be written to ({error.strerror or error}): checkpoints would be lost. "
+            f"{flag} {output_dir} cannot be written to ({error.strerror or error}): {lost} would be lost. "
             "Make it writable, free some space, or name another folder."
         ) from None
     # A worker that loads data would keep the lock of a run that was killed.
@@ -61,12 +65,12 @@ def locked(output_dir: str) -> Iterator[None]:
                 folder.rmdir()  # of a run that was refused before it wrote anything
 
 
-def _take(path: Path) -> int:
+def _take(path: Path, flag: str) -> int:
     """A descriptor that holds the lock on a file with this process' name in it."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            _lock(handle, path)
+            _lock(handle, path, flag)
             if _is_at(handle, path):
                 _write(handle)
                 return handle
@@ -83,13 +87,13 @@ def _is_at(handle: int, path: Path) -> bool:
         return False
 
 
-def _lock(handle: int, path: Path) -> None:
+def _lock(handle: int, path: Path, flag: str) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
             raise OutputError(
-                f"--output_dir {path.parent}: another run is writing to it ({_holder(handle)}). Wait for its end, "
+                f"{flag} {path.parent}: another run is writing to it ({_holder(handle)}). Wait for its end, "
                 "stop it, or name another folder."
             ) from None
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):

@@ -33,12 +33,12 @@ def flush(folder: str | os.PathLike, subfolders: bool = True) -> None:
     paths = sorted(folder.rglob("*") if subfolders else folder.glob("*"))
     for path in paths:
         if path.is_file():
-            _sync(path)
+            sync(path)
     for path in reversed(paths):
         if subfolders and path.is_dir():
-            _sync(path)
-    _sync(folder)
-    _sync(folder.absolute().parent)
+            sync(path)
+    sync(folder)
+    sync(folder.absolute().parent)
 
 
 def seal(folder: str | os.PathLike, whole: bool = False) -> None:
@@ -56,14 +56,14 @@ def seal(folder: str | os.PathLike, whole: bool = False) -> None:
         size = path.stat().st_size
         files[path.relative_to(folder).as_posix()] = {
             "bytes": size,
-            "ends_sha256": _hash_of_ends(path, size),
+            "ends_sha256": hash_of_ends(path),
             **({"sha256": _hash(path)} if whole else {}),
         }
     text = json.dumps({"format": 1, "end_bytes": END, "files": files}, indent=1)
     temporary.write_text(text + "\n", encoding="utf-8")
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, target)
-    _sync(folder)
+    sync(folder)
 
 
 def is_sealed(folder: str | os.PathLike) -> bool:
@@ -91,7 +91,7 @@ def find_damage(folder: str | os.PathLike, whole: bool = False) -> str | None:
             found = path.stat().st_size
             if found != size:
                 return f"{name} is damaged ({found} bytes of {size})"
-            if _hash_of_ends(path, size) != ends:
+            if hash_of_ends(path) != ends:
                 return f"{name} is damaged (its first or last {END // 1024} KiB are not what was saved)"
             if whole and entire is not None and _hash(path) != entire:
                 return f"{name} is damaged (its SHA-256 is not what was saved)"
@@ -117,7 +117,9 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in own)
 
 
-def _hash_of_ends(path: Path, size: int) -> str:
+def hash_of_ends(path: Path) -> str:
+    """The SHA-256 of the first and last 64 KiB of a file."""
+    size = path.stat().st_size
     digest = hashlib.sha256()
     with path.open("rb") as file:
         digest.update(file.read(END))
@@ -135,7 +137,8 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

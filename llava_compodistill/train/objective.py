@@ -20,11 +20,12 @@ from ..methods import Sums, Term
 from ..methods.base import prepared
 from ..pair import Pair
 from ..pair.layers import visual_understanding_layers
-from ..pair.tokens import students_inputs, teachers_inputs
+from ..pair.tokens import TEACHER, students_inputs, teachers_inputs
 from ..record.encoding import encode_for, encoded_as, keep_features
 from ..record.forward import Needs, Pass, PassRecorder, record
 from ..record.recompute import recomputed
 from ..record.sight import without_sight
+from .cache.teacher import CachedTeacher
 from .calibration import Calibration
 from .facts import OWN
 
@@ -34,7 +35,7 @@ class Objective:
 
     Args:
         student: the student, wrapped in PEFT or not.
-        teacher: the frozen teacher, or None.
+        teacher: the frozen teacher, a `CachedTeacher`, or None.
         terms: of a method's stage.
         vocab_size: size of the real vocabulary that both models share; L_KL runs over it, renormalised.
         teacher_vocab_size: that of a teacher with another tokenizer; `vocab_size` is the student's then, and batches
@@ -50,7 +51,7 @@ class Objective:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teacher: nn.Module | CachedTeacher | None,
         terms: Sequence[Term],
         vocab_size: int | None = None,
         impl: str = "auto",
@@ -71,6 +72,7 @@ class Objective:
         self._recorder: PassRecorder | None = None
         self._teacher_pass: Pass | None = None
         self._own: torch.Tensor | None = None
+        self._cached: Mapping[str, Any] | None = None
         self._switch: Callable[[], Pass | None] = _no_pass
         self._widths: dict[str, int] = {}
         self._sums: dict[str, Sums] = {}
@@ -78,7 +80,8 @@ class Objective:
 
     @property
     def teacher(self) -> nn.Module | None:
-        return self.pair.teacher
+        """The teacher in memory."""
+        return None if self.pair.cached else self.pair.teacher
 
     def term(self, name: str) -> Term:
         """The term of a name.
@@ -107,7 +110,7 @@ class Objective:
             try:
                 yield
             finally:
-                self._recorder = self._teacher_pass = None
+                self._recorder = self._teacher_pass = self._cached = None
                 self._switch = _no_pass
 
     @property
@@ -120,7 +123,8 @@ class Objective:
         Args:
             model: the student as the trainer wraps it (DDP, DeepSpeed); its forward is what is called.
             inputs: what LLaVA's collator gives: input_ids, labels, attention_mask, images; for a teacher with another
-                tokenizer what `TeacherTextCollator` adds, and OWN where the student has answered samples itself.
+                tokenizer what `TeacherTextCollator` adds, for one in a cache what `CacheCollator` does, and OWN where
+                the student has answered samples itself.
 
         Returns:
             Each term's sums, by name.
@@ -129,6 +133,7 @@ class Objective:
             raise RuntimeError("Objective: call it inside `with objective.running():`.")
         self._own = inputs.get(OWN)
         inputs = {name: value for name, value in inputs.items() if name != OWN}
+        self._cached = inputs.get(TEACHER) if self.pair.cached else None
         with encode_for(self.pair), self._switching(inputs):
             self._teacher_pass = self.run_teacher(inputs, self._needs()[1])
             self._run_blind(inputs, self._teacher_pass)
@@ -140,8 +145,9 @@ class Objective:
         return sums
 
     def run_teacher(self, inputs: Mapping[str, Any], needs: Needs) -> Pass | None:
-        """The teacher's pass over a batch, inside `encode_for`; None where there is none."""
-        if self.pair.teacher is None:
+        """The teacher's pass over a batch, inside `encode_for`; None where there is none, or not yet (of a cache it is
+        made when the student's forward has placed the batch's tokens)."""
+        if self.teacher is None:
             return None
         given = {**teachers_inputs(inputs, self.pair.shares_tokenizer), "use_cache": False}
         aligned = given.pop("aligned", None)
@@ -196,6 +202,8 @@ class Objective:
 
     def _on_head(self, student: Pass) -> torch.Tensor:
         student.own = self._own
+        if self.pair.cached:
+            self._teacher_pass = self.pair.teacher.read(self._cached, student.batch)
         values = {term.name: term.on_head(student, self._teacher_pass) for term in self.terms}
         values = {name: value for name, value in values.items() if value is not None}
         self._widths = {name: len(value) for name, value in values.items()}

@@ -81,6 +81,7 @@ _PATHS = {
     "model_name_or_path",
     "pretrain_mm_mlp_adapter",
     "skip_samples",
+    "teacher_cache",
     "teacher_model_base",
     "teacher_model_path",
     "vision_tower",

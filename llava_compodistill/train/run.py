@@ -28,6 +28,7 @@ from ..pair.student import build_student, compute_dtype
 from ..pair.teacher import load_teacher
 from . import checkpoint, disk, manifest, resume
 from .arguments import DataArguments, ModelArguments, TrainingArguments
+from .cache.run import open_cache
 from .checks import check_arguments
 from .data import make_data_module
 from .on_policy import find_end_token, refuse_other_tokenizer
@@ -85,10 +86,13 @@ def run_stage(
     if args.distilled:
         teacher_text, shared = find_teacher_text(tokenizer, model_args, args)
         refuse_other_tokenizer(args, teacher_text)
-        rehearse(model_args, args, teacher_text)
+        terms = rehearse(model_args, args, teacher_text)
 
-    teacher = None
-    if args.distilled or fetches_adapter(model_args, args):
+    teacher = cache = None
+    if model_args.teacher_cache:
+        texts = tokenizer, teacher_text, shared
+        teacher, cache = open_cache(model_args, data_args, args, terms, *texts, dtype=teacher_dtype(args))
+    elif args.distilled or fetches_adapter(model_args, args):
         teacher = load_teacher(
             model_args.teacher_model_path,
             model_args.teacher_model_base,
@@ -102,7 +106,7 @@ def run_stage(
     if not args.distilled:
         teacher = None  # it has given its adapter
     configure(student, tokenizer, model_args, data_args, args)
-    data_module = make_data_module(tokenizer, data_args, args.seed_of_data, teacher_text, args.paired)
+    data_module = make_data_module(tokenizer, data_args, args.seed_of_data, teacher_text, args.paired, cache)
     checkpoint.check_disk_space(student, args)
 
     texts = {"tokenizer": tokenizer, "teacher_text": teacher_text, "shared_tokens": shared}

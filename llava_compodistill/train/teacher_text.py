@@ -24,7 +24,8 @@ from .arguments import ModelArguments, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
-_MARKERS = {"<im_start>", "<im_end>", "<im_patch>"}
+#: LLaVA's own tokens, which a model's config may add to a tokenizer.
+MARKERS = {"<im_start>", "<im_end>", "<im_patch>"}
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _can_read(config: Any, tokenizer: Any, theirs: Any) -> bool:
     """Whether a teacher can be given the student's tokens, of which its own tokenizer may lack the last: its embedding
     has rows for them (Qwen's is padded), and they are none of LLaVA's markers, which stand in every sample."""
     own = tokenizer.get_vocab().keys() - theirs.get_vocab().keys()
-    return len(tokenizer) <= config.vocab_size and not own & _MARKERS
+    return len(tokenizer) <= config.vocab_size and not own & MARKERS
 
 
 def _template(config: Any, path: str, model_args: ModelArguments) -> tuple[str, str]:

@@ -29,6 +29,7 @@ from ..pair.student import computing
 from . import checkpoint, facts, placing, sharding, travel
 from .answer_watch import AnswerWatch
 from .arguments import TrainingArguments
+from .cache.teacher import CachedTeacher
 from .calibration import Batches, read_calibration, refuse_zero3, samples_with_image, write_calibration
 from .facts import BatchFacts, CountingCollator
 from .finite import refuse_broken_gradient, refuse_broken_weights
@@ -52,7 +53,7 @@ class CompoDistillTrainer(CountsOnce, LLaVATrainer):
 
     Args:
         teacher: the frozen teacher, for stages that need one. It is kept outside the student: in no state dict, in no
-            optimizer.
+            optimizer. Or a `CachedTeacher`; the data then come from `make_data_module(..., cache=)`.
         tokenizer: saved beside the student; its length bounds the vocabulary that L_KL runs over.
         teacher_text: how a teacher with another tokenizer reads the samples (`find_teacher_text`); the data come from
             `make_data_module(..., teacher=teacher_text)`.
@@ -66,7 +67,7 @@ class CompoDistillTrainer(CountsOnce, LLaVATrainer):
         self,
         model: nn.Module,
         args: TrainingArguments,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | CachedTeacher | None = None,
         tokenizer: Any = None,
         teacher_text: TeacherText | None = None,
         shared_tokens: int | None = None,

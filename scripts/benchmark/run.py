@@ -9,6 +9,7 @@ Suites
     compile  our step with and without torch.compile
     sight    the sight guard's share of a run, in CPU time on a CPU
     teacher  a teacher's pass by where its weights live (--teacher_placement), and what that does to its targets
+    cache    a step with the teacher and from a cache of it (--teacher_cache), by top-k and bits, and bytes a sample
     eval     items a second of the evaluation engine against one question at a time, and against LLaVA's module, on the
              miniature
     images   the share of the time that an evaluation waits for images, by workers
@@ -50,6 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(ROOT / "scripts"))  # the miniature
 sys.path.insert(0, str(ROOT))  # the checkout's package, so that the commit in the CSV is the code that ran
 
+import cache as cache_suite  # noqa: E402
 import check as check_suite  # noqa: E402
 import evaluation  # noqa: E402
 import head as head_suite  # noqa: E402
@@ -65,7 +67,8 @@ from pair import Pair  # noqa: E402
 from presets import PRESETS, Preset  # noqa: E402
 
 SUITES = (
-    "op", "head", "step", "fit", "profile", "compile", "sight", "teacher", "eval", "images", "loader", "check", "plan",
+    "op", "head", "step", "fit", "profile", "compile", "sight", "teacher", "cache", "eval", "images", "loader",
+    "check", "plan",
 )  # fmt: skip
 console = Console()
 
@@ -79,11 +82,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=PRESETS, help="sizes (default: paper on cuda, cpu on cpu)")
     parser.add_argument(
         "--batch",
-        help="micro-batches of step, sight, teacher and plan, such as 1,8; profile and compile take the last",
+        help="micro-batches of step, sight, teacher, cache and plan, such as 1,8; profile and compile take the last",
     )
     parser.add_argument(
         "--length",
-        help="sequence lengths of op, step, fit, profile, compile, teacher and plan (its first), such as 1024,2048",
+        help="lengths of op, step, fit, profile, compile, teacher, cache and plan (its first), such as 1024,2048",
     )
     parser.add_argument("--limit", help="memory limits of fit in GiB, such as 48,139 (default: the preset's)")
     parser.add_argument("--no-checkpointing", action="store_true", help="whole steps without gradient checkpointing")
@@ -165,6 +168,8 @@ def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Na
             yield from sight_suite.run(pair, folder, preset.batches, args.seconds, preset.global_batch)
         elif suite == "teacher":
             yield from teacher_suite.run(pair, folder, preset.batches, args.seconds)
+        elif suite == "cache":
+            yield from cache_suite.run(pair, folder, preset.batches, args.seconds)
         elif suite == "compile":
             yield from step_suite.run_compiled(pair, folder, preset.batches[-1], args.seconds)
         else:

@@ -6,7 +6,8 @@
     kl       = T**2 * sum KL(softmax(logits_t[:, :V] / T) || softmax(logits_s[:, :V] / T))
     loss     = lm_weight * lm + kl_weight * kl
 
-With ``kl_row_weights`` [R] each row's divergence enters the sum times its weight.
+With ``kl_row_weights`` [R] each row's divergence enters the sum times its weight. A teacher may be given as its k
+likeliest tokens at each row and the mass of the rest (``top_tokens``), in place of its hidden states and head.
 
 R counts the positions that predict an answer token, already selected and shifted (``losses.answer_rows``).
 """
@@ -19,6 +20,7 @@ import torch
 
 from .chunked import AnswerLossFunction, Options
 from .head import check_labels, check_model, rows_per_chunk
+from .top_tokens import TopTokens, check_top_tokens
 
 
 class AnswerLoss(NamedTuple):
@@ -49,6 +51,7 @@ def answer_loss(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     kl_row_weights: torch.Tensor | None = None,
+    teacher_top: TopTokens | None = None,
     chunk_rows: int | None = None,
 ) -> AnswerLoss:
     """Sums over R rows of the cross-entropy and of the KL divergence teacher || student (Section 4, L_LM and L_KL).
@@ -72,6 +75,8 @@ def answer_loss(
             cross-entropy runs over the student's full vocabulary.
         kl_row_weights: [R] floating point, what each row's divergence counts (1 without them); no gradient reaches
             them.
+        teacher_top: of R rows, in place of teacher_hidden and teacher_head_weight. It has to be made at this
+            temperature and over this common vocabulary.
         chunk_rows: rows whose logits exist at a time; by default as many as fit a fixed amount of memory.
 
     Returns:
@@ -83,6 +88,8 @@ def answer_loss(
     with_teacher = teacher_hidden is not None
     if with_teacher != (teacher_head_weight is not None):
         raise ValueError("teacher_hidden and teacher_head_weight must be given together")
+    if with_teacher and teacher_top is not None:
+        raise ValueError("teacher_top stands for teacher_hidden and teacher_head_weight: give one or the other")
     check_model("student", student_hidden, student_head_weight, student_bias)
     rows, student_vocab = student_hidden.shape[0], student_head_weight.shape[0]
     common = student_vocab
@@ -95,8 +102,11 @@ def answer_loss(
         if not 1 <= vocab_size <= common:
             raise ValueError(f"vocab_size must lie in [1, {common}], the rows both heads have, got {vocab_size}")
         common = vocab_size
+    if teacher_top is not None:
+        check_top_tokens(teacher_top, rows, common)
+        teacher_top = TopTokens(*(part.detach() for part in teacher_top))
     if kl_row_weights is not None:
-        _check_row_weights(kl_row_weights, rows, with_teacher)
+        _check_row_weights(kl_row_weights, rows, with_teacher or teacher_top is not None)
         kl_row_weights = kl_row_weights.detach()
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -112,7 +122,9 @@ def answer_loss(
         part is not None and part.requires_grad and torch.is_grad_enabled()
         for part in (student_hidden, student_head_weight, student_bias)
     ]
-    options = Options(float(lm_weight), float(kl_weight), float(temperature), common, chunk_rows, *trained)
+    options = Options(
+        float(lm_weight), float(kl_weight), float(temperature), common, chunk_rows, *trained, teacher_top
+    )
     return AnswerLoss(
         *AnswerLossFunction.apply(
             student_hidden,
@@ -130,7 +142,7 @@ def answer_loss(
 
 def _check_row_weights(weights: torch.Tensor, rows: int, with_teacher: bool) -> None:
     if not with_teacher:
-        raise ValueError("kl_row_weights weigh the divergence from a teacher: give teacher_hidden, too")
+        raise ValueError("kl_row_weights weigh the divergence from a teacher: give teacher_hidden or teacher_top, too")
     if weights.shape != (rows,) or not weights.dtype.is_floating_point:
         raise ValueError(
             f"kl_row_weights must be floating point [R] = [{rows}], got {weights.dtype} {list(weights.shape)}"

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .head import FLOAT16_SCALE, Head, hand_out, slices, wide_product
+from .top_tokens import TopTokens
 
 
 class Options(NamedTuple):
@@ -34,6 +35,7 @@ class Options(NamedTuple):
     train_hidden: bool
     train_weight: bool
     train_bias: bool
+    top: TopTokens | None = None
 
 
 def gradient_scale(options: Options, row_weight: float = 1.0) -> float:
@@ -89,7 +91,8 @@ class _Run:
     ):
         self.student, self.teacher, self.labels, self.options = student, teacher, labels, options
         self.row_weights = None if row_weights is None else row_weights.to(student.wide)[:, None]
-        self.distils = teacher is not None and options.kl_weight != 0
+        self.with_teacher = teacher is not None or options.top is not None
+        self.distils = self.with_teacher and options.kl_weight != 0
         # Whether the divergence needs a softmax of its own.
         self.restricts = options.temperature != 1 or options.vocab < len(student.weight)
         self.scale = 1.0
@@ -105,7 +108,8 @@ class _Run:
             self.grad_weight = zeros(student.weight.shape, dtype=student.weight_dtype)
         self.grad_bias = zeros(len(student.weight), dtype=student.wide) if options.train_bias else None
         self.lm, self.kl = zeros((), dtype=student.wide), zeros((), dtype=student.wide)
-        #: log-sum-exp of each row: the student's, and at temperature T over the common vocabulary both models'
+        #: log-sum-exp of each row: the student's, and at temperature T over the common vocabulary both models' (for a
+        #: teacher of top tokens instead what `TopTokens.block` needs)
         self.full, self.common, self.target = zeros(3, len(labels), dtype=student.wide).unbind()
 
     def rows(self) -> None:
@@ -117,14 +121,13 @@ class _Run:
             self.lm -= log_probs.gather(1, self.labels[part, None]).sum()
             self.full[part] = logits[:, 0] - log_probs[:, 0]
             mine = targets = None
-            if self.teacher is not None:
+            if self.with_teacher:
                 mine = log_probs
                 if self.restricts:
                     mine = _log_softmax(logits[:, :vocab], temperature, student.wide)
                 self.common[part] = logits[:, 0].to(student.wide) / temperature - mine[:, 0]
-                logits = self.teacher.logits(part)
-                theirs = _log_softmax(logits[:, :vocab], temperature, student.wide)
-                self.target[part] = logits[:, 0].to(student.wide) / temperature - theirs[:, 0]
+                del logits
+                theirs, logits = self._targets(part, mine)
                 difference = theirs - mine
                 targets = theirs.exp_()
                 difference.mul_(targets)
@@ -135,6 +138,17 @@ class _Run:
             del logits
             if self.grad_hidden is not None or self.grad_weight is not None or self.grad_bias is not None:
                 self._gradients(part, self._logit_gradient(part, 0, log_probs, mine, targets))
+
+    def _targets(self, part: slice, mine: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """log p_T [rows, vocab], and the teacher's logits (None where there are none)."""
+        vocab, temperature, wide = self.options.vocab, self.options.temperature, self.student.wide
+        if self.teacher is None:
+            theirs, self.target[part] = self.options.top.at(part).spread(mine)
+            return theirs, None
+        logits = self.teacher.logits(part)
+        theirs = _log_softmax(logits[:, :vocab], temperature, wide)
+        self.target[part] = logits[:, 0].to(wide) / temperature - theirs[:, 0]
+        return theirs, logits
 
     def _gradients(self, part: slice, grad: torch.Tensor) -> None:
         student = self.student
@@ -172,8 +186,12 @@ class _Run:
                 mine = log_probs
                 if self.restricts:
                     mine = logits[:, : common.stop - common.start].div_(temperature).sub_(self.common[:, None])
-                targets = teacher.logits(every, common).to(student.wide)
-                targets = targets.div_(temperature).sub_(self.target[:, None]).exp_()
+                if teacher is None:
+                    own = log_probs[:, : common.stop - common.start] if mine is log_probs else mine
+                    targets = self.options.top.block(own, block.start, self.target)
+                else:
+                    targets = teacher.logits(every, common).to(student.wide)
+                    targets = targets.div_(temperature).sub_(self.target[:, None]).exp_()
             del logits
             grad = self._logit_gradient(every, block.start, log_probs, mine, targets)
             if self.scale == 1:

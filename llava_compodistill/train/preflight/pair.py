@@ -23,6 +23,7 @@ from ...pair.teacher import check_teacher
 from ...pair.tokens import first_difference
 from ...pair.vision import check_taf, same_tower
 from .. import checkpoint
+from ..cache.run import open_cache, said
 from ..checks import ADAPTER_STAGES
 from ..on_policy import find_end_token, refuse_other_tokenizer
 from ..output import FINISHED, find_start
@@ -45,6 +46,7 @@ class Models:
         template: the conversation template in force.
         student, teacher: without weights; None where they cannot be told.
         terms: of the stage, prepared on the pair.
+        shared: the tokens that both models have.
         rows: (what, student's, teacher's, what follows) for the report.
     """
 
@@ -53,6 +55,7 @@ class Models:
     student: ConfigOnly | None = None
     teacher: ConfigOnly | None = None
     teacher_text: TeacherText | None = None
+    shared: int | None = None
     terms: list[Term] = field(default_factory=list)
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
 
@@ -158,7 +161,7 @@ def _look_at_teacher(found: Models, parsed: Parsed, findings: Findings, without_
             find_end_token(found.tokenizer)
         found.teacher_text, shared = find_teacher_text(found.tokenizer, model_args, args)
         refuse_other_tokenizer(args, found.teacher_text)
-    text = found.teacher_text
+    text, found.shared = found.teacher_text, shared
     if text is not None:
         token = first_difference(found.tokenizer, text.tokenizer)
         reads = f"unlike (the first token apart: {token!r}); the teacher reads under {text.template}"
@@ -205,6 +208,10 @@ def _look_at_pair(found: Models, parsed: Parsed) -> None:
     names = ", ".join(dict.fromkeys(term.name for term in found.terms))
     if names:
         found.rows.append(("loss terms", names, "", f"--method {args.method}, --stage {args.stage}"))
+    if model_args.teacher_cache and names:
+        texts = found.tokenizer, found.teacher_text, found.shared
+        _, cache = open_cache(model_args, parsed.data, args, found.terms, *texts)
+        found.rows.append(("teacher cache", "", said(cache.what), model_args.teacher_cache))
 
 
 def _look_at_adapter(found: Models, parsed: Parsed, findings: Findings) -> None:

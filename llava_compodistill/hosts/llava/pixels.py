@@ -1,4 +1,4 @@
-"""Pixels by a table: what CLIP's and SigLIP's image processors give, for a quarter of their time.
+"""Pixels by a table: what CLIP's and SigLIP's image processors give, in less time.
 
 Once an image is resized, its processor rescales and normalises numbers from 0 to 255, channel by channel: 256 results
 a channel. They are taken from the processor itself, and before the table is used its pixels are compared with the

@@ -86,13 +86,15 @@ class Pair:
     @property
     def pixel_dtype(self) -> torch.dtype | None:
         """The precision of 16 bits to which images can be rounded before they travel, so that every number that is
-        made of them stays what it is; None to leave them as they are.
+        made of them stays what it is; None to leave them as they are. (A cache knows samples by their pixels.)
 
         The encoder rounds them to its own as the first thing that it does, and gives its features back in the images'
         own, which an adapter with weights rounds to its own. A teacher with another encoder may resize or normalise
         them anew before it rounds.
         """
         dtype = self.student.get_vision_tower().dtype
+        if self.cached:
+            return None
         adapters = [projector(model) for model in (self.student, self.teacher) if model is not None]
         rounded = dtype in (torch.bfloat16, torch.float16) and (self.teacher is None or self.shares_encoder)
         return dtype if rounded and all(next(adapter.parameters(), None) is not None for adapter in adapters) else None

@@ -420,10 +420,10 @@ def test_a_finished_cache_loads_no_teacher(world, of_dft, small, monkeypatch, ca
 
 
 def test_the_size_is_printed_before_and_close_to_what_is_made(world, of_dft, small, tmp_path, capsys):
-    assert (
-        cli.main(["--output", str(tmp_path / "none"), "--top_k", "8", "--estimate", *flags(world, "dft", **of_dft)])
-        == 0
-    )
+    """Of a command as a script prints it, launcher and all."""
+    pasted = ["python", "-m", "llava_compodistill.train", *flags(world, "dft", **of_dft, deepspeed="zero2.json")]
+    own = ["--output", str(tmp_path / "none"), "--top_k", "8", "--estimate", "--also_for", str(world["qwen-student"])]
+    assert cli.main([*own, *pasted]) == 0
     assert not (tmp_path / "none").exists()
     job = make.prepare(make.Options("none", top_k=8), flags(world, "dft", **of_dft))
     told = size.mean_bytes(size.measure(job), job.what).total * len(job.dataset)

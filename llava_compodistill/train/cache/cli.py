@@ -27,8 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-compodistill cache",
         usage="llava-compodistill cache --output DIR [options] [flags of training]",
-        description="Run the teacher once over a data set and store what the losses need of it: its likeliest tokens "
-        "at answer rows and its mean attention maps. Training then needs no teacher in memory (--teacher_cache DIR), "
+        description="Run the teacher once over a data set and store what the losses need of it: its likeliest tokens\n"
+        "at answer rows and its mean attention maps. Training then needs no teacher in memory (--teacher_cache DIR),\n"
         "for any number of epochs, and of students with as many layers (others: --also_for).",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -42,9 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
                         help="bits of a log-probability (default: %(default)s; 32: float32 as it is)")  # fmt: skip
     parser.add_argument("--map_bits", type=int, default=8, choices=(4, 8, 16, 32),
                         help="bits of an entry of a map (default: %(default)s; 32: float32 as it is)")  # fmt: skip
-    parser.add_argument("--also_for", nargs="+", default=(), metavar="STUDENT",
-                        help="further students (folders or hub names, with the same tokenizer) that are to be trained "
-                        "from it: maps of the groups of teacher layers that they need, too")  # fmt: skip
+    parser.add_argument("--also_for", action="append", default=[], metavar="STUDENT",
+                        help="a further student (folder or hub name, with the same tokenizer) that is to be trained "
+                        "from it: maps of the groups of teacher layers that it needs; may be repeated")  # fmt: skip
     parser.add_argument("--shard_samples", type=int, metavar="N",
                         help="samples of a shard, which is what a kill costs each process at most (default: about "
                         "256 MB of them)")  # fmt: skip
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with disk.explained(options.output, "it goes on with the shards that are there"):
-            make(Options(**vars(options)), flags)
+            make(Options(**{**vars(options), "also_for": tuple(options.also_for)}), flags)
     finally:
         if torch.distributed.is_initialized():  # without waiting: who is done needs nothing of the others
             torch.distributed.destroy_process_group()

@@ -16,7 +16,7 @@ PYTHON=${PYTHON:-python}
 OUT=${OUT:-gpu-results}
 LIMIT=${LIMIT:-540}
 EACH=${SECONDS_EACH:-2}
-STEPS=(tests op head step fit profile compile teacher cache eval images plan quickstart)
+STEPS=(tests op head step fit profile compile teacher cache loader eval images plan quickstart)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
@@ -41,7 +41,7 @@ if [[ ${REHEARSE:-0} == 1 ]]; then
     bench=("$PYTHON" scripts/benchmark/run.py --seconds 0 --device cpu --preset miniature --threads 1)
     quick=(quickstart --smoke --methods compodistill)
     marked="not gpu" # those without a GPU, of the same files
-    small=(-k "kernels_in_the_interpreter or chunked")
+    small=(-k "kernels_in_the_interpreter or chunked or test_waits")
 elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu.sh: PyTorch sees no GPU. REHEARSE=1 runs the same steps on the CPU, with the smallest sizes." >&2
     exit 2
@@ -57,10 +57,10 @@ suite() {
 
 do_step() {
     case $1 in
-    # The kernels against float64, forward and backward. Nothing else counts while one of them fails.
+    # The kernels against float64, forward and backward, and what waits for the device. They come before all else.
     tests) "$PYTHON" -m pytest -q -p no:cacheprovider -m "$marked" ${small[@]+"${small[@]}"} \
-        tests/test_visual_attention.py tests/test_visual_attention_triton.py ;;
-    op | head | teacher | cache | eval | images) suite "$1" ;;
+        tests/test_visual_attention.py tests/test_visual_attention_triton.py tests/test_waits.py ;;
+    op | head | teacher | cache | loader | eval | images) suite "$1" ;;
     step) if [[ ${REHEARSE:-0} == 1 ]]; then suite step; else suite step --batch 1,4,8 --length 1024,2048; fi ;;
     fit) if [[ ${REHEARSE:-0} == 1 ]]; then suite fit --limit 0.01; else suite fit --limit 48 --length 2048; fi ;;
     profile | compile) suite "$1" ;;

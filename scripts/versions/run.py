@@ -295,7 +295,8 @@ def _order(item: tuple[tuple[str, str, str], Cell]) -> tuple:
 def rows(cells: dict[tuple[str, str, str], Cell]) -> Iterator[tuple[str, str, str, str]]:
     """Python, transformers, torch, outcome: a row an environment."""
     for _, cell in sorted(cells.items(), key=_order):
-        outcome = f"{cell.outcome}: {cell.why}" if cell.why else cell.tests.split(" in ")[0]
+        counts = re.sub(r", \d+ warnings?", "", cell.tests.split(" in ")[0])
+        outcome = f"{cell.outcome}: {cell.why}" if cell.why else counts
         torch = cell.versions.get("torch", cell.torch).partition("+")[0]
         yield cell.python, cell.transformers, torch, outcome
 

@@ -95,7 +95,7 @@ setup(
     package_dir={"llava_compodistill.scripts": "scripts", "llava_compodistill.patches": "patches"},
     package_data={
         "llava_compodistill": ["**/*.json", "**/*.md"],
-        # Not scripts/benchmark, faults, miniature and scale: they are run from a checkout.
+        # Not scripts/benchmark, faults, miniature, scale and versions: they are run from a checkout.
         "llava_compodistill.scripts": ["*.sh", "*.json", "eval/*.sh"],
         "llava_compodistill.patches": ["*.patch", "*.md"],
     },

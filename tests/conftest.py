@@ -12,6 +12,8 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A name that is no folder is looked for on the hub, again and again where there is no network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from llava_compodistill.errors import NonFiniteLossError
@@ -98,6 +100,9 @@ def test_a_run_with_nothing_left_says_so_and_returns_like_any_other(dft, tmp_pat
     assert result.global_step == 2 and result.metrics == {}
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("4.38"), reason="this Trainer does not log the gradients' norm"
+)
 def test_a_gradient_that_is_not_finite_is_named_where_it_is_logged(dft, poisoned_gradient):
     poisoned_gradient(2)
     with pytest.raises(NonFiniteLossError, match="Step 2: the norm of the gradients became nan"):

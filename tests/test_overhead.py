@@ -82,7 +82,7 @@ def test_a_sample_reads_its_record_once(world, tokenizer, tmp_path):
     data.list_data_dict = Counting(data.list_data_dict)
     for name, value in data[1].items():
         assert torch.equal(value, expected[name])
-    assert data.list_data_dict.asked == 2, "one for the sample's name, one to read it"
+    assert data.list_data_dict.asked == 1
 
 
 def test_short_texts_are_tokenized_once(tokenizer):

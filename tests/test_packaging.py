@@ -19,7 +19,7 @@ PACKAGE = Path(llava_compodistill.__file__).resolve().parent
 SOURCE = Path(os.environ.get("COMPODISTILL_SOURCE") or Path(__file__).resolve().parent.parent)
 
 #: Folders of scripts/ that are run from a checkout and are not in the wheel.
-CHECKOUT_ONLY = ("benchmark", "faults", "miniature", "scale")
+CHECKOUT_ONLY = ("benchmark", "faults", "miniature", "scale", "versions")
 
 installed = pytest.mark.skipif("COMPODISTILL_SOURCE" not in os.environ, reason="scripts/test.sh installs the wheel")
 

@@ -93,7 +93,7 @@ def deadly(images, processor, config):
     return process(images, 1.0, config)
 
 
-@pytest.mark.parametrize("place", [0, 2, 4])
+@pytest.mark.parametrize("place", [0, 4])
 def test_a_worker_that_dies_names_its_image_and_the_others_go_on(folder, caplog, place):
     asked = names(folder, 0, 1, 2, 3)
     asked.insert(place, str(folder / "4.png"))

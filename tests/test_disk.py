@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from llava_compodistill.errors import CompoDistillError, DiskError
-from llava_compodistill.train import disk
+from llava_compodistill.hosts import disk
 
 
 def python(path):

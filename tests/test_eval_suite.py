@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -275,6 +276,22 @@ def test_a_stopped_run_says_that_it_goes_on(place, monkeypatch, capsys, tmp_path
     monkeypatch.setattr("llava_compodistill.eval.cli.load", stop)
     assert main([*place["flags"], "--benchmarks", "winoground", "--output", str(tmp_path)]) == 130
     assert "the same command goes on from there" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(place, monkeypatch, capsys, tmp_path):
+    flags = [*place["flags"], "--benchmarks", "winoground", "--output", str(tmp_path / "out")]
+    sync, full = os.fsync, [OSError(errno.ENOSPC, "No space left on device")]
+
+    def fsync(handle):
+        if full:
+            raise full.pop()
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written: No space left on device" in error and "what was answered is kept" in error
+    assert main(flags) == 0 and (tmp_path / "out" / "winoground.json").is_file()
 
 
 def test_a_path_is_the_same_however_it_is_written_and_another_base_is_not(place, capsys, monkeypatch):

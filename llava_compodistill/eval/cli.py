@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.text import Text
 
 from ..errors import DataError, MissingData, NonFiniteModelError, RecordsError, SampleError
+from ..hosts import disk
 from ..hosts.llava.images import most_pixels
 from . import check, protocols, shares
 from .benchmarks import VARIABLE, files, registered
@@ -159,6 +160,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_template(args.conv_mode)
     args.devices = shares.devices(args.device, args.processes)
     args.dtype_given, args.dtype = args.dtype, shares.dtype_for(args.devices, args.dtype)
+    with disk.explained(str(folder(args)), "what was answered is kept, and the others are asked"):
+        return answer(args, argv, chosen)
+
+
+def answer(args: argparse.Namespace, argv: Sequence[str], chosen: Sequence[Benchmark]) -> int:
+    """Ask what is not answered yet, and score; an exit status."""
     # Everything is read and checked before a model is: a missing image shows now, not after hours.
     plan = prepare(args, chosen)
     if args.share:

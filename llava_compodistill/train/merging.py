@@ -22,10 +22,11 @@ from torch import nn
 
 from .. import compat
 from ..errors import CheckpointError, CompoDistillError, DiskError, OutputError
+from ..hosts import disk
 from ..hosts.files import is_path
 from ..hosts.llava import register
 from ..hosts.llava.model import has_own_tower
-from . import checkpoint, disk, manifest
+from . import checkpoint, manifest
 from .mix import MANIFEST_FILE
 from .resume import CALIBRATION_FILE, RUN_FILE
 

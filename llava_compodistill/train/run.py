@@ -18,6 +18,7 @@ import transformers
 
 from .. import compat
 from ..errors import CheckpointError, CompoDistillError, FlagError
+from ..hosts import disk
 from ..hosts.llava import register
 from ..hosts.llava.loader import add_image_tokens, checkpoint_kind, read_tokenizer
 from ..hosts.llava.model import llava_core
@@ -26,7 +27,7 @@ from ..hosts.llava.taf import PROJECTOR_TYPE
 from ..hosts.llava.templates import prepare_tokenizer, use_template
 from ..pair.student import build_student, compute_dtype
 from ..pair.teacher import load_teacher
-from . import checkpoint, disk, manifest, resume
+from . import checkpoint, manifest, resume
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .cache.run import open_cache
 from .checks import check_arguments

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("llava_compodistill").setLevel(logging.INFO)
     import torch
 
-    from .. import disk
+    from ...hosts import disk
     from .make import Options, make
 
     try:

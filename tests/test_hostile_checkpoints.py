@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_compodistill.errors import CheckpointError
 from llava_compodistill.hosts.llava import register
+from llava_compodistill.hosts.llava.host import import_llava
 
 register()
 
@@ -140,6 +141,15 @@ def test_an_adapter_names_its_own_config_where_the_language_model_does_not_fit(d
 # ---------------------------------------------------------------------------------------------------------------------
 # Towers
 # ---------------------------------------------------------------------------------------------------------------------
+def test_llavas_loader_says_when_a_checkpoint_names_no_tower(full):
+    config = json.loads((full / "config.json").read_text())
+    del config["mm_vision_tower"]
+    (full / "config.json").write_text(json.dumps(config))
+    loader = import_llava("llava.model.builder").load_pretrained_model
+    with pytest.raises(CheckpointError, match=r"config\.json: it names no mm_vision_tower"):
+        loader(str(full), None, "llava-full", device="cpu")
+
+
 def test_a_folder_that_is_no_tower_is_refused(full, siglip, tmp_path):
     edit(full / "config.json", mm_vision_tower=str(full))
     with pytest.raises(CheckpointError, match=r"config\.json: mm_vision_tower .* no vision tower .*'llava_qwen2'"):

@@ -194,6 +194,13 @@ def test_a_summary_that_is_none(tmp_path, changes, message):
         read_summary(tmp_path / "pope.json")
 
 
+def test_a_summary_of_an_unknown_benchmark_is_named_with_its_file(tmp_path):
+    (tmp_path / "pope.json").write_text(json.dumps({**SUMMARY, "benchmark": "human"}))
+    for read in (read_summary, lambda path: compare([path], samples=10)):
+        with pytest.raises(DataError, match=r"pope\.json: benchmark 'human': there are sugarcrepe, "):
+            read(tmp_path / "pope.json")
+
+
 @pytest.mark.parametrize(
     "record", [{"id": "1"}, {"id": "1", "category": "random", "label": 3, "text": "yes"}, {"id": "1", "label": "yes",
      "category": "random", "text": 7}, {"id": ["1"]}, 3],

@@ -174,8 +174,6 @@ def grouped(paths: Sequence[Path]) -> dict[str, list[Path]]:
         if not files:
             raise DataError(f"{path}: no summary of `llava-compodistill eval` there.")
         summaries = {file: read_summary(file) for file in files}
-        for summary in summaries.values():
-            get(summary["benchmark"])  # of a file that was named, it may be unknown
         # Without labels on this machine there is nothing to draw items of.
         counted = {
             s["benchmark"]: file for file, s in summaries.items() if s["figures"].get(s["headline"]) is not None

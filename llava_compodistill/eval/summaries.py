@@ -118,4 +118,8 @@ def read_summary(path: Path) -> dict[str, Any]:
             raise DataError(f"{path}: no summary of `llava-compodistill eval`, its {name!r} is {summary[name]!r:.60}.")
     if not isinstance(summary.get("pins", {}), dict | None):
         raise DataError(f"{path}: no summary of `llava-compodistill eval`, its 'pins' are {summary['pins']!r:.60}.")
+    try:
+        get(summary["benchmark"])
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     return summary

@@ -314,6 +314,8 @@ def dispatching_loader(original: Callable[..., tuple]) -> Callable[..., tuple]:
         add_image_tokens(model, tokenizer)
         suppress_padded_vocabulary(model, tokenizer)
         tower = model.get_vision_tower()
+        if tower is None:
+            raise CheckpointError(f"{os.path.join(model_path, 'config.json')}: it names no mm_vision_tower.")
         if not tower.is_loaded:
             with loading(tower.vision_tower_name):
                 tower.load_model(device_map=device_map if kwargs.get("device_map") == "auto" else None)

@@ -55,7 +55,10 @@ def test_an_environment_is_judged_by_its_tests(monkeypatch, tmp_path, code, outc
 
 
 def test_what_pip_refuses_is_named(monkeypatch, tmp_path):
+    asked = []
+
     def run(command, **kwargs):
+        asked.append(command)
         failed = "torch==9" in command
         text = "WARNING: old\nERROR: No matching distribution found for torch==9\n" if failed else ""
         return subprocess.CompletedProcess(command, int(failed), "", text)
@@ -65,7 +68,10 @@ def test_what_pip_refuses_is_named(monkeypatch, tmp_path):
     wheel = tmp_path / "ours.whl"
     cell = versions.Cell("3.11", "current", "9", "5.18.0")
     assert versions.install(cell, "python", wheel, tmp_path) == "No matching distribution found for torch==9"
-    assert versions.install(versions.Cell("3.11", "current", "2.5.0", "5.18.0"), "python", wheel, tmp_path) == ""
+    for python in ("3.11", "3.13"):  # the second is not allowed by setup.py
+        asked.clear()
+        assert versions.install(versions.Cell(python, "current", "2.5.0", "5.18.0"), "python", wheel, tmp_path) == ""
+        assert any("--ignore-requires-python" in command for command in asked) == (python == "3.13")
 
 
 def test_the_tables_show_what_ran():

@@ -36,6 +36,8 @@ GENERATIONS = {"llava": "PINS_LLAVA", "current": "PINS_CURRENT"}
 RESULTS = HERE / "results" / "versions.json"
 #: setup.py's lower bound.
 OLDEST_TORCH = Version("2.1")
+#: Its upper one.
+NEWEST_PYTHON = Version("3.12")
 #: torch before this one is built for NumPy 1, and says so only when the two meet.
 NUMPY_2 = Version("2.3")
 #: What meets torch, transformers, accelerate, PEFT and LLaVA: the maps and losses against their references, capture,
@@ -220,6 +222,8 @@ def install(cell: Cell, interpreter: str, wheel: Path, venv: Path) -> str:
     torch = f"torch=={cell.torch}"
     if Version(cell.torch) < NUMPY_2:
         packages.append("numpy<2")
+    # A Python that setup.py does not allow yet is tried, too: what runs there is the question.
+    binary = (*binary, "--ignore-requires-python") if Version(cell.python) > NEWEST_PYTHON else binary
     steps = (
         ("install", *binary, "-U", "pip", "setuptools>=64,<81", "wheel"),
         ("install", *binary, torch, *packages, f"{wheel}[dev,tensorboard]"),

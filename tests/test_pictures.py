@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from llava_compodistill.errors import DataError
 from llava_compodistill.eval import pictures as module
@@ -107,7 +108,9 @@ def test_a_worker_that_dies_names_its_image_and_the_others_go_on(folder, caplog,
 
 
 def test_a_worker_that_dies_does_not_disturb_the_model(folder):
-    """PyTorch's handler would raise in the main thread, wherever that is."""
+    """PyTorch's handler would raise in the main thread, wherever that is; a loader before this one has set it."""
+    list(DataLoader([0], num_workers=1, multiprocessing_context="fork"))
+    assert signal.getsignal(signal.SIGCHLD) not in (signal.SIG_DFL, signal.SIG_IGN, None)
     asked = names(folder, 0, 1, 4, 2)
     pictures = Pictures(MakePixels(deadly, 12, None, torch.float32), 1, ahead=8)
     pictures.expect(asked)

@@ -218,8 +218,7 @@ class _Ahead:
     def __init__(self, loader: DataLoader, most: int):
         self._queue: queue.Queue[Any] = queue.Queue(max(1, most))
         self._stopped = threading.Event()
-        with _without_torchs_handler():
-            made_by_workers = iter(loader)  # starts them
+        made_by_workers = _unwatched(iter(loader))  # starts them
         self._thread = threading.Thread(target=self._pull, args=(made_by_workers,), daemon=True)
         self._thread.start()
 
@@ -253,18 +252,13 @@ class _Ahead:
         self._thread.join(timeout=1)
 
 
-@contextlib.contextmanager
-def _without_torchs_handler() -> Iterator[None]:
-    """In here PyTorch's data loader may start workers, but its handler of their deaths does not stay: it raises in the
-    main thread, wherever that is. The thread that asks the workers finds out by itself, within seconds."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+def _unwatched(workers: Any) -> Any:
+    """A started loader whose workers PyTorch's handler of SIGCHLD does not know: it would raise in the main thread,
+    wherever that is. The thread that asks the workers finds out by itself that one has died, within seconds."""
+    if getattr(workers, "_worker_pids_set", False):
+        torch.utils.data._utils.signal_handling._remove_worker_pids(id(workers))
+        workers._worker_pids_set = False  # the loader's own end would remove them once more, and fail
+    return workers
 
 
 class _Made(Dataset):

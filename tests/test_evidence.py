@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -192,3 +193,31 @@ def test_bad_input(arguments, message, capsys):
     with pytest.raises(SystemExit):
         cli.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_students_that_differ_in_their_seed_share_a_cache(tmp_path, monkeypatch):
+    from miniature import caches
+
+    made = []
+
+    def run_command(asked, environment, log):
+        made.append(asked)
+        folder = Path(asked[asked.index("--output") + 1])
+        folder.mkdir(parents=True)
+        (folder / "shard").write_bytes(b"12345")
+        return 1.0
+
+    monkeypatch.setattr(caches, "run_command", run_command)
+    places = {"STUDENT": tmp_path, "TEACHER": tmp_path, "TOWER": tmp_path, "DATA": "d.json", "IMAGES": tmp_path}
+    (tmp_path / "mm_projector.bin").touch()
+
+    def cached(options, seed, *flags):
+        settings = {**places, "DPT": tmp_path, "OUTPUT": tmp_path / f"student-{seed}", "PRECISION": "fp32"}
+        return caches.cache_once(tmp_path, options, "dft.sh", settings, ["--seed", str(seed), *flags], 1)
+
+    first = cached("--top_k 4 --map_bits 4", 0, "--max_steps", "5")
+    assert first["bytes"] == 5 and cached("--top_k 4 --map_bits 4", 1) == first and len(made) == 1
+    assert made[0][:5] == ["cache", "--output", first["folder"], "--top_k", "4"]
+    assert "llava_compodistill.train" in made[0] and made[0][made[0].index("--stage") + 1] == "dft"
+    others = [cached("--top_k 8", 0), cached("--top_k 4 --map_bits 4", 0, "--attention_rows", "answer")]
+    assert len({first["folder"], *(other["folder"] for other in others)}) == 3

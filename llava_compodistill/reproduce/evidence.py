@@ -153,7 +153,35 @@ FASTER = replace(
     "`beyond`: 90 % of the gap between SFT and the teacher with half of CompoDistill's steps.",
 )
 
-STUDIES = {study.name: study for study in (EVIDENCE, SECOND, OBJECTIVE, BEYOND, FASTER)}
+
+def _cached(tokens: int, logit_bits: int, map_bits: int) -> Row:
+    options = f"--top_k {tokens} --logit_bits {logit_bits} --map_bits {map_bits}"
+    return Row(
+        f"cache: {tokens} tokens, {logit_bits} bits, maps {map_bits} bits", replace(COMPODISTILL, cache=options)
+    )
+
+
+CACHED = replace(
+    EVIDENCE,
+    name="cached",
+    title="Evidence: a cache in the teacher's place",
+    rows={
+        "teacher": Row("Teacher", None),
+        "sft": Row("SFT", SFT),
+        "full": Row("CompoDistill, the teacher in memory", COMPODISTILL),
+        "64": _cached(64, 8, 8),
+        "16": _cached(16, 8, 8),
+        "4": _cached(4, 8, 4),
+    },
+    claims=tuple(
+        Claim(f"within {MARGIN:g} points of the teacher in memory: {text}", name, "full", "relations", MARGIN)
+        for name, text in (("64", "the default"), ("16", "16 tokens"), ("4", "4 tokens, maps of 4 bits"))
+    ),
+    tuned_as="full",
+    note="The vocabulary has 704 tokens. All students take what was chosen for the teacher in memory.",
+)
+
+STUDIES = {study.name: study for study in (EVIDENCE, SECOND, OBJECTIVE, BEYOND, FASTER, CACHED)}
 
 
 def curve_sections(

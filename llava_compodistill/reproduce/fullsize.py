@@ -125,6 +125,8 @@ class FullSizeWorld:
             lacking.append("data.scaled (Table 9: a YAML mix)")
         if lacking:
             return f"needs {' and '.join(lacking)} in {self.file.name}"
+        if recipe.cache:
+            return "needs a cache of the teacher, which is not made here (`llava-compodistill cache`)"
         whole = set(find_method(recipe.method).whole_stages) & set(recipe.stages)
         if self.file.lora and (whole or "--unfreeze_mm_vision_tower" in recipe.flags):
             return f"trains whole weights, which `lora: true` in {self.file.name} excludes"

@@ -29,6 +29,8 @@ class Recipe:
         rate: learning rate of the stage that does the work (DFT where there is one); None for the world's own.
         weight: factor of the weight of the loss that distils: of L_ADL with `vat`, else of L_KL; None for 1.
         steps: optimizer steps of all stages together, as a share of the world's own.
+        cache: options of `llava-compodistill cache`, separated by spaces: the student is trained from a cache of the
+            teacher that is made with them. Empty for the teacher itself.
     """
 
     stages: tuple[str, ...] = ("dpt", "dft", "sft")
@@ -44,6 +46,7 @@ class Recipe:
     rate: float | None = None
     weight: float | None = None
     steps: float = 1.0
+    cache: str = ""
 
     def __post_init__(self) -> None:
         first, *others = self.stages
@@ -53,7 +56,7 @@ class Recipe:
     def described(self) -> dict[str, Any]:
         """As JSON holds it; without what came later and is not used, so that earlier runs keep their names."""
         values = asdict(self)
-        for name in ("mix", "rate", "weight", "steps"):
+        for name in ("mix", "rate", "weight", "steps", "cache"):
             if values[name] == getattr(Recipe, name):
                 del values[name]
         return json.loads(json.dumps(values))

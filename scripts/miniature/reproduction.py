@@ -21,6 +21,7 @@ from llava_compodistill.reproduce.recipes import ADAPTER_STAGES, Recipe
 from llava_compodistill.reproduce.world import stage_settings
 
 from . import weights
+from .caches import cache_once
 from .dataset import EXTRA_ROUNDS, write_more
 from .quickstart import _write_data, recipe
 from .settings import VERSION, Settings, preset
@@ -190,6 +191,7 @@ class MiniatureWorld:
         settings, models = self.preset, self.root / "models"
         outputs: list[Path] = []
         curve: list[list[float]] = []
+        caches: list[dict[str, Any]] = []
         seconds, total = 0.0, 0
         main = max(range(1, len(recipe.stages)), key=lambda position: self.steps_and_rate(recipe, position)[0])
         for position, stage in enumerate(recipe.stages):
@@ -220,12 +222,18 @@ class MiniatureWorld:
             if self.curve and position == main:
                 flags += ["--save_strategy", "steps", "--save_steps", str(max(1, steps // self.curve))]
                 flags += ["--save_total_limit", str(self.curve + 1)]
+            if recipe.cache and stage not in ("pt", "sft"):
+                made = cache_once(self.root / "caches", recipe.cache, script, environment, flags, threads)
+                flags += ["--teacher_cache", str(made["folder"])]
+                caches.append({"stage": stage, **made})
             seconds += run_script(script, environment, flags, folder / f"{position}-{stage}.log", threads, on_log)
             if self.curve and position == main:
                 curve = self._curve(output, total)
             outputs.append(output)
             total += steps
         found = {"checkpoint": str(outputs[-1]), "seconds": round(seconds, 1), "steps": total}
+        if caches:  # made once for all students: not among their seconds
+            found["caches"] = caches
         if self.curve:
             curve += self._curve(outputs[-1], total) if main < len(outputs) - 1 else []
             found["curve"] = curve

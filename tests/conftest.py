@@ -98,6 +98,14 @@ def ranks():
 
 
 @pytest.fixture(scope="session")
+def warm_python(tmp_path_factory) -> str:
+    """An interpreter that need not import everything (`warm`), for commands and scripts."""
+    import warm
+
+    return str(made_once(tmp_path_factory, "warm", warm.start) / "python")
+
+
+@pytest.fixture(scope="session")
 def siglip(tmp_path_factory) -> Path:
     """A random SigLIP tower: 56 pixels, 16 patches (`factory.save_tower`)."""
     import factory

@@ -54,8 +54,9 @@ def run(cwd: Path, *command: object, **environment: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(checkout, world) -> Path:
-    """teacher_pretrain, teacher_finetune, dpt, dft and sft through the checkout's scripts, two steps each."""
+def trained(checkout, world, warm_python) -> Path:
+    """teacher_pretrain, teacher_finetune, dpt, dft and sft through the checkout's scripts, two steps each; some of
+    them in a process that has imported everything, LLaVA from where it is installed."""
     data = {"IMAGES": world["data"] / "images", "TOWER": world["siglip"], "GRADIENT_CHECKPOINTING": "True"}
     sizes = {"BATCH": 2, "GLOBAL_BATCH": 4, "WORKERS": 0, "MAX_LENGTH": 512}
     captions = {**data, **sizes, "DATA": world["data"] / "pretrain.json"}
@@ -65,12 +66,13 @@ def trained(checkout, world) -> Path:
     def script(name: str, **environment: object) -> None:
         run(checkout, "bash", f"scripts/{name}", *flags, **environment)
 
-    script("teacher_pretrain.sh", TEACHER_LLM=world["qwen-teacher"], **captions)
-    script("teacher_finetune.sh", TEACHER_LLM=world["qwen-teacher"], **instructions)
+    quick = {} if "LLAVA_CHECKOUT" in os.environ else {"PYTHON": warm_python}
+    script("teacher_pretrain.sh", TEACHER_LLM=world["qwen-teacher"], **captions, **quick)
+    script("teacher_finetune.sh", TEACHER_LLM=world["qwen-teacher"], **instructions, **quick)
     pair = {"STUDENT": world["qwen-student"], "TEACHER": f"./checkpoints/{TEACHER}"}
     script("dpt.sh", **pair, **captions)
     script("dft.sh", **pair, **instructions)
-    script("sft.sh", **pair, **instructions)
+    script("sft.sh", **pair, **instructions, **quick)
     return checkout / "checkpoints"
 
 

@@ -46,8 +46,19 @@ def command(name: str, *flags: str, model: str = "llava-student") -> list[str]:
     return ["bash", f"scripts/eval/{name}.sh", f"checkpoints/{model}", *flags]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def python(warm_python):
+    """Starting Python is what these tests would wait for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PYTHON, "path", warm_python)
+        yield
+
+
+PYTHON = {"path": sys.executable}
+
+
 def environment(**settings: str) -> dict[str, str]:
-    mine = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CONV_MODE": "qwen_qa", "MAX_NEW_TOKENS": "4"}
+    mine = {"PYTHON": PYTHON["path"], "OMP_NUM_THREADS": "1", "CONV_MODE": "qwen_qa", "MAX_NEW_TOKENS": "4"}
     return {**os.environ, **mine, **settings}
 
 
@@ -69,7 +80,7 @@ def answers(path: Path) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def pope(checkout) -> str:
-    """What pope.sh prints for the teacher. Starting Python is what these tests wait for, so it is asked once."""
+    """What pope.sh prints for the teacher."""
     return passed(script(checkout, "pope", model="llava-teacher"))
 
 
@@ -133,7 +144,8 @@ def test_a_killed_run_asks_only_what_is_left_and_has_the_same_summary(checkout, 
 def test_a_stopped_script_takes_its_processes_along(checkout):
     """SIGTERM in the middle; what was answered until then is kept, and the rest is asked by the next start."""
     folder = checkout / EVAL / "gqa" / "answers" / "llava_gqa_testdev_balanced" / "llava-student" / "merge"
-    process = subprocess.Popen(command("gqa"), cwd=checkout, env=environment(), stdout=-3, stderr=-3)
+    variables = environment(PYTHON=sys.executable)
+    process = subprocess.Popen(command("gqa"), cwd=checkout, env=variables, stdout=-3, stderr=-3)
     until = time.monotonic() + 120
     share = folder / "1_0.jsonl"
     while not (share.is_file() and share.stat().st_size) and process.poll() is None:
@@ -170,7 +182,7 @@ def test_official_scorers_are_called_where_the_user_has_put_them(checkout):
     assert {"questionId", "prediction"} == set(predictions[0]) and len(predictions) == 61
     # A relative interpreter, as PYTHON=.venv/bin/python, also serves the steps that run in other folders.
     link = checkout / "python"
-    link.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    link.write_text(f'#!/bin/sh\nexec "{PYTHON["path"]}" "$@"\n')
     link.chmod(0o755)
     assert "are not in" in passed(script(checkout, "mme", PYTHON="./python"))
     (root / "MME" / "eval_tool").mkdir()

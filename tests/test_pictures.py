@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, dataloader
 
 from llava_compodistill.errors import DataError
 from llava_compodistill.eval import pictures as module
@@ -30,6 +30,13 @@ def folder(tmp_path):
     (tmp_path / "broken.png").write_bytes((tmp_path / "3.png").read_bytes()[:60])
     (tmp_path / "empty.png").write_bytes(b"")
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    """PyTorch asks every five seconds whether its workers are alive, and waits as long for their end."""
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.3,))
+    monkeypatch.setattr(dataloader._utils, "MP_STATUS_CHECK_INTERVAL", 0.3)
 
 
 def process(images, processor, config):

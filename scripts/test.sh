@@ -1,6 +1,8 @@
 #!/bin/bash
-# Sets up both environments, then runs the linter and all tests against the built and installed wheel. Nothing needs to
+# Sets up both environments, then runs the linter and the tests against the built and installed wheel. Nothing needs to
 # be installed but Python 3.10-3.12. Arguments go to pytest: bash scripts/test.sh -k layer_matching
+#
+#   --all          with the long forms of tests (the marker `long`), as continuous integration does; the first argument
 #
 #   TEST_WORKERS   pytest processes: the number of cores, at most 4
 #   TEST_ENVS      environments to test in: ".venv .venv-llava"
@@ -8,6 +10,12 @@ set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+MARKS="not long"
+if [[ ${1:-} == --all ]]; then
+    MARKS=
+    shift
+fi
 
 STARTED=$SECONDS
 CORES=$(getconf _NPROCESSORS_ONLN)
@@ -61,7 +69,7 @@ WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 mkdir "$WORK/empty"
 
-only=() # what does not depend on transformers (the marker `once`) is tested in the first environment
+only=(${MARKS:+-m "$MARKS"})
 for name in "${TEST_ENVS[@]}"; do
     python=$ROOT/$name/bin/python
     version=$("$python" -c 'import importlib.metadata as m; print(m.version("transformers"))')
@@ -75,9 +83,9 @@ for name in "${TEST_ENVS[@]}"; do
     ) 2>&1 | tee "$WORK/log" || status=${PIPESTATUS[0]}
     counts=$(grep -E '^=+ .*(passed|failed|error|no tests ran).* =+$' "$WORK/log" | tail -n 1 | tr -d '=' | xargs || true)
     # 5: nothing was left to run, which is no failure when the first environment has run it.
-    [[ $status != 5 || ${#only[@]} == 0 ]] || status=0
+    [[ $status != 5 || $name == "${TEST_ENVS[0]}" ]] || status=0
     result "$name, transformers $version" "$status" "${counts:-pytest stopped with status $status}"
-    only=(-m "not once")
+    only=(-m "${MARKS:+$MARKS and }not once") # what does not depend on transformers is tested in the first alone
 done
 
 printf -v text '; %s' "${SUMMARY[@]}"

@@ -38,7 +38,7 @@ def measured(tmp_path_factory):
     """The CSV of all suites that this transformers can run, and its pictures."""
     path = tmp_path_factory.mktemp("benchmark") / "figures.csv"
     suites = "op,head,profile,sight,teacher,cache,eval"
-    suites = suites.replace("head,", "head,step,fit,") if CURRENT else suites
+    suites = suites.replace("head,", "head,step,fit,growth,") if CURRENT else suites
     done = run(
         "run.py",
         "--device",
@@ -60,6 +60,7 @@ def measured(tmp_path_factory):
     return path
 
 
+@pytest.mark.long
 def test_every_variant_has_its_figures(measured):
     found = rows(measured)
     expected = {"op": {"eager", "chunked"}, "head": {"all positions", "answer rows", "ours"}}
@@ -81,6 +82,7 @@ def test_every_variant_has_its_figures(measured):
     assert all(row["device"] and row["torch"] == torch.__version__ and "run.py" in row["command"] for row in found)
 
 
+@pytest.mark.long
 def test_the_sight_guard_takes_below_one_percent(measured):
     """At the quick start's settings; the figures themselves are those of a busy machine."""
     found = {row["variant"]: row for row in rows(measured) if row["suite"] == "sight"}
@@ -91,6 +93,7 @@ def test_the_sight_guard_takes_below_one_percent(measured):
         assert float(row["sight_share"]) < 0.01 and row["note"].endswith("with 32 samples a step")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not CURRENT, reason="the whole step is measured on current transformers")
 def test_a_step_and_its_fit(measured):
     found = rows(measured)
@@ -101,6 +104,28 @@ def test_a_step_and_its_fit(measured):
     assert all(float(row["flops_share"]) > 0 for row in found if row["suite"] == "step")
 
 
+@pytest.mark.long
+@pytest.mark.skipif(not CURRENT, reason="the whole step is measured on current transformers")
+def test_growth_has_its_exponents(measured):
+    found = [row for row in rows(measured) if row["suite"] == "growth"]
+    memory = {(row["variant"], row["note"].split(":")[0]): row["memory_exponent"] for row in found}
+    # All positions have logits of their own; ours has those of the answer rows.
+    assert float(memory["head, all positions", "positions"]) > 0.8 > 0.3 > float(memory["head, ours", "positions"])
+    assert float(memory["map, eager", "N"]) > 1.5
+    sizes = {kind for variant, kind in memory if variant == "step, ours"}
+    assert sizes >= {"N", "B", "layers aligned"}
+
+
+def test_exponents(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    exponent = importlib.import_module("growth").exponent
+    assert exponent([1, 2, 4], [3, 6, 12]) == pytest.approx(1) and exponent([1, 3, 9], [2, 18, 162]) == pytest.approx(
+        2
+    )
+    assert exponent([8, 16], [5, 5]) == 0
+
+
+@pytest.mark.long
 def test_placements_of_the_teacher(measured):
     """An offloaded one gives equal bits with fewer weights on the device; what cannot run says why."""
     found = {row["variant"]: row for row in rows(measured) if row["suite"] == "teacher"}
@@ -118,6 +143,7 @@ def test_placements_of_the_teacher(measured):
         )
 
 
+@pytest.mark.long
 def test_a_step_from_a_cache(measured):
     """What is stored whole gives the teacher's gradients in no more memory, and fewer bits are fewer bytes."""
     found = {row["variant"]: row for row in rows(measured) if row["suite"] == "cache"}
@@ -133,6 +159,7 @@ def test_a_step_from_a_cache(measured):
     )
 
 
+@pytest.mark.long
 def test_pictures(measured):
     done = run("plot.py", measured)
     assert done.returncode == 0, done.stderr
@@ -162,6 +189,7 @@ def test_errors(args, message, monkeypatch, capsys):
     assert message in f"{printed.out}{printed.err}{end.value.code}"
 
 
+@pytest.mark.long
 def test_the_gpus_order_is_rehearsed_step_by_step_and_goes_on(tmp_path):
     environment = {**os.environ, "REHEARSE": "1", "PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
 
@@ -179,6 +207,7 @@ def test_the_gpus_order_is_rehearsed_step_by_step_and_goes_on(tmp_path):
     assert gpu("ops").returncode == 2
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not weights.have_stored_weights(), reason="no stored weights")
 def test_a_manifest_is_checked(tmp_path):
     done = run("run.py", "--device", "cpu", "--suite", "check", "--records", 300, "--output", tmp_path / "check.csv")

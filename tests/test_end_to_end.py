@@ -119,7 +119,7 @@ def test_llavas_own_evaluation_answers_with_the_student(trained, checkout, world
 
 
 @pytest.mark.once
-@pytest.mark.slow
+@pytest.mark.long
 def test_quickstart_smoke(tmp_path):
     """The whole miniature experiment in seconds, through the same code as the real one."""
     quickstart = [sys.executable, Path(__file__).parents[1] / "scripts" / "miniature", "quickstart", "--smoke"]

@@ -29,6 +29,7 @@ KINDS = "dpt,dft,kill,disk,data,image,answers,records,checkpoint"
 
 
 @needs_compiler
+@pytest.mark.long
 def test_nothing_is_lost_in_a_short_run(tmp_path):
     """12 kills, 3 full disks, some hundred files that are not what they should be."""
     report = tmp_path / "faults.json"

@@ -16,7 +16,7 @@ PYTHON=${PYTHON:-python}
 OUT=${OUT:-gpu-results}
 LIMIT=${LIMIT:-540}
 EACH=${SECONDS_EACH:-2}
-STEPS=(tests op head step fit profile compile teacher cache loader eval images plan quickstart)
+STEPS=(tests op head step fit profile compile teacher cache loader eval images plan growth quickstart)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
@@ -63,7 +63,7 @@ do_step() {
     op | head | teacher | cache | loader | eval | images) suite "$1" ;;
     step) if [[ ${REHEARSE:-0} == 1 ]]; then suite step; else suite step --batch 1,4,8 --length 1024,2048; fi ;;
     fit) if [[ ${REHEARSE:-0} == 1 ]]; then suite fit --limit 0.01; else suite fit --limit 48 --length 2048; fi ;;
-    profile | compile) suite "$1" ;;
+    profile | compile | growth) suite "$1" ;;
     plan) suite plan --calibration "$OUT/calibration.json" ;;
     quickstart) "$PYTHON" scripts/miniature "${quick[@]}" --output "$OUT/quickstart" ;;
     esac

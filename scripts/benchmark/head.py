@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import compare, extra_memory
+from measure import compare, extra_memory, limit_ms
 
 from llava_compodistill.losses import IGNORE_INDEX
 from llava_compodistill.ops.answer_loss import answer_loss
@@ -34,6 +34,15 @@ class Shape:
             "vocab": self.vocab,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+    def limit(self, device: torch.device) -> float:
+        """Least ms: logits of the answer rows, the gradient of the hidden states and of a head that is trained. Reads
+        the heads, and writes the gradient of one that is trained."""
+        weights = self.vocab * self.student
+        products = 2 * self.answers * (weights * (3 if self.train_head else 2) + self.vocab * self.teacher)
+        size = torch.finfo(self.dtype).bits // 8
+        moved = size * (weights * (2 if self.train_head else 1) + self.vocab * self.teacher)
+        return limit_ms(products, moved, device, self.dtype)
 
 
 class Inputs:
@@ -139,7 +148,8 @@ def run(shapes: list[Shape], device: torch.device, seconds: float) -> Iterator[d
                 yield {**row, "parity": f"FAILED {error:.1e}"}
                 continue
             p20, p50, p80 = times[name]
-            yield {**row, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "extra_mib": extra_memory(work[name], device)}
+            figures = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "limit_ms": shape.limit(device)}
+            yield {**row, **figures, "extra_mib": extra_memory(work[name], device)}
 
 
 def parity(shape: Shape, device: torch.device) -> dict[str, tuple[bool, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import shlex
 import statistics
 import sys
@@ -17,10 +18,10 @@ import torch
 from llava_compodistill.about import commit
 
 COLUMNS = (
-    "suite preset variant batch length visual heads kv_heads head_size rows vocab teacher student dtype parity "
-    "p20_ms p50_ms p80_ms extra_mib measured_mib predicted_mib error step_error samples_per_s flops_share sight_share "
-    "note "
-    "device torch triton transformers commit date command"
+    "suite preset variant batch length visual heads kv_heads head_size rows vocab teacher student dtype "
+    "parity p20_ms p50_ms p80_ms limit_ms extra_mib time_exponent memory_exponent measured_mib "
+    "predicted_mib error step_error samples_per_s flops_share sight_share note device torch triton "
+    "transformers commit date command"
 ).split()
 
 
@@ -87,12 +88,27 @@ def extra_memory(call: Callable[[], Any], device: torch.device) -> float:
     return peak / 2**20
 
 
+@functools.cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square product: what "100 %" means in the FLOPs share of a step."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     _, median, _ = compare({"matmul": lambda: a @ b}, device, seconds=2, rounds=10)["matmul"]
     return 2 * size**3 / (median / 1e3)
+
+
+@functools.cache
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    _, median, _ = compare({"copy": lambda: target.copy_(source)}, device, seconds=1, rounds=10)["copy"]
+    return 2 * source.numel() / (median / 1e3)
+
+
+def limit_ms(flops: float, moved: float, device: torch.device, dtype: torch.dtype) -> float:
+    """The least time for so many FLOPs and bytes on this machine, if all went at its measured best (a roofline)."""
+    return 1e3 * max(flops / matrix_rate(device, dtype), moved / copy_rate(device))
 
 
 def machine(device: torch.device) -> dict[str, str]:

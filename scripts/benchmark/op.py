@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from measure import compare, extra_memory
+from measure import compare, extra_memory, limit_ms
 
 from llava_compodistill.ops.visual_attention import fused, visual_attention_map
 
@@ -49,6 +49,16 @@ class Shape:
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
+    def limit(self, device: torch.device, backward: bool) -> float:
+        """Least ms: scores of all that a query sees, once, for their sum; with gradients once more, and a product each
+        for query and key. Causal, so half of N^2. Reads query and key and writes the map, or their gradients."""
+        pairs = self.batch * self.heads * self.length**2 / 2
+        products = 2 * pairs * self.head_size * (4 if backward else 1)
+        size = torch.finfo(self.dtype).bits // 8
+        given = self.batch * self.length * self.head_size * (self.heads + self.kv_heads) * size
+        moved = given + 4 * self.batch * self.length * self.visual
+        return limit_ms(products, moved * (2 if backward else 1), device, self.dtype)
+
 
 def implementations(device: torch.device) -> list[str]:
     names = ["eager", "chunked"]
@@ -84,7 +94,9 @@ def run(shapes: list[Shape], device: torch.device, seconds: float) -> Iterator[d
                     continue
                 p20, p50, p80 = times[name]
                 memory = extra_memory(lambda name=name, call=call: call(name), device)
-                yield {**row, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "extra_mib": memory}
+                least = shape.limit(device, mode != "forward")
+                figures = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "limit_ms": least, "extra_mib": memory}
+                yield {**row, **figures}
 
 
 def parity(shape: Shape, device: torch.device) -> dict[str, tuple[bool, float]]:

@@ -7,6 +7,7 @@ Suites
     fit      largest micro-batch and best throughput within a memory limit, for the same three
     profile  the operators above 2 % of our step
     compile  our step with and without torch.compile
+    growth   how time and memory grow with lengths, images, batch, answer rows, vocabulary and aligned layers
     sight    the sight guard's share of a run, in CPU time on a CPU
     teacher  a teacher's pass by where its weights live (--teacher_placement), and what that does to its targets
     cache    a step with the teacher and from a cache of it (--teacher_cache), by top-k and bits, and bytes a sample
@@ -54,6 +55,7 @@ sys.path.insert(0, str(ROOT))  # the checkout's package, so that the commit in t
 import cache as cache_suite  # noqa: E402
 import check as check_suite  # noqa: E402
 import evaluation  # noqa: E402
+import growth as growth_suite  # noqa: E402
 import head as head_suite  # noqa: E402
 import images as image_suite  # noqa: E402
 import loader as loader_suite  # noqa: E402
@@ -67,8 +69,8 @@ from pair import Pair  # noqa: E402
 from presets import PRESETS, Preset  # noqa: E402
 
 SUITES = (
-    "op", "head", "step", "fit", "profile", "compile", "sight", "teacher", "cache", "eval", "images", "loader",
-    "check", "plan",
+    "op", "head", "step", "fit", "profile", "compile", "growth", "sight", "teacher", "cache", "eval", "images",
+    "loader", "check", "plan",
 )  # fmt: skip
 console = Console()
 
@@ -113,8 +115,9 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         console.print("--device cuda: PyTorch sees no GPU here. --device cpu runs the same suites on small sizes.")
         return 2
-    if {"step", "fit", "compile"} & set(suites) and Version(importlib.metadata.version("transformers")) < Version("5"):
-        console.print("The suites step, fit and compile switch attention backends on built models: transformers 5.")
+    switching = sorted({"step", "fit", "compile", "growth"} & set(suites))
+    if switching and Version(importlib.metadata.version("transformers")) < Version("5"):
+        console.print(f"--suite {','.join(switching)}: switches attention backends on built models: transformers 5.")
         return 2
     device = torch.device(args.device)
     if args.threads:
@@ -164,6 +167,8 @@ def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Na
             yield from step_suite.run(pair, folder, preset.batches, args.seconds)
         elif suite == "fit":
             yield from step_suite.run_fit(pair, folder, preset.limits, args.seconds)
+        elif suite == "growth":
+            yield from growth_suite.run(preset, pair, folder, args.seconds)
         elif suite == "sight":
             yield from sight_suite.run(pair, folder, preset.batches, args.seconds, preset.global_batch)
         elif suite == "teacher":
@@ -210,7 +215,10 @@ TITLES = {
     "kv_heads": "kv",
     "rows": "rows",
     "p50_ms": "ms",
+    "limit_ms": "limit",
     "extra_mib": "MiB",
+    "time_exponent": "time ~",
+    "memory_exponent": "memory ~",
     "measured_mib": "measured MiB",
     "predicted_mib": "predicted",
     "error": "error",
@@ -244,8 +252,9 @@ def table(suite: str, rows: list[dict[str, Any]]) -> Table:
         # In op and head a note is one of the sizes: the pass, or whether the head is trained.
         sizes = ["length", "visual"] if suite == "fit" else ["batch", "length", "visual", "heads", "kv_heads", "rows"]
         # In op and head a note is one of the sizes (the pass, whether the head is trained), in others it begins so.
-        note = row.get("note", "").split(";")[0] if suite in ("op", "head", "fit", "loader") else ""
-        base = first.setdefault((*map(row.get, sizes), row.get("head_size"), note), row)
+        note = row.get("note", "").split(";")[0] if suite in ("op", "head", "fit", "loader", "growth") else ""
+        kind = row["variant"].split(",")[0] if suite == "growth" else ""
+        base = first.setdefault((*map(row.get, sizes), row.get("head_size"), note, kind), row)
         cells = []
         for name in names:
             cells.append(shown(row.get(name, "")))

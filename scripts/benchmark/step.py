@@ -149,7 +149,8 @@ def run(pair: Pair, folder: str, batches: list[int], seconds: float) -> Iterator
                 p20, p50, p80 = times[name]
                 share = spec.flops(size, length) / (p50 / 1e3) / rate
                 memory = extra_memory(fitting[name], device)
-                times_row = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "extra_mib": memory, "flops_share": share}
+                times_row = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "extra_mib": memory}
+                times_row |= {"flops_share": share, "limit_ms": share * p50}
                 yield {**row, **times_row, "samples_per_s": 1e3 * size / p50}
                 pair.student.zero_grad(set_to_none=False)
 

@@ -27,6 +27,12 @@ CELLS = [
     # One of its micro-batches has no image.
     pytest.param("zero3", "dft-full-after-dpt", marks=pytest.mark.once),
     ("zero3", "sft-full-after-dft"),
+    *(
+        pytest.param(mode, run, marks=pytest.mark.long)
+        for mode in ("fsdp2", "zero2", "zero3")
+        for run in ("pt", "sft-full-after-dft", "sft-lora-after-dft")
+        if (mode, run) != ("zero3", "sft-full-after-dft")
+    ),
 ]
 
 
@@ -55,6 +61,21 @@ def test_a_cell_holds(matrix, mode, run):
     refuse_unknown(folder, trusted=False)
     assert mode != "fsdp2" or (folder / "optimizer.bin").exists(), "that was DDP"
     assert not list(folder.glob("pytorch_model_fsdp*")), "the weights are there a second time"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["fsdp2", "zero2", "zero3"])
+def test_llavas_builder_loads_what_is_saved(matrix, mode):
+    """The logits of what two processes have saved, whole and LoRA, are those of one process' model."""
+    if modes.missing(mode):
+        pytest.skip(modes.missing(mode))
+    links = [LINKS[name] for name in ("dpt", "dft-full-after-dpt", "dft-lora-after-dpt")]
+    assert not any(matrix.reference(link) for link in links)
+    saved = [link for link in links if link.name != "dpt"]
+    cells = {link.name: matrix.cell(mode, link, resumed_from=(world.MIDDLE,), before="one") for link in saved}
+    matrix.load(mode, saved, cells)
+    for cell in cells.values():
+        assert cell.problem is None and cell.logits <= TOLERANCE["logits"], cell
 
 
 @pytest.mark.slow

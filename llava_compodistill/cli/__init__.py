@@ -27,33 +27,41 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "env": Command("llava_compodistill.cli.env_report", "main", "versions and what is available, for bug reports"),
+    "env": Command(
+        "llava_compodistill.cli.env_report", "main", "print versions, hardware and optional packages, for bug reports"
+    ),
     "init": Command(
-        "llava_compodistill.hosts.llava.checkout", "main", "put our scripts and patches into a LLaVA checkout"
+        "llava_compodistill.hosts.llava.checkout", "main", "copy our scripts and patches into a LLaVA checkout"
     ),
     "run": Command("llava_compodistill.hosts.llava.runner", "main", "run a LLaVA module with the plugin registered"),
     "plan": Command(
-        "llava_compodistill.train.plan.cli", "main", "memory, micro-batch and hours of a run, from config files alone"
+        "llava_compodistill.train.plan.cli", "main", "predict memory, micro-batch and hours of a run from config files"
     ),
     "check": Command(
-        "llava_compodistill.train.preflight.cli", "main", "before training: data, images and models, without weights"
+        "llava_compodistill.train.preflight.cli",
+        "main",
+        "check data, images and models before training, without weights",
     ),
     "cache": Command(
-        "llava_compodistill.train.cache.cli", "main", "the teacher once over a data set, to train from without it"
+        "llava_compodistill.train.cache.cli", "main", "store the teacher's targets for a data set, to train without it"
     ),
     "train": Command("llava_compodistill.train.run", "main", "train one stage (flags as in LLaVA's scripts)", True),
-    "eval": Command("llava_compodistill.eval.cli", "main", "compositional and hallucination benchmarks"),
-    "merge": Command("llava_compodistill.train.merging", "main", "a LoRA student as a whole checkpoint"),
-    "compare": Command("llava_compodistill.eval.compare", "main", "models side by side, with intervals and p-values"),
+    "eval": Command("llava_compodistill.eval.cli", "main", "run compositional and hallucination benchmarks"),
+    "merge": Command("llava_compodistill.train.merging", "main", "merge a LoRA student into a whole checkpoint"),
+    "compare": Command("llava_compodistill.eval.compare", "main", "compare models, with intervals and p-values"),
     "analyze": Command(
-        "llava_compodistill.analysis.cli", "main", "where models look: the paper's figures of attention"
+        "llava_compodistill.analysis.cli", "main", "plot where models attend: the paper's figures of attention"
     ),
-    "reproduce": Command("llava_compodistill.reproduce.cli", "main", "the paper's tables: train, compare, report"),
-    "sade": Command("llava_compodistill.eval.sade_sources", "main", "SADE's sources as the one file that eval reads"),
+    "reproduce": Command(
+        "llava_compodistill.reproduce.cli", "main", "train and report the rows of the paper's tables"
+    ),
+    "sade": Command(
+        "llava_compodistill.eval.sade_sources", "main", "convert SADE's sources into the file that eval reads"
+    ),
     "miniature": Command(
         "llava_compodistill.cli.miniature",
         "main",
-        "the repository's small world: quickstart, data, benchmarks, layers, store-weights",
+        "run the miniature world: quickstart, data, benchmarks, layers, store-weights",
     ),
 }
 
@@ -65,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-compodistill",
         description="CompoDistill for LLaVA: distil multimodal LLMs by aligning their visual attention.",
-        epilog=f"commands:\n{table}\n\nllava-compodistill <command> --help explains each.",
+        epilog=f"commands:\n{table}\n\nllava-compodistill <command> --help explains a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"llava-compodistill {__version__}")

@@ -174,7 +174,7 @@ def _print_table(rows: Sequence[Row]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `llava-compodistill env`."""
     parser = argparse.ArgumentParser(
-        prog="llava-compodistill env", description="Versions and what is available, for bug reports."
+        prog="llava-compodistill env", description="Print versions, hardware and optional packages, for bug reports."
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)

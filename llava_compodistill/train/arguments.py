@@ -31,40 +31,41 @@ class ModelArguments(llava_training.ModelArguments):
     teacher_model_path: str | None = field(
         default=None,
         metadata={
-            "help": "LLaVA checkpoint of the teacher, for the distilled stages; --mm_projector_type taf fetches P_T "
-            "from it."
+            "help": "LLaVA checkpoint of the teacher, for stages that distil; with --mm_projector_type taf its "
+            "adapter P_T is used in the student."
         },
     )
     teacher_model_base: str | None = field(
-        default=None, metadata={"help": "Base LLM of the teacher when its checkpoint is a LoRA or an adapter alone."}
+        default=None, metadata={"help": "Base LLM of the teacher if its checkpoint is only a LoRA or an adapter."}
     )
     teacher_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of `llava-compodistill cache`: what the teacher gives for every sample is read from there "
-            "and its language model is not loaded."
+            "help": "Folder written by `llava-compodistill cache`: the teacher's logits and attention maps are read "
+            "from it, and the teacher's language model is not loaded."
         },
     )
     teacher_version: str | None = field(
         default=None,
         metadata={
-            "help": "Conversation template of a teacher whose tokenizer is not the student's. Default: the one in its "
-            "config.json, or that of its model type; plain where --version is plain."
+            "help": "Conversation template of a teacher whose tokenizer is not the student's. Default: the template "
+            "in its config.json, or that of its model type; plain if --version is plain."
         },
     )
     taf_depth: int = field(
         default=1,
-        metadata={
-            "help": "Linear layers of MLP_S under --mm_projector_type taf: 1 (paper), or 2 with a GELU between."
-        },
+        metadata={"help": "Linear layers of MLP_S with --mm_projector_type taf: 1 (paper), or 2 with a GELU between."},
     )
     unfreeze_mm_vision_tower: bool = field(
         default=False,
-        metadata={"help": "Train the vision encoder, too, in a stage that trains the language model (dft, sft)."},
+        metadata={"help": "Also train the vision encoder, in a stage that trains the language model (dft, sft)."},
     )
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "Attention backend of both LLMs: flash_attention_2, sdpa or eager. Default: the fastest."},
+        metadata={
+            "help": "Attention backend of both LLMs: flash_attention_2, sdpa or eager. Default: the fastest that is "
+            "available."
+        },
     )
 
 
@@ -75,19 +76,18 @@ class DataArguments(llava_training.DataArguments):
     bad_samples: Literal["error", "skip"] = field(
         default="error",
         metadata={
-            "help": "What to do with samples whose image or conversation cannot be used: stop, or skip and log."
+            "help": "If the image or conversation of a sample cannot be used: stop (error), or leave the sample out "
+            "and log it (skip)."
         },
     )
     check_images: bool = field(default=True, metadata={"help": "Check that every image file exists before training."})
     skip_samples: str | None = field(
         default=None,
-        metadata={"help": "A list of samples to leave out, written by llava-compodistill check --write_skip."},
+        metadata={"help": "File that lists samples to leave out, written by llava-compodistill check --write_skip."},
     )
     allow_outside_images: bool = field(
         default=False,
-        metadata={
-            "help": "Take images that samples name by an absolute path or by ../ and that lie outside --image_folder."
-        },
+        metadata={"help": "Accept images outside --image_folder that samples name by an absolute path or by ../."},
     )
 
 
@@ -98,16 +98,16 @@ class TrainingArguments(llava_training.TrainingArguments):
     stage: str = field(
         default="dft",
         metadata={
-            "help": "pt: adapter, L_LM. dpt: adapter, L_LM + L_KL. dft: LLM and adapter, L_LM + L_KL + L_ADL. "
-            "sft: LLM and adapter, L_LM, no teacher. Some methods have stages of their own (llava_mod: d2d, d2s, "
-            "preference)."
+            "help": "What is trained, and the loss. pt: adapter, L_LM. dpt: adapter, L_LM + L_KL. dft: LLM and "
+            "adapter, L_LM + L_KL + L_ADL. sft: LLM and adapter, L_LM, no teacher. Some methods have stages of their "
+            "own (llava_mod: d2d, d2s, preference)."
         },
     )
     method: str = field(
         default="compodistill",
         metadata={
-            "help": f"{', '.join(METHODS)}, or package.module:Name for one of your own; llava_compodistill/methods/ "
-            "says what each computes."
+            "help": f"{', '.join(METHODS)}, or package.module:Name for one of your own; "
+            "llava_compodistill/methods/README.md describes each."
         },
     )
     method_options: str = field(
@@ -119,8 +119,8 @@ class TrainingArguments(llava_training.TrainingArguments):
     attention_stages: str = field(
         default="dft",
         metadata={
-            "help": "The stages that train L_ADL, with commas: dpt, dft, sft. sft then loads the teacher and trains "
-            "L_LM + L_ADL."
+            "help": "The stages that train L_ADL, separated by commas: dpt, dft, sft. If sft is named, it loads the "
+            "teacher and trains L_LM + L_ADL."
         },
     )
     lm_weight: float = field(default=1.0, metadata={"help": "Weight of L_LM."})
@@ -129,8 +129,8 @@ class TrainingArguments(llava_training.TrainingArguments):
     attention_schedule: Literal["constant", "linear", "cosine", "warmup"] = field(
         default="constant",
         metadata={
-            "help": "What --attention_weight is multiplied by over the steps of a stage: linear and cosine fall from "
-            "1 to 0, warmup rises from 0 to 1."
+            "help": "Factor on --attention_weight over the steps of a stage: linear and cosine fall from 1 to 0, "
+            "warmup rises from 0 to 1."
         },
     )
     attention_schedule_end: float | None = field(
@@ -145,41 +145,42 @@ class TrainingArguments(llava_training.TrainingArguments):
         default="cosine", metadata={"help": "Distance between attention maps (Table 3a)."}
     )
     attention_similarity: Literal["row", "matrix"] = field(
-        default="row", metadata={"help": "Compare each query's row, or the flattened matrix of a sample."}
+        default="row", metadata={"help": "Compare each query's row of the map, or the flattened map of a sample."}
     )
     attention_heads: Literal["mean", "matched"] = field(
         default="mean",
         metadata={"help": "Compare the mean over heads (paper), or each head with its most similar teacher head."},
     )
     attention_rows: Literal["all", "answer", "text", "visual"] = field(
-        default="all", metadata={"help": "Which queries take part in L_ADL."}
+        default="all", metadata={"help": "The queries (rows of the map) that L_ADL compares."}
     )
     student_layers: str = field(
         default="intermediate",
         metadata={
-            "help": "Student's band: intermediate, early, later, all (Table 3b), a list such as 8,9,10, or sight: the "
-            "layers where it is measured to read the image."
+            "help": "The student's layers to align: intermediate, early, later, all (Table 3b), a list such as "
+            "8,9,10, or sight: layers where the student reads the image, measured before training."
         },
     )
-    teacher_layers: str = field(default="intermediate", metadata={"help": "Teacher's band, written the same way."})
+    teacher_layers: str = field(
+        default="intermediate", metadata={"help": "The teacher's layers, given in the same way."}
+    )
     sight_share: float = field(
         default=0.9,
         metadata={
-            "help": "Of layers chosen by sight: the share of a model's sight that the shortest run of layers has to "
-            "hold."
+            "help": "For layers chosen by sight: the shortest run of consecutive layers that holds this share of the "
+            "model's total sight is aligned."
         },
     )
     calibration_samples: int = field(
         default=64,
-        metadata={
-            "help": "Samples with an image, drawn from all of the data, that the sight of layers is measured on."
-        },
+        metadata={"help": "Number of samples with an image, drawn from all data, for measuring the sight of layers."},
     )
     layer_matching: Literal["group", "simple", "adaptive"] = field(
-        default="group", metadata={"help": "How student layers meet teacher layers (Table 3c)."}
+        default="group", metadata={"help": "How teacher layers are assigned to student layers (Table 3c)."}
     )
     calibration_batches: int = field(
-        default=4, metadata={"help": "Batches that measure layers (adaptive matching) or heads (matched heads)."}
+        default=4,
+        metadata={"help": "Number of batches for measuring layers (adaptive matching) or heads (matched heads)."},
     )
     attention_map_impl: Literal["auto", "eager", "chunked", "triton"] = field(
         default="auto",
@@ -187,7 +188,7 @@ class TrainingArguments(llava_training.TrainingArguments):
     )
     measure_attention: bool = field(
         default=False,
-        metadata={"help": "Log the attention similarity to the teacher also where L_ADL is not trained."},
+        metadata={"help": "Log the attention similarity to the teacher even if L_ADL is not trained."},
     )
     shuffle_attention_targets: bool = field(
         default=False,
@@ -196,32 +197,32 @@ class TrainingArguments(llava_training.TrainingArguments):
     visual_advantage: Literal["none", "tokens", "rows", "both"] = field(
         default="none",
         metadata={
-            "help": "Weigh by how much the image helps the teacher to predict an answer token: the tokens of L_KL, "
-            "the rows of L_ADL that predict one, or both. Methods kd and compodistill."
+            "help": "Weight by how much the image helps the teacher to predict an answer token: the tokens of L_KL, "
+            "the rows of L_ADL that predict an answer token, or both. Methods kd and compodistill."
         },
     )
     advantage_floor: float = field(
         default=0.1,
         metadata={
-            "help": "What a token counts without visual advantage, beside at most 1 for it. No weight is above "
-            "1 + 1 / floor, where the mean is 1."
+            "help": "Constant added to the visual advantage of a token, from 0 to 1, before the weights are "
+            "normalised to a mean of 1 per sample. No weight is above 1 + 1 / floor."
         },
     )
     shuffle_advantage: bool = field(
         default=False,
-        metadata={"help": "Control experiment: reorder the weights among the answer tokens of each sample."},
+        metadata={"help": "Control experiment: permute the weights among the answer tokens of each sample."},
     )
     on_policy: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the samples whose last answer is replaced by one that the student generates: L_KL and "
-            "L_ADL on it, no L_LM (GKD). kd and compodistill, in stages with a teacher that train the language model."
+            "help": "Share of the samples whose last answer is replaced by one that the student generates, with L_KL "
+            "and L_ADL but no L_LM (GKD). kd and compodistill, in stages with a teacher that train the language model."
         },
     )
     on_policy_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature at which the student's answers are drawn; 0 is greedy."}
+        default=1.0, metadata={"help": "Sampling temperature of the student's answers; 0 is greedy."}
     )
-    on_policy_max_tokens: int = field(default=128, metadata={"help": "Most tokens of an answer of the student."})
+    on_policy_max_tokens: int = field(default=128, metadata={"help": "Maximum tokens of a student's answer."})
     image_layers: str = field(
         default="all",
         metadata={
@@ -241,43 +242,43 @@ class TrainingArguments(llava_training.TrainingArguments):
     teacher_placement: Literal["auto", "replicate", "zero3", "fsdp", "offload", "8bit", "4bit"] = field(
         default="auto",
         metadata={
-            "help": "Where the frozen teacher lives. replicate: whole on every device. zero3, fsdp: its layers in "
-            "pieces on all devices. offload: its layers in host memory, moved to the device one by one. 8bit, 4bit: "
-            "quantised (bitsandbytes), which changes what it teaches. auto: replicate where that leaves a quarter of "
-            "the device free; else zero3 with --deepspeed or fsdp without; else offload."
+            "help": "Where the frozen teacher is stored. replicate: whole on every device. zero3, fsdp: its layers "
+            "sharded over all devices. offload: its layers in host memory, copied to the device one by one. 8bit, "
+            "4bit: quantised (bitsandbytes), which changes its targets. auto: replicate if that leaves a quarter of "
+            "the device free; else zero3 with --deepspeed or fsdp without, if that does; else offload."
         },
     )
     blind: Literal["warn", "error", "off"] = field(
         default="warn",
-        metadata={"help": "For a run whose loss does not depend on the image: report it, stop, or do not measure."},
+        metadata={"help": "If the loss does not depend on the image: log a warning, stop, or do not measure (off)."},
     )
     sight_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Steps between two measurements of sight, the increase in loss when samples are given each "
-            "other's images. Default: 200, more if an optimizer step has fewer than 10 samples."
+            "help": "Optimizer steps between two measurements of sight, the increase in loss when the images of "
+            "samples are swapped. Default: 200, more if an optimizer step has fewer than 10 samples."
         },
     )
-    sight_samples: int = field(default=16, metadata={"help": "Samples that sight is measured on, over all ranks."})
+    sight_samples: int = field(default=16, metadata={"help": "Samples per measurement of sight, over all ranks."})
     resume_anyway: bool = field(
         default=False,
-        metadata={"help": "Go on from a checkpoint in --output_dir although it was made with other settings."},
+        metadata={"help": "Resume from a checkpoint in --output_dir even if it was made with other settings."},
     )
     verify_checkpoints: bool = field(
         default=False,
         metadata={
-            "help": "Hash whole files when a checkpoint is saved and when it is resumed from, not their ends alone."
+            "help": "Hash whole files, not only their first and last 64 KiB, when a checkpoint is saved or resumed."
         },
     )
     trust_checkpoint: bool = field(
         default=False,
-        metadata={"help": "Resume from a checkpoint in --output_dir although loading its files runs their code."},
+        metadata={"help": "Resume from a checkpoint in --output_dir even if loading its files runs code from them."},
     )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
-            "help": "Ask each micro-batch's loss whether it is finite, which waits for the device, and leave it out "
-            "of the logged loss otherwise. Without it, losses are looked at with the log, and the run is stopped."
+            "help": "Check after each micro-batch, which waits for the device, whether its loss is finite, and leave "
+            "it out of the logged loss if not. Without it, losses are checked when logged, and end the run."
         },
     )
     #: The method that `method` and `method_options` name. No flag.
@@ -286,7 +287,8 @@ class TrainingArguments(llava_training.TrainingArguments):
     made_with: ClassVar[dict[str, Any] | None] = None
     if not compat.HAS_WARMUP_RATIO:
         warmup_ratio: float = field(
-            default=0.0, metadata={"help": "Share of the steps spent warming up (transformers 5 folds it into steps)."}
+            default=0.0,
+            metadata={"help": "Share of the steps for learning-rate warm-up (transformers 5: part of warmup_steps)."},
         )
     if not compat.HAS_EVALUATION_STRATEGY:
         evaluation_strategy: str | None = field(default=None, metadata={"help": "Older name of --eval_strategy."})

@@ -8,18 +8,19 @@ import sys
 from collections.abc import Sequence
 
 EPILOG = """
-All other flags are those of `llava-compodistill train` for the stage that is to be trained from the cache: they say
-what the teacher reads (data, template, tokenizer, length) and what the losses need of it (layers, rows, temperature).
-A training command can be pasted as it stands, also with its launcher before it:
+All other flags are those of `llava-compodistill train` for the stage that will be trained from the cache. They
+determine what the teacher reads (data, template, tokenizer, length) and what the losses need from the teacher (layers,
+rows, temperature). A training command can be pasted unchanged, including the launcher in front of it:
 
   llava-compodistill cache --output CACHE --estimate $(DRY_RUN=1 bash scripts/dft.sh)     the size, and no more
   llava-compodistill cache --output CACHE $(DRY_RUN=1 bash scripts/dft.sh)                one GPU
   torchrun --nproc_per_node 8 -m llava_compodistill.cli cache --output CACHE $(DRY_RUN=1 bash scripts/dft.sh)
   bash scripts/dft.sh --teacher_cache CACHE                                               trains from it
 
-Maps take most of the room: those of all rows that see the image by default, those of answers alone with
---attention_rows answer (here and in training). --per_device_train_batch_size is what the teacher reads at a time.
-The same command goes on where it was stopped, on any number of GPUs.
+Attention maps take most of the space. By default they hold all rows that can attend to the image, and with
+--attention_rows answer (here and in training) only the rows that predict an answer token.
+--per_device_train_batch_size is the number of samples that the teacher reads at a time. If the command was stopped,
+run it again to continue, on any number of GPUs.
 """
 
 
@@ -27,28 +28,30 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-compodistill cache",
         usage="llava-compodistill cache --output DIR [options] [flags of training]",
-        description="Run the teacher once over a data set and store what the losses need of it: its likeliest tokens\n"
-        "at answer rows and its mean attention maps. Training then needs no teacher in memory (--teacher_cache DIR),\n"
-        "for any number of epochs, and of students with as many layers (others: --also_for).",
+        description="Run the teacher once over a data set and store what the losses need: its likeliest tokens at\n"
+        "answer rows (positions that predict an answer token) and its mean attention maps. With --teacher_cache DIR,\n"
+        "training then needs no teacher in memory, for any number of epochs and of students with the same number of\n"
+        "layers (for other students: --also_for).",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the cache")
     parser.add_argument("--top_k", type=int, default=64, metavar="K",
-                        help="tokens of each answer row, beside the mass of the rest (default: %(default)s; the size "
-                        "of the vocabulary keeps all)")  # fmt: skip
+                        help="tokens stored for each answer row, in addition to the probability mass of the rest "
+                        "(default: %(default)s; the size of the vocabulary keeps all)")  # fmt: skip
     parser.add_argument("--logit_bits", type=int, default=8, choices=(8, 16, 32),
-                        help="bits of a log-probability (default: %(default)s; 32: float32 as it is)")  # fmt: skip
+                        help="bits per log-probability (default: %(default)s; 32: float32, exact)")  # fmt: skip
     parser.add_argument("--map_bits", type=int, default=8, choices=(4, 8, 16, 32),
-                        help="bits of an entry of a map (default: %(default)s; 32: float32 as it is)")  # fmt: skip
+                        help="bits per map entry (default: %(default)s; 32: float32, exact)")  # fmt: skip
     parser.add_argument("--also_for", action="append", default=[], metavar="STUDENT",
-                        help="a further student (folder or hub name, with the same tokenizer) that is to be trained "
-                        "from it: maps of the groups of teacher layers that it needs; may be repeated")  # fmt: skip
+                        help="another student (folder or hub name, with the same tokenizer) to be trained from the "
+                        "cache: also store maps of the teacher layers that this student needs; may be "
+                        "repeated")  # fmt: skip
     parser.add_argument("--shard_samples", type=int, metavar="N",
-                        help="samples of a shard, which is what a kill costs each process at most (default: about "
-                        "256 MB of them)")  # fmt: skip
-    parser.add_argument("--estimate", action="store_true", help="print the size by options, and stop")
+                        help="samples per shard; a process that is killed loses at most one shard (default: about "
+                        "256 MB of samples)")  # fmt: skip
+    parser.add_argument("--estimate", action="store_true", help="print the size for several options, and stop")
     return parser
 
 

@@ -22,9 +22,9 @@ from .setup import BYTES, Models
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-compodistill plan",
-        description="Memory of each GPU by term, the largest micro-batch, hours and the launch line of each stage, "
-        "from config files alone. Exit status: 0 when all stages fit, 1 when one does not, 2 for wrong input.",
-        epilog="Models and encoders are named by a folder with config.json, by a config.json, or by a known name: "
+        description="Predict, from config files alone, the memory of each GPU, the largest micro-batch, the hours and "
+        "the launch command of each stage. Exit status: 0 if all stages fit, 1 if one does not, 2 for wrong input.",
+        epilog="A model or encoder is given as a folder with config.json, the path of a config.json, or a known name: "
         + ", ".join([*configs.LANGUAGE_MODELS, *configs.TOWERS])
         + ".",
     )
@@ -35,33 +35,35 @@ def build_parser() -> argparse.ArgumentParser:
         "--tower", metavar="MODEL", help=f"vision encoder (default: the teacher's, else {DEFAULT_TOWER})"
     )
     model.add_argument("--projector", choices=("taf", "mlp2x_gelu"), default="taf", help="the student's adapter")
-    model.add_argument("--vocab", type=_count, metavar="N", help="rows of both embeddings, instead of the configs'")
+    model.add_argument(
+        "--vocab", type=_count, metavar="N", help="embedding rows of both models, instead of the configs'"
+    )
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--gpus", type=_count, default=8, metavar="N", help="GPUs (default: %(default)s)")
+    machine.add_argument("--gpus", type=_count, default=8, metavar="N", help="number of GPUs (default: %(default)s)")
     machine.add_argument(
         "--gpu", choices=tuple(flops.GPUS), help=f"sets memory and speed (default: {flops.DEFAULT_GPU}, the paper's)"
     )
-    machine.add_argument("--gpu-memory", type=_amount, metavar="GIB", help="memory of each, in GiB")
-    machine.add_argument("--gpu-tflops", type=_amount, metavar="N", help="dense 16-bit peak of each, in TFLOP/s")
+    machine.add_argument("--gpu-memory", type=_amount, metavar="GIB", help="memory of each GPU, in GiB")
+    machine.add_argument("--gpu-tflops", type=_amount, metavar="N", help="dense 16-bit peak of each GPU, in TFLOP/s")
     machine.add_argument(
         "--mfu", type=_share, default=flops.MFU, metavar="SHARE",
-        help="share of the peak that is reached, an assumption (default: %(default)s)",
+        help="assumed share of the peak speed that training reaches (default: %(default)s)",
     )  # fmt: skip
     machine.add_argument(
         "--calibration", metavar="FILE",
-        help="measured speed instead: what scripts/benchmark/run.py --suite plan --calibration FILE writes",
+        help="measured speed instead: the file that scripts/benchmark/run.py --suite plan --calibration FILE writes",
     )  # fmt: skip
     machine.add_argument(
         "--reserve", type=_not_negative, metavar="GIB",
-        help=f"memory of each that is not counted on (default: {RESERVE_GIB} GiB and {RESERVE_SHARE:.0%} of it)",
+        help=f"memory kept free on each GPU (default: {RESERVE_GIB} GiB plus {RESERVE_SHARE:.0%}% of its memory)",
     )  # fmt: skip
     run = parser.add_argument_group("run")
     run.add_argument("--method", choices=tuple(RECIPES), default="compodistill", help="default: %(default)s")
-    run.add_argument("--stage", default="all", help="a stage of the method, or all (default: %(default)s)")
+    run.add_argument("--stage", default="all", help="one stage of the method, or all (default: %(default)s)")
     run.add_argument("--lora", action="store_true", help="LoRA of the language model in dft and sft")
-    run.add_argument("--lora-r", type=_count, default=128, metavar="R", help="its rank (default: %(default)s)")
+    run.add_argument("--lora-r", type=_count, default=128, metavar="R", help="LoRA rank (default: %(default)s)")
     run.add_argument(
-        "--zero", type=int, choices=(0, 2, 3), help="DeepSpeed's stage; 0: DDP (default: 2, with one GPU 0)"
+        "--zero", type=int, choices=(0, 2, 3), help="ZeRO stage; 0: DDP without DeepSpeed (default: 2; with one GPU 0)"
     )
     run.add_argument(
         "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="default: on"
@@ -72,10 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--max-length", type=_count, default=2048, metavar="N", help="default: %(default)s")
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--samples", type=_count, metavar="N", help="of each stage (default: LLaVA's 558,128 and 665,298)"
+        "--samples", type=_count, metavar="N", help="samples of each stage (default: LLaVA's 558,128 and 665,298)"
     )
-    data.add_argument("--text-tokens", type=_count, metavar="N", help="mean tokens of a sample beside its image")
-    data.add_argument("--answer-tokens", type=_count, metavar="N", help="of these, answer tokens")
+    data.add_argument("--text-tokens", type=_count, metavar="N", help="mean text tokens per sample, without the image")
+    data.add_argument(
+        "--answer-tokens", type=_count, metavar="N", help="how many of the text tokens are answer tokens"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

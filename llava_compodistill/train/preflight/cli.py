@@ -11,13 +11,13 @@ from pathlib import Path
 from ...errors import DataError
 
 EPILOG = """
-All other flags are those of `llava-compodistill train`; a training command can be pasted as it stands, also with its
-launcher before it:
+All other flags are those of `llava-compodistill train`. A training command can be pasted unchanged, including the
+launcher in front of it:
 
   llava-compodistill check --data_path data.json --image_folder images       the files alone
   llava-compodistill check $(DRY_RUN=1 bash scripts/dft.sh) --images         all that the script would start
 
-Exit status: 0 ready, 1 ready but for samples that are left out (the command is printed), 2 cannot train.
+Exit status: 0 ready; 1 ready if some samples are left out (the command that does so is printed); 2 cannot train.
 """
 
 
@@ -25,22 +25,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-compodistill check",
         usage="llava-compodistill check [options] --data_path FILE --image_folder FOLDER [flags of training]",
-        description="Say before training what it would stumble over: files, samples, images, models. No weights are "
-        "read.",
+        description="Before training, find what would make it fail: problems with files, samples, images and models. "
+        "No weights are read.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--images", action="store_true", help="decode every image file, too")
+    parser.add_argument("--images", action="store_true", help="also decode every image file")
     parser.add_argument("--lengths", default=None, metavar="N|all", help="how many samples to tokenize, evenly spread "
                         "(default: 100000; all with --write_skip)")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=None, metavar="N", help="processes (default: one a core)")
-    parser.add_argument("--json", metavar="FILE", help="write the report as JSON, too; - prints it instead")
+    parser.add_argument("--workers", type=int, default=None, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--json", metavar="FILE", help="also write the report as JSON; - prints it instead")
     parser.add_argument(
-        "--write_skip", metavar="FILE", help="write a list of the samples to leave out, for --skip_samples of training"
+        "--write_skip",
+        metavar="FILE",
+        help="write a list of the samples to leave out, for training's flag --skip_samples",
     )
     parser.add_argument(
-        "--without_weights", action="store_true", help="models may be folders with a config and a tokenizer alone"
+        "--without_weights",
+        action="store_true",
+        help="accept model folders that contain only a config and a tokenizer",
     )
     return parser
 

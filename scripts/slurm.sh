@@ -28,8 +28,9 @@ if ((NNODES > 1)); then
 fi
 
 status=0
+# The machines of a stopped run end with 75 one after the other: none is killed for another's status.
 # shellcheck disable=SC2016 # SLURM_NODEID has a value of its own on each machine
-srun --ntasks="$NNODES" --ntasks-per-node=1 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' slurm.sh "$@" || status=$?
+srun --kill-on-bad-exit=0 --ntasks="$NNODES" --ntasks-per-node=1 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' slurm.sh "$@" || status=$?
 if [[ $status == 75 ]] && ((${SLURM_RESTART_COUNT:-0} < ${MAX_REQUEUES:-100})); then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -20,9 +21,10 @@ from llava_compodistill.errors import (
     NonFiniteModelError,
     OutputError,
 )
+from llava_compodistill.hosts.base import MergedBatch
 from llava_compodistill.hosts.llava.adapters import read_adapter
 from llava_compodistill.hosts.llava.model import llava_core, projector
-from llava_compodistill.train.cache import cli, make, shards, size
+from llava_compodistill.train.cache import cli, entries, make, shards, size
 from llava_compodistill.train.run import main as train
 from scale import modes
 
@@ -245,6 +247,7 @@ def test_two_processes_train_from_it_as_one_does_with_the_teacher(
         ({"kd_temperature": 2.0}, r"--kd_temperature: 1.0 there, 2.0 in this command"),
         ({"teacher_layers": "2,3,4,5"}, r"groups of teacher layers"),
         ({"image_aspect_ratio": "pad"}, r"--image_aspect_ratio: \"square\" there, \"pad\" in this command"),
+        ({"shuffle_attention_targets": True}, "another sample's map at this one's rows"),
         ({"on_policy": 0.5}, "the teacher reads answers that the student gives as it trains"),
         ({"visual_advantage": "tokens"}, r"advantage \(.*without the image"),
         ({"attention_heads": "matched"}, r"attention \(looks at the teacher before training"),
@@ -501,6 +504,24 @@ def test_bad_samples_are_left_out_of_it_and_stay_out(world, of_dft, mixed, tmp_p
     picture.write_bytes(good)
     with pytest.raises(CacheError, match=f"sample '{sample['id']}' .*could not be read when the cache was made"):
         train(tiny.flags(world, "dft", tmp_path / "again", **options))
+
+
+def test_a_language_model_is_no_teacher(world, of_dft, tmp_path):
+    values = {**of_dft, "teacher_model_path": world["qwen-teacher"]}
+    with pytest.raises(CompoDistillError, match="qwen-teacher is a language model without vision: give a LLaVA"):
+        make_cache(world, tmp_path / "cache", "dft", **values)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_a_batch_without_an_answer(bits):
+    """As when all its samples are cut before their answers."""
+    what = entries.What(True, 3, bits, 1.0, 50)
+    stored = {8: np.uint8, 16: np.uint16, 32: np.float32}[bits]
+    kinds = {"tokens": np.uint16, "codes": stored, "ends": np.float32, "rest": np.float32}
+    entry = {"sizes": np.array([0, 5, 0]), **{f"top.{name}": np.zeros(0, kind) for name, kind in kinds.items()}}
+    batch = MergedBatch(torch.full((1, 5), -100), torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, 0, dtype=int))
+    top = entries.read_pass(entries.collate([entries.as_tensors(entry, what)]), batch, what).top.top
+    assert top.tokens.shape == top.log_probs.shape == (0, 3)
 
 
 @pytest.mark.parametrize(

@@ -618,6 +618,14 @@ def test_a_teacher_cache(distil, folder, world, teacher_path):
     report = distil(teacher_cache=cache)
     assert "64 likeliest of 646 tokens" in row(report, "teacher cache")[1]
     assert not [finding for finding in report.findings if finding.level == STOPS]
+    # It stands for the teacher's language model.
+    described = folder / "described"
+    described.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(teacher_path / name, described)
+    report = distil(teacher_cache=cache, teacher_model_path=described)
+    assert not [finding for finding in report.findings if finding.level == STOPS]
+    assert any(described.name in str(entry) for entry in found(report, NOTE, "weights: not here").examples + [report])
     other = distil(teacher_cache=cache, model_max_length=256)
     assert "--model_max_length: 512 there, 256" in found(other, STOPS, "the pair").examples[0].detail
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 import transformers
 
@@ -93,6 +94,14 @@ def test_every_command_is_in_the_help():
     text = cli.build_parser().format_help()
     for name, command in cli.COMMANDS.items():
         assert f"  {name}" in text and command.help in text
+
+
+@pytest.mark.parametrize("name", ["plan", "cache", "check", "eval", "reproduce", "merge", "init", "env"])
+def test_the_help_of_a_command_is_printed(name, capsys):
+    """argparse formats help texts when they are asked for: a lone % fails there and nowhere else."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    assert end.value.code == 0 and "--help" in capsys.readouterr().out
 
 
 def test_a_peft_that_does_not_fit_is_shown(monkeypatch):

@@ -304,8 +304,11 @@ def test_the_command_line_refuses_before_anything_is_read(world, tmp_path, monke
         tiny.run(world, "dft", tmp_path / "out", teacher_model_path="not/read", bits=8)
 
 
-def fake_trainer(method_switches=False, quantised=False, asked="fsdp"):
-    term = SimpleNamespace(switched_needs=lambda: Needs() if method_switches else None)
+def fake_trainer(method_switches=False, quantised=False, asked="fsdp", runs_blind=False):
+    term = SimpleNamespace(
+        switched_needs=lambda: Needs() if method_switches else None,
+        blind_needs=lambda: Needs() if runs_blind else None,
+    )
     objective = SimpleNamespace(terms=[term], teacher=SimpleNamespace(is_quantized=quantised))
     return SimpleNamespace(objective=objective, args=SimpleNamespace(teacher_placement=asked, method="switch_kd"))
 
@@ -313,6 +316,13 @@ def fake_trainer(method_switches=False, quantised=False, asked="fsdp"):
 def test_a_method_that_learns_through_the_teacher_does_not_go_with_pieces_of_it():
     with pytest.raises(FlagError, match="--teacher_placement fsdp: gradients of --method switch_kd pass through"):
         placing.place(fake_trainer(method_switches=True))
+
+
+@pytest.mark.parametrize("asked", ["fsdp", "zero3"])
+def test_a_teacher_that_runs_once_more_on_some_ranks_is_not_in_pieces(asked):
+    """Those that have no image would not gather its layers, and the others would wait for them."""
+    with pytest.raises(FlagError, match=f"--teacher_placement {asked}: with --visual_advantage the teacher runs once"):
+        placing.place(fake_trainer(runs_blind=True, asked=asked))
 
 
 @pytest.mark.parametrize("asked, quantised", [("replicate", True), ("4bit", False)])

@@ -307,7 +307,8 @@ def test_a_hostfile(tmp_path):
 def test_a_slurm_job_that_was_stopped_is_queued_again(tmp_path, status, requeues):
     """Slurm itself is a stub: srun runs the task of each of two machines."""
     (tmp_path / "srun").write_text(
-        "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nstatus=0\n"
+        "#!/bin/bash\n[[ $1 == --kill-on-bad-exit=0 ]] || exit 9\n"
+        "while [[ $1 == --* ]]; do shift; done\nstatus=0\n"
         'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@" || status=$?; done\nexit $status\n'
     )
     (tmp_path / "scontrol").write_text(

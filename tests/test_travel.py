@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers.trainer
 from factory import make_batch, make_model, save_tower
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -73,6 +74,16 @@ def test_copies_are_not_waited_for_from_pinned_memory_to_a_gpu():
         return travel.without_waiting(loader, args)._non_blocking
 
     assert told(True, "cuda") and not told(False, "cuda") and not told(True, "cpu")
+
+
+def test_nor_in_a_run_that_skips_what_it_has_seen(monkeypatch):
+    """accelerate makes a loader anew for it."""
+    made = SimpleNamespace(_non_blocking=False)
+    monkeypatch.setattr(transformers.trainer, "skip_first_batches", lambda loader, number: made)
+    args = SimpleNamespace(dataloader_pin_memory=True, device=torch.device("cuda"))
+    with travel.resuming_without_waiting(args):
+        assert transformers.trainer.skip_first_batches("loader", 3)._non_blocking is True
+    assert transformers.trainer.skip_first_batches("loader", 3) is made
 
 
 def test_the_loader_of_a_run_has_what_is_set(dft):

@@ -178,6 +178,8 @@ def uncached(training: TrainingArguments) -> str | None:
         return f"no teacher is in the loss of --stage {training.stage} of {training.method}: leave the flag out"
     if training.on_policy:
         return f"with --on_policy {training.on_policy:g} the teacher reads answers that the student gives as it trains"
+    if training.shuffle_attention_targets:
+        return "--shuffle_attention_targets reads another sample's map at this one's rows, which a cache may not hold"
     if training.paired:
         return f"--stage {training.stage} of {training.method} takes pairs of answers, which a cache does not hold"
     return None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FlagError
+from ..methods import Term
 from ..pair.placement import QUANTISED, SHARDED, decide, fully_shard, place_teacher, student_bytes
 
 if TYPE_CHECKING:
@@ -27,11 +29,11 @@ def place(trainer: CompoDistillTrainer) -> tuple[str, Any]:
     asked = args.teacher_placement
     if getattr(objective.teacher, "is_quantized", False) != (asked in QUANTISED):
         raise FlagError(f"--teacher_placement {asked}: give it to load_teacher(..., placement={asked!r}) as well.")
-    switched = any(term.switched_needs() is not None for term in objective.terms)
-    if switched and asked in SHARDED:
+    whole = _needs_whole_layers(objective.terms, args)
+    if whole is not None and asked in SHARDED:
         raise FlagError(
-            f"--teacher_placement {asked}: gradients of --method {args.method} pass through the teacher, whose layers "
-            "have to be whole then: use replicate, offload, 8bit or 4bit."
+            f"--teacher_placement {asked}: {whole}, and its layers have to be whole then: use replicate, offload, "
+            "8bit or 4bit."
         )
     placement, reason = asked, ""
     if asked == "auto":
@@ -40,7 +42,18 @@ def place(trainer: CompoDistillTrainer) -> tuple[str, Any]:
         stage = 3 if trainer.is_fsdp_enabled else 0 if plugin is None else plugin.zero_stage
         sharded = "zero3" if trainer.is_deepspeed_enabled else "fsdp" if fully_shard() is not None else None
         needed = student_bytes(trainer.model, stage, ranks)
-        placement, reason = decide(objective.teacher, args.device, needed, ranks, None if switched else sharded)
+        placement, reason = decide(objective.teacher, args.device, needed, ranks, None if whole else sharded)
         reason = f" (auto: {reason})"
     logger.info("Teacher: %s%s.", placement, reason)
     return placement, place_teacher(objective.teacher, placement, args.device)
+
+
+def _needs_whole_layers(terms: Iterable[Term], args: Any) -> str | None:
+    """Why a teacher's layers cannot be in pieces; None where they can."""
+    for term in terms:
+        if term.switched_needs() is not None:
+            return f"gradients of --method {args.method} pass through the teacher"
+        if term.blind_needs() is not None:
+            # A rank that gathered layers for it would wait for the others for ever.
+            return "with --visual_advantage the teacher runs once more on those ranks alone whose batch has an image"
+    return None

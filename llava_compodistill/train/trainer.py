@@ -314,7 +314,7 @@ class CompoDistillTrainer(CountsOnce, LLaVATrainer):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
         try:
-            with sharding.resuming_lora(self.model):
+            with sharding.resuming_lora(self.model), travel.resuming_without_waiting(self.args):
                 result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._stop.restore()

@@ -6,12 +6,16 @@ for the copy, by default (transformers 4.41 and later have a setting for it, `--
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers.trainer
 
 from ..hosts.llava.pixels import TablePixels
 from ..pair import Pair
+from ..record.patch import replaced
 
 
 def pixel_dtype(pair: Pair, data: Any) -> torch.dtype | None:
@@ -22,6 +26,18 @@ def pixel_dtype(pair: Pair, data: Any) -> torch.dtype | None:
     if dtype is not None and isinstance(processor, TablePixels):
         processor.round_to(dtype)
     return dtype
+
+
+@contextlib.contextmanager
+def resuming_without_waiting(args: Any) -> Iterator[None]:
+    """Inside, so is the loader that accelerate makes anew to skip the batches that a resumed run has seen."""
+    skip = transformers.trainer.skip_first_batches
+
+    def skipped(*given: Any, **options: Any) -> Any:
+        return without_waiting(skip(*given, **options), args)
+
+    with replaced(transformers.trainer, "skip_first_batches", skipped):
+        yield
 
 
 def without_waiting(loader: Any, args: Any) -> Any:

@@ -34,7 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
         description="Distil a small student from a larger teacher on the miniature world, and compare.",
     )
     parser.add_argument("--preset", default="default", choices=("default", "smoke", "gpu"))
-    parser.add_argument("--smoke", dest="preset", action="store_const", const="smoke", help="the same in seconds")
+    parser.add_argument(
+        "--smoke",
+        dest="preset",
+        action="store_const",
+        const="smoke",
+        help="the same in a minute: a few steps",
+    )
     parser.add_argument("--gpu", dest="preset", action="store_const", const="gpu", help="larger models and data")
     parser.add_argument("--from-scratch", action="store_true", help="train tower, base models and teacher as well")
     parser.add_argument(

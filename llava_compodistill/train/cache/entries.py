@@ -197,7 +197,7 @@ def read_pass(cached: Mapping[str, torch.Tensor], batch: MergedBatch, what: What
     found = Pass(batch)
     if what.answers:
         rest = cached["top.rest"].view(torch.float32)
-        tokens = cached["top.tokens"].view(len(rest), -1)
+        tokens = cached["top.tokens"].view(len(rest), what.top_k)
         codes = cached["top.codes"].view(tokens.shape)
         codes = codes.view(torch.float32) if what.logit_bits == 32 else codes
         ends = cached["top.ends"].view(len(rest), 0 if what.logit_bits == 32 else 2).view(torch.float32)

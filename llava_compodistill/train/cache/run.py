@@ -4,6 +4,7 @@ what that needs of a cache."""
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from ...errors import FlagError
 from ...hosts.llava.adapters import read_adapter
-from ...hosts.llava.loader import read_config
+from ...hosts.llava.loader import checkpoint_kind, read_config, read_lora_config
 from ...hosts.llava.model import count_visual_tokens
 from ...methods.base import Term
 from ...pair.vision import same_origin
@@ -75,12 +76,22 @@ def look(flag: str, model_args: Any, terms: Sequence[Term], teacher_text: Any) -
             "with the teacher itself, or take one with the student's tokenizer, such as a larger model of its family."
         )
     refuse_uncached(terms, flag)
-    teacher = sketch(read_config(model_args.teacher_model_path), model_args.teacher_model_path, model_args)
+    path = model_args.teacher_model_path
+    config = read_config(path)
+    if getattr(config, "mm_vision_tower", None) is None:
+        raise FlagError(f"--teacher_model_path {path} is a language model without vision: give a LLaVA checkpoint.")
+    teacher = sketch(config, path, model_args)
     student = sketch_student(model_args)
     if not same_origin(student.config, teacher.config):
         raise FlagError(
             f"{flag}: the vision towers differ ({student.config.mm_vision_tower} and {teacher.config.mm_vision_tower}"
             "), and a cache is made for the pixels and visual tokens of one. Train with the teacher itself."
+        )
+    merges = [getattr(model.config, "mm_patch_merge_type", "flat") for model in (student, teacher)]
+    if merges[0] != merges[1]:
+        raise FlagError(
+            f"{flag}: student and teacher put the crops of an image together in different ways (mm_patch_merge_type "
+            f"{merges[0]} and {merges[1]}), and a cache is made for one. Train with the teacher itself."
         )
     return teacher
 
@@ -95,10 +106,13 @@ def describe(
     samples: int | None = None,
 ) -> dict[str, Any]:
     """What a cache of a command would be (`settings.describe`)."""
+    path, base = model_args.teacher_model_path, model_args.teacher_model_base
+    if base is None and os.path.isdir(path) and checkpoint_kind(path) == "lora":
+        base = read_lora_config(path).get("base_model_name_or_path")
     return settings.describe(
         what,
         teacher=model_args.teacher_model_path,
-        base=model_args.teacher_model_base,
+        base=base,
         tower=teacher.config.mm_vision_tower,
         template=model_args.version,
         tokenizer=tokenizer,

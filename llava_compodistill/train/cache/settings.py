@@ -54,7 +54,7 @@ def describe(
     """What a cache of these would be, as JSON holds it.
 
     Args:
-        teacher, base: as --teacher_model_path and --teacher_model_base.
+        teacher, base: as --teacher_model_path, and the language model of one that is a LoRA or an adapter.
         tower: the teacher's vision tower, as it is found here.
         template: the name of the conversation template.
         tokenizer: the student's, prepared.
@@ -65,7 +65,7 @@ def describe(
     """
     found = {
         "teacher": _place(teacher),
-        "teacher_files": {**_fingerprint(teacher), **({} if base is None else _fingerprint(base))},
+        "teacher_files": _fingerprint(teacher) | _fingerprint(base, "base/"),
         "tower": _place(tower),
         "tower_files": _fingerprint(tower),
         "template": template,
@@ -188,12 +188,12 @@ def _place(path: str) -> str:
     return os.path.realpath(path) if os.path.isdir(path) else path
 
 
-def _fingerprint(path: str) -> dict[str, list]:
+def _fingerprint(path: str | None, prefix: str = "") -> dict[str, list]:
     """Of a folder's files of weights, size and hash of the ends; of a name on the hub nothing."""
-    if not os.path.isdir(path):
+    if path is None or not os.path.isdir(path):
         return {}
     files = sorted(file for file in Path(path).iterdir() if file.suffix in _WEIGHTS and file.name not in _NO_WEIGHTS)
-    return {file.name: [file.stat().st_size, manifest.hash_of_ends(file)] for file in files}
+    return {f"{prefix}{file.name}": [file.stat().st_size, manifest.hash_of_ends(file)] for file in files}
 
 
 _NO_WEIGHTS = ("training_args.bin", "distillation.bin")

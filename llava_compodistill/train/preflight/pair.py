@@ -137,6 +137,7 @@ def _look_at_tower(config: Any, findings: Findings, without_weights: bool) -> No
 def _look_at_teacher(found: Models, parsed: Parsed, findings: Findings, without_weights: bool) -> str | None:
     model_args, args = parsed.model, parsed.training
     path = model_args.teacher_model_path
+    without_weights = without_weights or model_args.teacher_cache is not None  # which stands for them
     kind = _look_at_folder("teacher", path, findings, without_weights)
     if kind not in (None, "no weights"):
         with findings.stopping("the teacher"):
@@ -145,7 +146,11 @@ def _look_at_teacher(found: Models, parsed: Parsed, findings: Findings, without_
         base = read_lora_config(path).get("base_model_name_or_path") if kind == "lora" else None
         if base is None:
             text = f"the teacher: {path} holds {'a LoRA' if kind == 'lora' else 'an adapter'} only"
-            findings.add(STOPS, text, remedy="name its language model with --teacher_model_base")
+            findings.add(
+                NOTE if model_args.teacher_cache else STOPS,
+                text,
+                remedy="name its language model with --teacher_model_base",
+            )
     with findings.stopping("the teacher"):
         config = read_config(path)
         if getattr(config, "mm_vision_tower", None) is None:
@@ -208,7 +213,7 @@ def _look_at_pair(found: Models, parsed: Parsed) -> None:
     names = ", ".join(dict.fromkeys(term.name for term in found.terms))
     if names:
         found.rows.append(("loss terms", names, "", f"--method {args.method}, --stage {args.stage}"))
-    if model_args.teacher_cache and names:
+    if model_args.teacher_cache and names and found.tokenizer is not None:
         texts = found.tokenizer, found.teacher_text, found.shared
         _, cache = open_cache(model_args, parsed.data, args, found.terms, *texts)
         found.rows.append(("teacher cache", "", said(cache.what), model_args.teacher_cache))

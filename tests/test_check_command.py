@@ -611,24 +611,22 @@ def test_a_teacher_cache(distil, folder, world, teacher_path):
     """It is read as training reads it, but for the samples."""
     from llava_compodistill.train.cache import cli
 
+    teacher = shutil.copytree(teacher_path, folder / "llava-teacher")
     data = write(folder, [record()])
-    values = {"stage": "dft", "teacher_model_path": teacher_path, "model_max_length": 512}
+    values = {"stage": "dft", "teacher_model_path": teacher, "model_max_length": 512}
     cache = folder / "cache"
     assert cli.main(["--output", str(cache), *whole(world, folder, data, **values)]) == 0
-    report = distil(teacher_cache=cache)
+    given = {"teacher_cache": cache, "teacher_model_path": teacher}
+    report = distil(**given)
     assert "64 likeliest of 646 tokens" in row(report, "teacher cache")[1]
     assert not [finding for finding in report.findings if finding.level == STOPS]
-    # It stands for the teacher's language model.
-    described = folder / "described"
-    described.mkdir()
-    for path in teacher_path.iterdir():
-        if path.suffix != ".safetensors":
-            shutil.copy(path, described)
-    report = distil(teacher_cache=cache, teacher_model_path=described)
-    assert not [finding for finding in report.findings if finding.level == STOPS]
-    assert any(described.name in str(entry) for entry in found(report, NOTE, "weights: not here").examples + [report])
-    other = distil(teacher_cache=cache, model_max_length=256)
+    other = distil(**given, model_max_length=256)
     assert "--model_max_length: 512 there, 256" in found(other, STOPS, "the pair").examples[0].detail
+    # It stands for the teacher's language model.
+    (teacher / "model.safetensors").unlink()
+    report = distil(**given, mm_projector_type="mlp2x_gelu")
+    assert not [finding for finding in report.findings if finding.level == STOPS]
+    assert "of the teacher" in found(report, NOTE, "weights").examples[0].detail
 
 
 def test_kinds_of_checkpoints(distil, world, dpt_path, teacher_path, folder):

@@ -12,7 +12,7 @@ import torch
 
 from ...errors import FlagError
 from ...hosts.llava.adapters import read_adapter
-from ...hosts.llava.loader import checkpoint_kind, read_config, read_lora_config
+from ...hosts.llava.loader import read_config, read_lora_config
 from ...hosts.llava.model import count_visual_tokens
 from ...methods.base import Term
 from ...pair.vision import same_origin
@@ -107,7 +107,7 @@ def describe(
 ) -> dict[str, Any]:
     """What a cache of a command would be (`settings.describe`)."""
     path, base = model_args.teacher_model_path, model_args.teacher_model_base
-    if base is None and os.path.isdir(path) and checkpoint_kind(path) == "lora":
+    if base is None and os.path.isfile(os.path.join(path, "adapter_config.json")):
         base = read_lora_config(path).get("base_model_name_or_path")
     return settings.describe(
         what,

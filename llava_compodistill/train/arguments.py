@@ -235,8 +235,12 @@ class TrainingArguments(llava_training.TrainingArguments):
             "help": "Learning rate of the vision encoder under --unfreeze_mm_vision_tower; else --learning_rate."
         },
     )
-    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Precision of the frozen teacher. auto: the student's compute precision."}
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16", "float8"] = field(
+        default="auto",
+        metadata={
+            "help": "Precision of the frozen teacher. auto: the student's compute precision. float8: the same, with "
+            "the matrices of its layers held in 8 bits. (8bit and 4bit of bitsandbytes: --teacher_placement.)"
+        },
     )
     teacher_placement: Literal["auto", "replicate", "zero3", "fsdp", "offload", "8bit", "4bit"] = field(
         default="auto",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -19,6 +20,7 @@ from llava_compodistill.pair.student import set_trainable
 from llava_compodistill.train import checks, placing
 from llava_compodistill.train.cache import cli, shards
 from llava_compodistill.train.plan import configs, memory
+from llava_compodistill.train.run import teacher_dtype
 
 
 def numbers() -> torch.Tensor:
@@ -219,8 +221,6 @@ def test_auto_never_shares_its_layers(teachers, monkeypatch):
     asked = []
     monkeypatch.setattr(placing, "decide", lambda *args: asked.append(args[-1]) or ("replicate", "so"))
     monkeypatch.setattr(placing, "student_bytes", lambda *args: 0)
-    from types import SimpleNamespace
-
     trainer.accelerator = SimpleNamespace(num_processes=2, state=SimpleNamespace(deepspeed_plugin=None))
     trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
     trainer.args.device, trainer.model = torch.device("cpu"), None
@@ -234,3 +234,18 @@ def test_a_forward_under_autocast_runs(teachers):
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         outputs = teacher(**make_batch(LAYOUTS, dtype=torch.float32).inputs, use_cache=False)
     assert outputs.logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "bf16, asked, computes",
+    [
+        (True, "auto", "bfloat16"),
+        (True, "float8", "bfloat16"),
+        (False, "float8", "float32"),
+        (True, "float32", "float32"),
+    ],
+)
+def test_what_a_teacher_computes_in(bf16, asked, computes):
+    """By default what the step does: a bf16 run has its teacher in bf16."""
+    args = SimpleNamespace(bf16=bf16, fp16=False, teacher_dtype=asked)
+    assert teacher_dtype(args) == getattr(torch, computes)

@@ -483,7 +483,7 @@ def test_what_to_change_where_nothing_fits(capsys):
     assert peaks == sorted(peaks, reverse=True) and peaks[-1] <= 24
     # Of one family, down to another model.
     arguments = ["--student", "qwen1.5-1.8b", "--teacher", "Qwen/Qwen1.5-7B", "--stage", "dft", "--lora"]
-    _, found = plan(*arguments, "--gpu-memory", 16, capsys=capsys)
+    _, found = plan(*arguments, "--gpu-memory", 12, capsys=capsys)
     last = found["stages"][0]["changes"][-1]
     assert last["settings"] == "TEACHER=./checkpoints/llava-qwen1.5-4b" and last["fits"]
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from .. import compat
 from ..hosts.files import parse_json
 from ..hosts.llava import training as llava_training
@@ -251,6 +253,16 @@ class TrainingArguments(llava_training.TrainingArguments):
             "the device free; else zero3 with --deepspeed or fsdp without; else offload."
         },
     )
+    optim: str | None = field(
+        default=None,
+        metadata={
+            "help": "The optimizer, one of transformers'. Default: adamw_torch_fused on a GPU, else adamw_torch."
+        },
+    )
+    compile_layers: Literal["none", "student", "teacher", "both"] = field(
+        default="none",
+        metadata={"help": "Compile the decoder layers of these models one by one (torch.compile)."},
+    )
     blind: Literal["warn", "error", "off"] = field(
         default="warn",
         metadata={"help": "For a run whose loss does not depend on the image: report it, stop, or do not measure."},
@@ -297,6 +309,7 @@ class TrainingArguments(llava_training.TrainingArguments):
 
     def __post_init__(self) -> None:
         compat.translate_training_arguments(self)
+        self.optim = self.optim or default_optimizer(self.use_cpu)
         super().__post_init__()
         self.chosen_method = _read_method(self.method, self.method_options)
         stages = dict.fromkeys([*STAGES, *self.chosen_method.recipe])
@@ -349,6 +362,11 @@ class TrainingArguments(llava_training.TrainingArguments):
     def paired(self) -> bool:
         """Whether this stage learns from pairs of answers."""
         return self.stage in self.chosen_method.paired_stages
+
+
+def default_optimizer(use_cpu: bool) -> str:
+    """AdamW in one kernel on a GPU. (LLaVA's own default, which every transformers gets from it, is adamw_torch.)"""
+    return "adamw_torch_fused" if torch.cuda.is_available() and not use_cpu else "adamw_torch"
 
 
 def _read_method(name: str, options: str) -> Method:

@@ -11,6 +11,7 @@ from ..hosts.llava.quantization import refuse_without_bitsandbytes
 from ..methods.schedule import ENDS
 from ..pair.layers import parse_band
 from ..pair.placement import QUANTISED, SHARDED, fully_shard
+from .compiling import check_compiled, check_liger
 from .sharding import check_fsdp
 
 if TYPE_CHECKING:
@@ -150,6 +151,8 @@ def check_arguments(
     check_placement(training, here)
     check_float8(training)
     check_bits(training, here)
+    check_liger(training, here)
+    check_compiled(training, here)
     if here and training.fp16 and training.device.type == "cpu":
         raise ValueError("--fp16 True: there is no fp16 training on a CPU. Use --bf16 True, or neither.")
     if training.shuffle_attention_targets and training.per_device_train_batch_size < 2:
@@ -171,6 +174,8 @@ def check_cached(model: ModelArguments, training: TrainingArguments) -> None:
         why = f"no teacher is loaded: leave --teacher_placement {training.teacher_placement} out"
     if why is None and training.teacher_dtype == "float8":
         why = "no teacher is loaded: leave --teacher_dtype float8 out"
+    if why is None and training.compile_layers in ("teacher", "both"):
+        why = f"no teacher is loaded: --compile_layers {training.compile_layers} has to be student or none"
     if why is not None:
         raise ValueError(f"--teacher_cache {model.teacher_cache}: {why}.")
 

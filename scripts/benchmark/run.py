@@ -6,7 +6,7 @@ Suites
     step     a DFT step of teacher and student: the usual way, logits KD only, ours
     fit      largest micro-batch and best throughput within a memory limit, for the same three
     profile  the operators above 2 % of our step
-    compile  our step with and without torch.compile
+    compile  our step with and without --compile_layers
     sight    the sight guard's share of a run, in CPU time on a CPU
     teacher  a teacher's pass by where its weights live (--teacher_placement), and what that does to its targets
     dtype    a trained teacher in each --teacher_dtype, beside float32: KL and cosine of its targets, bytes, time

@@ -293,15 +293,15 @@ def encoder_work(tower: Tower, setup: Setup) -> float:
 
 
 def optimizer_work(models: Models, setup: Setup) -> float:
-    """AdamW's square roots of all second moments at once (`foreach`, the default on CUDA; on a CPU one weight's at a
-    time, and their quotient), and under DeepSpeed the gradients' share in float32."""
+    """On CUDA AdamW runs in one kernel (adamw_torch_fused, the default there) and keeps nothing; on a CPU it keeps one
+    weight's square roots and their quotient. Under DeepSpeed the gradients' share in float32."""
     trained = trained_parameters(models, setup)
     if setup.device == "cpu":
         largest = models.student.embedding if setup.full else models.trained_adapter.parameters
         return 8.0 * largest
     shares = setup.gpus if setup.zero else 1
-    widened = 4 if setup.zero and setup.compute < 4 else 0
-    return trained * (4.0 + widened) / shares
+    widened = 4.0 if setup.zero and setup.compute < 4 else 0.0
+    return trained * widened / shares
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,11 @@ COLLECTS_ACCUMULATION_WINDOW = Version("4.46") <= TRANSFORMERS
 #: Since 4.38 the Trainer's shuffling depends on seed and epoch alone; before, on the global random state, so that a
 #: run resumed in its second epoch, or on another number of processes, saw another order.
 SEEDS_SAMPLER = "accelerator_config" in transformers.TrainingArguments.__dataclass_fields__
+#: Why decoder layers cannot be compiled one by one: since 4.48 a tap is a function that attention looks up, and since
+#: torch 2.5 all layers of a model share their code.
+UNCOMPILED = None if Version("4.48") <= TRANSFORMERS else f"transformers 4.48 or newer, and this is {TRANSFORMERS}"
+if Version(torch.__version__) < Version("2.5"):
+    UNCOMPILED = f"torch 2.5 or newer, and this is {torch.__version__}"
 #: Before 4.46 weights of 8 and 4 bits need CUDA, whatever bitsandbytes has kernels for.
 QUANTISES_WITHOUT_CUDA = Version("4.46") <= TRANSFORMERS
 #: Since 4.48 attention is a function looked up by name at every call; before, a class fixed at construction.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import importlib
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def measured(tmp_path_factory):
     """The CSV of all suites that this transformers can run, and its pictures."""
     path = tmp_path_factory.mktemp("benchmark") / "figures.csv"
-    suites = "op,head,profile,sight,teacher,cache,eval"
+    suites = "op,head,profile,sight,teacher,dtype,cache,eval"
     suites = suites.replace("head,", "head,step,fit,growth,") if CURRENT else suites
     done = run(
         "run.py",
@@ -53,6 +54,8 @@ def measured(tmp_path_factory):
         1,
         "--limit",
         0.01,
+        "--samples",
+        64,
         "--output",
         path,
     )
@@ -141,6 +144,25 @@ def test_placements_of_the_teacher(measured):
         assert "cosine" in found[name]["note"] or found[name]["note"].startswith(
             f"not run: --teacher_placement {name}: "
         )
+
+
+@pytest.mark.long
+def test_precisions_of_the_teacher(measured):
+    """Beside float32 a trained teacher's targets change, the more the fewer bits it has."""
+    found = {row["variant"]: row for row in rows(measured) if row["suite"] == "dtype"}
+    assert list(found) == ["float32", "float16", "bfloat16", "float8", "8bit", "4bit"]
+    assert found["float16"]["note"].startswith("not run: --fp16 True: there is no fp16 training on a CPU")
+    for name in ("8bit", "4bit"):
+        assert "cosine" in found[name]["note"] or f"--teacher_placement {name}: needs" in found[name]["note"]
+    kl, bytes_ = {}, {}
+    for name in ("float32", "bfloat16", "float8"):
+        kl[name] = float(re.match(r"KL (\S+) ", found[name]["note"])[1])
+        bytes_[name] = float(found[name]["measured_mib"])
+        assert 0.9 < float(re.search(r"cosine (\S+) ", found[name]["note"])[1]) < 1.000001
+        assert int(found[name]["rows"]) > 64 and float(found[name]["p50_ms"]) > 0
+    assert abs(kl["float32"]) < 1e-9 < kl["bfloat16"] < kl["float8"] < 0.1
+    assert bytes_["bfloat16"] == pytest.approx(bytes_["float32"] / 2, rel=1e-3)
+    assert bytes_["float8"] < 0.62 * bytes_["bfloat16"]
 
 
 @pytest.mark.long

@@ -255,6 +255,7 @@ def test_two_processes_train_from_it_as_one_does_with_the_teacher(
         ({"student_layers": "sight"}, r"looks at the teacher before training: .*--student_layers sight"),
         ({"method": "llavadi"}, "its hidden states"),
         ({"teacher_placement": "replicate"}, "no teacher is loaded: leave --teacher_placement replicate out"),
+        ({"teacher_dtype": "float8"}, "no teacher is loaded: leave --teacher_dtype float8 out"),
         ({"vat": "False", "stage": "sft", "teacher_model_path": None}, "no teacher is in the loss of --stage sft"),
     ],
 )  # fmt: skip

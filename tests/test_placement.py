@@ -212,7 +212,7 @@ def training(**changes):
     values = {
         "stage": "dft", "method": "compodistill", "distilled": True, "deepspeed": None, "world_size": 2, "fsdp": "",
         "device": torch.device("cpu"), "bits": 16, "lora_enable": True, "quant_type": "nf4",
-        "teacher_placement": "auto",
+        "teacher_placement": "auto", "teacher_dtype": "auto",
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 
@@ -309,8 +309,10 @@ def fake_trainer(method_switches=False, quantised=False, asked="fsdp", runs_blin
         switched_needs=lambda: Needs() if method_switches else None,
         blind_needs=lambda: Needs() if runs_blind else None,
     )
-    objective = SimpleNamespace(terms=[term], teacher=SimpleNamespace(is_quantized=quantised))
-    return SimpleNamespace(objective=objective, args=SimpleNamespace(teacher_placement=asked, method="switch_kd"))
+    teacher = torch.nn.Linear(1, 1)
+    teacher.is_quantized = quantised
+    args = SimpleNamespace(teacher_placement=asked, teacher_dtype="auto", method="switch_kd")
+    return SimpleNamespace(objective=SimpleNamespace(terms=[term], teacher=teacher), args=args)
 
 
 def test_a_method_that_learns_through_the_teacher_does_not_go_with_pieces_of_it():

@@ -475,14 +475,15 @@ def test_what_to_change_where_nothing_fits(capsys):
         "GRADIENT_CHECKPOINTING=True",
         "LAUNCHER=deepspeed",
         "LAUNCHER=deepspeed DEEPSPEED_CONFIG=scripts/zero3.json",
+        "--teacher_dtype float8",
         "LORA=1",
     ]
-    assert [change["fits"] for change in stage["changes"]] == [False, False, False, True]
+    assert [change["fits"] for change in stage["changes"]] == [False, False, False, False, True]
     peaks = [change["peak"] for change in stage["changes"]]
     assert peaks == sorted(peaks, reverse=True) and peaks[-1] <= 24
     # Of one family, down to another model.
     arguments = ["--student", "qwen1.5-1.8b", "--teacher", "Qwen/Qwen1.5-7B", "--stage", "dft", "--lora"]
-    _, found = plan(*arguments, "--gpu-memory", 16, capsys=capsys)
+    _, found = plan(*arguments, "--gpu-memory", 12, capsys=capsys)
     last = found["stages"][0]["changes"][-1]
     assert last["settings"] == "TEACHER=./checkpoints/llava-qwen1.5-4b" and last["fits"]
 
@@ -527,6 +528,7 @@ VARIANTS = [
     ["--gpus", "1", "--no-gradient-checkpointing", "--dtype", "fp16", "--gpu", "H200"],
     ["--zero", "0", "--global-batch", "64", "--projector", "mlp2x_gelu", "--gpu", "H200"],
     ["--tower", "openai/clip-vit-large-patch14-336"],
+    ["--teacher-dtype", "float8"],
 ]
 
 
@@ -563,6 +565,8 @@ def test_a_launch_line_runs_what_is_planned(more, capsys):
         config = Path(given.get("--deepspeed", "zero0.json")).name
         assert config in (f"zero{stage['zero']}.json", f"compodistill_zero{stage['zero']}.json")
         assert ("--method" in given) == ("kd" in more and stage["stage"] != "sft")
+        assert given.get("--teacher_dtype", "auto") == (stage["teacher_dtype"] or "auto")
+        assert (stage["teacher_dtype"] == "float8") == ("float8" in more and stage["stage"] != "sft")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from .. import compat
 from ..errors import CheckpointError
 from ..hosts.llava import register
 from ..hosts.llava.quantization import quantization_config, refuse_without_bitsandbytes
+from .float8 import hold_in_float8
 from .placement import QUANTISED
 
 
@@ -26,6 +27,7 @@ def load_teacher(
     attn_implementation: str | None = None,
     vision_tower: str | None = None,
     placement: str = "replicate",
+    float8: bool = False,
 ) -> nn.Module:
     """Load a teacher: frozen, in eval mode, in its own precision, whole on one device whatever DeepSpeed does to the
     student.
@@ -35,6 +37,7 @@ def load_teacher(
         vision_tower: where the encoder is found now, if its path has changed since the teacher was trained.
         placement: where it is to live (`placement.PLACEMENTS`). 8bit and 4bit are loaded so; the others are loaded on
             the CPU, for `placement.place_teacher`, but replicate on `device`.
+        float8: whether the matrices of its layers are held in 8 bits (`float8`); `dtype` is what it computes in.
 
     Raises:
         CheckpointError: when the folder is no usable LLaVA checkpoint, or a LoRA is to be quantised.
@@ -68,6 +71,9 @@ def load_teacher(
     if quantised:  # its layers stay as they are, where they are
         tower.to(device=device, dtype=dtype)
         return teacher.eval()
+    if float8:  # where it was loaded: the device never holds the whole weights
+        hold_in_float8(teacher.to(dtype=dtype))
+        dtype = None
     return teacher.to(device=device if placement == "replicate" else "cpu", dtype=dtype).eval()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator
 
@@ -47,13 +48,31 @@ def _tap_by_interface(module: nn.Module) -> Iterator[None]:
     # built for the backend that the function then calls.
     tapped = copy.copy(module.config)
     module._compodistill_backend = module.config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[_TAPPED] = _tapped_attention
+    if _TAPPED not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS[_TAPPED] = _tapped_attention
     tapped._attn_implementation = _TAPPED
     try:
         with replaced(module, "config", tapped):
             yield
     finally:
         del module._compodistill_backend
+
+
+@contextlib.contextmanager
+def uncompiled_taps() -> Iterator[None]:
+    """Inside the context a compiler leaves the attention of tapped modules alone: what a tap keeps, and for whom, is
+    another thing in every micro-batch."""
+    before = ALL_ATTENTION_FUNCTIONS[_TAPPED] if _TAPPED in ALL_ATTENTION_FUNCTIONS else _tapped_attention
+    ALL_ATTENTION_FUNCTIONS[_TAPPED] = _uncompiled()
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[_TAPPED] = before
+
+
+@functools.cache
+def _uncompiled() -> Callable:
+    return torch.compiler.disable(_tapped_attention)
 
 
 def _tapped_attention(module: nn.Module, query, key, value, attention_mask, **kwargs):

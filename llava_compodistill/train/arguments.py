@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from .. import compat
 from ..hosts.files import parse_json
 from ..hosts.llava import training as llava_training
@@ -236,8 +238,12 @@ class TrainingArguments(llava_training.TrainingArguments):
             "help": "Learning rate of the vision encoder under --unfreeze_mm_vision_tower; else --learning_rate."
         },
     )
-    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Precision of the frozen teacher. auto: the student's compute precision."}
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16", "float8"] = field(
+        default="auto",
+        metadata={
+            "help": "Precision of the frozen teacher. auto: the student's compute precision. float8: the same, with "
+            "the matrices of its layers held in 8 bits. (8bit and 4bit of bitsandbytes: --teacher_placement.)"
+        },
     )
     teacher_placement: Literal["auto", "replicate", "zero3", "fsdp", "offload", "8bit", "4bit"] = field(
         default="auto",
@@ -247,6 +253,16 @@ class TrainingArguments(llava_training.TrainingArguments):
             "4bit: quantised (bitsandbytes), which changes its targets. auto: replicate if that leaves a quarter of "
             "the device free; else zero3 with --deepspeed or fsdp without, if that does; else offload."
         },
+    )
+    optim: str | None = field(
+        default=None,
+        metadata={
+            "help": "The optimizer, one of transformers'. Default: adamw_torch_fused on a GPU, else adamw_torch."
+        },
+    )
+    compile_layers: Literal["none", "student", "teacher", "both"] = field(
+        default="none",
+        metadata={"help": "Compile the decoder layers of these models one by one (torch.compile)."},
     )
     blind: Literal["warn", "error", "off"] = field(
         default="warn",
@@ -295,6 +311,7 @@ class TrainingArguments(llava_training.TrainingArguments):
 
     def __post_init__(self) -> None:
         compat.translate_training_arguments(self)
+        self.optim = self.optim or default_optimizer(self.use_cpu)
         super().__post_init__()
         self.chosen_method = _read_method(self.method, self.method_options)
         stages = dict.fromkeys([*STAGES, *self.chosen_method.recipe])
@@ -347,6 +364,11 @@ class TrainingArguments(llava_training.TrainingArguments):
     def paired(self) -> bool:
         """Whether this stage learns from pairs of answers."""
         return self.stage in self.chosen_method.paired_stages
+
+
+def default_optimizer(use_cpu: bool) -> str:
+    """AdamW in one kernel on a GPU. (LLaVA's own default, which every transformers gets from it, is adamw_torch.)"""
+    return "adamw_torch_fused" if torch.cuda.is_available() and not use_cpu else "adamw_torch"
 
 
 def _read_method(name: str, options: str) -> Method:

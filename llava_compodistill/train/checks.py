@@ -11,6 +11,7 @@ from ..hosts.llava.quantization import refuse_without_bitsandbytes
 from ..methods.schedule import ENDS
 from ..pair.layers import parse_band
 from ..pair.placement import QUANTISED, SHARDED, fully_shard
+from .compiling import check_compiled, check_liger
 from .sharding import check_fsdp
 
 if TYPE_CHECKING:
@@ -148,7 +149,10 @@ def check_arguments(
             "train the whole language model with --stage dft or sft and without --lora_enable."
         )
     check_placement(training, here)
+    check_float8(training)
     check_bits(training, here)
+    check_liger(training, here)
+    check_compiled(training, here)
     if here and training.fp16 and training.device.type == "cpu":
         raise ValueError("--fp16 True: there is no fp16 training on a CPU. Use --bf16 True, or neither.")
     if training.shuffle_attention_targets and training.per_device_train_batch_size < 2:
@@ -168,6 +172,10 @@ def check_cached(model: ModelArguments, training: TrainingArguments) -> None:
     why = uncached(training)
     if why is None and training.teacher_placement != "auto":
         why = f"no teacher is loaded: leave --teacher_placement {training.teacher_placement} out"
+    if why is None and training.teacher_dtype == "float8":
+        why = "no teacher is loaded: leave --teacher_dtype float8 out"
+    if why is None and training.compile_layers in ("teacher", "both"):
+        why = f"no teacher is loaded: --compile_layers {training.compile_layers} has to be student or none"
     if why is not None:
         raise ValueError(f"--teacher_cache {model.teacher_cache}: {why}.")
 
@@ -209,6 +217,25 @@ def check_placement(training: TrainingArguments, here: bool = True) -> None:
         raise ValueError(f"{flag}: {why}.")
     if here and placement in QUANTISED:
         refuse_without_bitsandbytes(flag, training.device)
+
+
+def check_float8(training: TrainingArguments) -> None:
+    """Refuse --teacher_dtype float8 where no teacher is, or where its layers cannot live.
+
+    Raises:
+        ValueError: naming the flags and the way out.
+    """
+    if training.teacher_dtype != "float8":
+        return
+    placement, why = training.teacher_placement, None
+    if not training.distilled:
+        why = f"no teacher is in the loss of --stage {training.stage} of {training.method}: leave the flag out"
+    elif placement in QUANTISED:
+        why = f"--teacher_placement {placement} quantises the same weights: leave one of them out"
+    elif placement in SHARDED:
+        why = f"--teacher_placement {placement} shares layers of one precision: use replicate or offload, or bfloat16"
+    if why is not None:
+        raise ValueError(f"--teacher_dtype float8: {why}.")
 
 
 def check_bits(training: TrainingArguments, here: bool = True) -> None:

@@ -144,6 +144,22 @@ class Objective:
             sums[name].loss = loss
         return sums
 
+    def total(
+        self, sums: Mapping[str, Sums], counts: Mapping[str, torch.Tensor], weights: Mapping[str, float]
+    ) -> torch.Tensor:
+        """The weighted sum of the terms that have met something.
+
+        Args:
+            sums: of a micro-batch, by term; `counts`, by kind (`COUNTS`), is what they are divided by.
+            weights: by term.
+        """
+        parts = [
+            weights[term.name] * sums[term.name].loss / counts[term.count]
+            for term in self.terms
+            if sums[term.name].loss is not None
+        ]
+        return sum(parts[1:], parts[0])
+
     def run_teacher(self, inputs: Mapping[str, Any], needs: Needs) -> Pass | None:
         """The teacher's pass over a batch, inside `encode_for`; None where there is none, or not yet (of a cache it is
         made when the student's forward has placed the batch's tokens)."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import FlagError
 from ..methods import Term
+from ..pair.float8 import is_float8
 from ..pair.placement import QUANTISED, SHARDED, decide, fully_shard, place_teacher, student_bytes
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ def place(trainer: CompoDistillTrainer) -> tuple[str, Any]:
     asked = args.teacher_placement
     if getattr(objective.teacher, "is_quantized", False) != (asked in QUANTISED):
         raise FlagError(f"--teacher_placement {asked}: give it to load_teacher(..., placement={asked!r}) as well.")
+    float8 = args.teacher_dtype == "float8"
+    if is_float8(objective.teacher) != float8:
+        flag = f"--teacher_dtype {args.teacher_dtype}"
+        raise FlagError(f"{flag}: give it to load_teacher(..., float8={float8}) as well.")
     whole = _needs_whole_layers(objective.terms, args)
     if whole is not None and asked in SHARDED:
         raise FlagError(
@@ -42,9 +47,10 @@ def place(trainer: CompoDistillTrainer) -> tuple[str, Any]:
         stage = 3 if trainer.is_fsdp_enabled else 0 if plugin is None else plugin.zero_stage
         sharded = "zero3" if trainer.is_deepspeed_enabled else "fsdp" if fully_shard() is not None else None
         needed = student_bytes(trainer.model, stage, ranks)
-        placement, reason = decide(objective.teacher, args.device, needed, ranks, None if whole else sharded)
+        pieces = None if whole is not None or float8 else sharded
+        placement, reason = decide(objective.teacher, args.device, needed, ranks, pieces)
         reason = f" (auto: {reason})"
-    logger.info("Teacher: %s%s.", placement, reason)
+    logger.info("Teacher: %s%s%s.", placement, ", float8" * float8, reason)
     return placement, place_teacher(objective.teacher, placement, args.device)
 
 

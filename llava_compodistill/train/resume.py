@@ -38,6 +38,7 @@ WITHOUT_EFFECT = {
     "bad_samples",
     "blind",
     "cache_dir",
+    "compile_layers",
     "evaluation_strategy",
     "image_folder",
     "is_multimodal",
@@ -106,6 +107,7 @@ def describe(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
         kept = {name: value for name, value in kept.items() if not name.startswith("lora_") or name == "lora_enable"}
     if args.teacher_placement not in QUANTISED:  # the others move the same weights about
         kept["teacher_placement"] = "whole weights"
+    kept["optim"] = kept["optim"].removesuffix("_fused")  # the same steps
     kept["deepspeed"] = bool(args.deepspeed)
     kept["global_batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     sources = read_sources(data_args.data_path)

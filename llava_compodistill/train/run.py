@@ -102,6 +102,7 @@ def run_stage(
             attn_implementation=model_args.attn_implementation,
             vision_tower=model_args.vision_tower,
             placement=loading_placement(args) if args.distilled else "replicate",
+            float8=args.teacher_dtype == "float8",
         )
     student = build_student(model_args, args, teacher)
     if not args.distilled:
@@ -228,8 +229,9 @@ def configure(
 
 
 def teacher_dtype(args: TrainingArguments) -> torch.dtype:
-    """The precision of the frozen teacher."""
-    return compute_dtype(args) if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
+    """The precision that the frozen teacher computes in."""
+    computes = args.teacher_dtype in ("auto", "float8")
+    return compute_dtype(args) if computes else getattr(torch, args.teacher_dtype)
 
 
 def loading_placement(args: TrainingArguments) -> str:

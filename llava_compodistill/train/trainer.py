@@ -26,7 +26,7 @@ from ..methods import Sums
 from ..methods.base import COUNTS
 from ..pair.layers import parse_band
 from ..pair.student import computing
-from . import checkpoint, facts, placing, sharding, travel
+from . import checkpoint, compiling, facts, placing, sharding, travel
 from .answer_watch import AnswerWatch
 from .arguments import TrainingArguments
 from .cache.teacher import CachedTeacher
@@ -91,6 +91,7 @@ class CompoDistillTrainer(CountsOnce, LLaVATrainer):
             image_layers=parse_band(args.image_layers),
         )
         checkpoint.attach_modules(model, self.objective.modules)
+        compiling.use_liger(model, self.objective.teacher, args)
         sharding.hold_alike(model, args)
         super().__init__(model=model, args=args, **compat.tokenizer_argument(tokenizer), **kwargs)
         sharding.prepare(self)
@@ -153,13 +154,13 @@ class CompoDistillTrainer(CountsOnce, LLaVATrainer):
         # Outside of training_step (evaluation) there is no window, and nothing has opened the context yet.
         counts = self._counts if in_step else self._count([inputs], training=False)
         found = inputs.get(facts.KEY)
-        inputs = {name: value for name, value in inputs.items() if name != facts.KEY}
+        inputs = {name: value for name, value in inputs.items() if name not in (facts.KEY, compiling.SKIP_LOGITS)}
         inputs = {**self._prepare_inputs(inputs), "use_cache": False}
         with facts.kept(found, inputs), contextlib.nullcontext() if in_step else self.objective.running():
             sums = self.objective(model, inputs)
         weights = self._weights(self.state.global_step)
         self._remember(sums, counts, weights, in_step)
-        loss = self._total(sums, counts, weights)
+        loss = self.objective.total(sums, counts, weights)
         # DDP, FSDP and DeepSpeed average gradients over ranks; our counts are over ranks already.
         loss = loss * self.accelerator.num_processes
         if in_step and compat.divides_by_accumulation(self):
@@ -170,16 +171,6 @@ class CompoDistillTrainer(CountsOnce, LLaVATrainer):
         """The terms' weights in the optimizer step that comes after `step` others of this stage."""
         progress = step / self.state.max_steps if self.state.max_steps > 0 else 0.0
         return {term.name: term.weight_at(progress) for term in self.objective.terms}
-
-    def _total(
-        self, sums: dict[str, Sums], counts: dict[str, torch.Tensor], weights: dict[str, float]
-    ) -> torch.Tensor:
-        parts = [
-            weights[term.name] * sums[term.name].loss / counts[term.count]
-            for term in self.objective.terms
-            if sums[term.name].loss is not None
-        ]
-        return sum(parts[1:], parts[0])
 
     # -----------------------------------------------------------------------------------------------------------------
     # One optimizer step = one window of micro-batches
@@ -314,7 +305,8 @@ class CompoDistillTrainer(CountsOnce, LLaVATrainer):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
         try:
-            with sharding.resuming_lora(self.model), travel.resuming_without_waiting(self.args):
+            unwaited = travel.resuming_without_waiting(self.args)
+            with sharding.resuming_lora(self.model), unwaited, compiling.compiled(self):
                 result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._stop.restore()

@@ -16,7 +16,7 @@ PYTHON=${PYTHON:-python}
 OUT=${OUT:-gpu-results}
 LIMIT=${LIMIT:-540}
 EACH=${SECONDS_EACH:-2}
-STEPS=(tests op head step fit profile compile teacher cache loader eval images plan growth quickstart)
+STEPS=(tests op head step fit profile compile teacher dtype cache loader eval images plan growth quickstart)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
@@ -60,7 +60,7 @@ do_step() {
     # The kernels against float64, forward and backward, and what waits for the device. They come before all else.
     tests) "$PYTHON" -m pytest -q -p no:cacheprovider -m "$marked" ${small[@]+"${small[@]}"} \
         tests/test_visual_attention.py tests/test_visual_attention_triton.py tests/test_waits.py ;;
-    op | head | teacher | cache | loader | eval | images) suite "$1" ;;
+    op | head | teacher | dtype | cache | loader | eval | images) suite "$1" ;;
     step) if [[ ${REHEARSE:-0} == 1 ]]; then suite step; else suite step --batch 1,4,8 --length 1024,2048; fi ;;
     fit) if [[ ${REHEARSE:-0} == 1 ]]; then suite fit --limit 0.01; else suite fit --limit 48 --length 2048; fi ;;
     profile | compile | growth) suite "$1" ;;

@@ -6,10 +6,11 @@ Suites
     step     a DFT step of teacher and student: the usual way, logits KD only, ours
     fit      largest micro-batch and best throughput within a memory limit, for the same three
     profile  the operators above 2 % of our step
-    compile  our step with and without torch.compile
+    compile  our step with and without --compile_layers
     growth   how time and memory grow with lengths, images, batch, answer rows, vocabulary and aligned layers
     sight    the sight guard's share of a run, in CPU time on a CPU
     teacher  a teacher's pass by where its weights live (--teacher_placement), and what that does to its targets
+    dtype    a trained teacher in each --teacher_dtype, beside float32: KL and cosine of its targets, bytes, time
     cache    a step with the teacher and from a cache of it (--teacher_cache), by top-k and bits, and bytes a sample
     eval     items a second of the evaluation engine against one question at a time, and against LLaVA's module, on the
              miniature
@@ -54,6 +55,7 @@ sys.path.insert(0, str(ROOT))  # the checkout's package, so that the commit in t
 
 import cache as cache_suite  # noqa: E402
 import check as check_suite  # noqa: E402
+import dtypes as dtype_suite  # noqa: E402
 import evaluation  # noqa: E402
 import growth as growth_suite  # noqa: E402
 import head as head_suite  # noqa: E402
@@ -69,8 +71,8 @@ from pair import Pair  # noqa: E402
 from presets import PRESETS, Preset  # noqa: E402
 
 SUITES = (
-    "op", "head", "step", "fit", "profile", "compile", "growth", "sight", "teacher", "cache", "eval", "images",
-    "loader", "check", "plan",
+    "op", "head", "step", "fit", "profile", "compile", "growth", "sight", "teacher", "dtype", "cache", "eval",
+    "images", "loader", "check", "plan",
 )  # fmt: skip
 console = Console()
 
@@ -94,6 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-checkpointing", action="store_true", help="whole steps without gradient checkpointing")
     parser.add_argument("--seconds", type=float, default=5.0, help="time spent on each comparison")
     parser.add_argument("--records", type=int, default=1_200_000, help="samples of check (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=512, help="samples of dtype (default: %(default)s)")
+    parser.add_argument(
+        "flags", nargs="*", help="dtype: a DFT command line behind --, such as -- $(DRY_RUN=1 bash scripts/dft.sh) "
+        "(default: the miniature's)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--cases", help="cases of plan by number from 0, such as 0,3 (default: all)")
     parser.add_argument(
@@ -148,6 +155,9 @@ def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Na
     with tempfile.TemporaryDirectory() as folder:
         if suite == "eval":
             yield from evaluation.run(folder, device, args.seconds)
+            return
+        if suite == "dtype":
+            yield from dtype_suite.run(folder, device, args.flags, args.samples, args.seconds)
             return
         if suite == "images":
             yield from image_suite.run(folder, device, args.seconds)

@@ -6,6 +6,7 @@ same for all variants and is left out, as are its states: with ZeRO they lie spr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import time
@@ -19,6 +20,7 @@ from pair import IGNORE_INDEX, Pair
 
 from llava_compodistill.methods import find_method
 from llava_compodistill.pair.layers import match_layers, visual_understanding_layers
+from llava_compodistill.record.compiled import compiled_layers
 from llava_compodistill.train.arguments import TrainingArguments
 from llava_compodistill.train.objective import Objective
 
@@ -206,7 +208,7 @@ def run_profile(pair: Pair, folder: str, size: int, repeats: int = 5) -> Iterato
 
 
 def run_compiled(pair: Pair, folder: str, size: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """Suite compile: our step, and the same with torch.compile on the decoder layers of student, teacher, or both."""
+    """Suite compile: our step, and the same with --compile_layers student, teacher and both."""
     device = pair.device
     for length in pair.spec.lengths:
         batch = pair.batch(size, length)
@@ -219,11 +221,11 @@ def run_compiled(pair: Pair, folder: str, size: int, seconds: float) -> Iterator
             ("both compiled", [pair.student, pair.teacher]),
         ):
             row = {**columns(pair, size, length), "suite": "compile", "variant": name}
-            layers = [layer for model in models for layer in model.get_model().layers]
-            for layer in layers:
-                layer.compile()
-            begin = time.perf_counter()
+            compiling = contextlib.ExitStack()
             try:
+                for model in models:
+                    compiling.enter_context(compiled_layers(model))
+                begin = time.perf_counter()
                 loss, found = gradients(pair, step, batch)
                 first = time.perf_counter() - begin
                 error = max(
@@ -240,8 +242,7 @@ def run_compiled(pair: Pair, folder: str, size: int, seconds: float) -> Iterator
             except Exception as error:  # what a compiler may raise is its own affair; the figure is that it fails
                 yield {**row, "note": f"fails: {type(error).__name__}: {str(error).splitlines()[0][:120]}"}
             finally:
-                for layer in layers:
-                    layer._compiled_call_impl = None
+                compiling.close()
                 torch._dynamo.reset()
                 pair.student.zero_grad(set_to_none=True)
 

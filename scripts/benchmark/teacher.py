@@ -2,7 +2,7 @@
 
 The teacher's pass is that of DFT: hidden states at the answer rows and the mean maps of its middle layers. 8bit and
 4bit need bitsandbytes. With random weights, KL and cosine say whether a placement works, not what it costs a trained
-teacher's students.
+teacher's students: for that, see the suite dtype.
 """
 
 from __future__ import annotations
@@ -34,20 +34,22 @@ def targets(teacher: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Pass:
         return recorder.latest
 
 
-def effect(whole: Pass, other: Pass) -> tuple[float, float]:
-    """(KL in nats from the whole teacher's distribution of a token to the other's, mean over the answer tokens; cosine
-    of their attention maps, mean over queries with an image before them, layers and samples)."""
+def effect(whole: Pass, other: Pass) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(KL in nats from the whole teacher's distribution of an answer token to the other's, [R]; cosine of their
+    attention maps, at each query with an image before it of each group and sample; whether both find the same token
+    the likeliest, [R]), on the CPU."""
     logits = []
     for found in (whole, other):
         weight, bias = found.head["answer"].weights
         logits.append(torch.nn.functional.linear(found.head["answer"].hidden, weight, bias).float().log_softmax(-1))
-    kl = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean()
+    kl = (logits[0].exp() * (logits[0] - logits[1])).sum(-1)
+    same = (logits[0].argmax(-1) == logits[1].argmax(-1)).float()
     rows = whole.batch.attention_rows()
     cosines = [
-        torch.cosine_similarity(attention.float(), other.maps[group].float(), dim=-1)[rows].mean()
+        torch.cosine_similarity(attention.float(), other.maps[group].float(), dim=-1)[rows]
         for group, attention in whole.maps.items()
     ]
-    return kl.item(), torch.stack(cosines).mean().item()
+    return kl.cpu(), torch.cat(cosines).cpu(), same.cpu()
 
 
 def on_device(teacher: torch.nn.Module) -> float:
@@ -73,7 +75,7 @@ def run(pair: Pair, folder: str, batches: tuple[int, ...], seconds: float) -> It
                 place_teacher(teacher, placement, device)
                 batch = pair.batch(size, length)
                 whole, found = targets(pair.teacher, batch), targets(teacher, batch)
-                kl, cosine = effect(whole, found)
+                kl, cosine = (values.mean().item() for values in effect(whole, found)[:2])
                 note = f"{on_device(teacher):.1f} MiB of weights on the device, KL {kl:.2g}, cosine {cosine:.4f}"
                 if placement not in QUANTISED:
                     apart = (found.head["answer"].hidden - whole.head["answer"].hidden).abs().max().item()

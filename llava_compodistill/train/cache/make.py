@@ -133,6 +133,7 @@ def prepare(options: Options, flags: Sequence[str]) -> Job:
     module = make_data_module(tokenizer, data_args, args.seed_of_data)
     dataset = module["train_dataset"]
     dtype, placement = str(teacher_dtype(args)).removeprefix("torch."), args.teacher_placement
+    dtype = "float8" if args.teacher_dtype == "float8" else dtype
     settings |= {"samples": len(dataset), "teacher_dtype": dtype}
     settings["quantised"] = placement if placement in ("8bit", "4bit") else "no"
     patches = count_visual_tokens(teacher)
@@ -290,6 +291,7 @@ def load(job: Job) -> torch.nn.Module:
         attn_implementation=model.attn_implementation,
         vision_tower=model.vision_tower,
         placement=placement,
+        float8=args.teacher_dtype == "float8",
     )
     place_teacher(teacher, placement, args.device)
     teacher.config.tokenizer_model_max_length = args.model_max_length

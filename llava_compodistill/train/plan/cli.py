@@ -16,7 +16,7 @@ from .configs import DEFAULT_TOWER, Described
 from .launch import launch_line, student_path, teacher_path
 from .planner import RECIPES, RESERVE_GIB, RESERVE_SHARE, Machine, Request, plan_stage
 from .report import as_json, print_tables
-from .setup import BYTES, Models
+from .setup import BYTES, TEACHER_BYTES, Models
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="default: on"
     )
     run.add_argument("--dtype", choices=tuple(BYTES), default="bf16", help="default: %(default)s")
+    run.add_argument("--teacher-dtype", choices=tuple(TEACHER_BYTES), default="auto", help="default: %(default)s")
     run.add_argument("--batch", type=_count, metavar="N", help="micro-batch, instead of the largest that fits")
     run.add_argument("--global-batch", type=_count, metavar="N", help="default: 256 in dpt and pt, 128 in dft and sft")
     run.add_argument("--max-length", type=_count, default=2048, metavar="N", help="default: %(default)s")
@@ -103,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         method=options.method,
         lora_rank=options.lora_r if options.lora else 0,
         dtype=options.dtype,
+        teacher_dtype=options.teacher_dtype,
         zero=(2 if options.gpus > 1 else 0) if options.zero is None else options.zero,
         checkpointing=options.gradient_checkpointing,
         max_length=options.max_length,

@@ -58,6 +58,8 @@ def launch_line(request: Request, plan: StagePlan, student: str, teacher: str | 
     said = {name: value for name, value in settings.items() if DEFAULTS.get(name) != value}
     words = [f"{name}={shlex.quote(value)}" for name, value in said.items()]
     flags = ["--method", "kd"] if request.method == "kd" and plan.stage.distils else []
+    if plan.stage.distils and setup.teacher_dtype != "auto":
+        flags += ["--teacher_dtype", setup.teacher_dtype]
     return " ".join([*words, "bash", f"scripts/{plan.stage.script}", *flags])
 
 

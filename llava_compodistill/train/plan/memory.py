@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from ...pair.layers import match_layers, visual_understanding_layers
 from .configs import LanguageModel, Tower
-from .setup import Models, Setup
+from .setup import TEACHER_BYTES, Models, Setup
 
 #: Elements of a chunk's buffer in ops/visual_attention and in ops/answer_loss (CHUNK_ELEMENTS there).
 MAP_CHUNK = {"cuda": 1 << 26, "cpu": 1 << 19}
@@ -84,12 +84,23 @@ def resident(models: Models, setup: Setup) -> Terms:
         terms["student: adapter"] = adapters
         terms["vision encoder" + (" (shared)" if setup.has_teacher and not models.teacher_tower else "")] = tower
     if setup.has_teacher:
-        terms["teacher: weights"] = (models.teacher.parameters + models.teacher_adapter.parameters) * c
+        terms["teacher: weights"] = teacher_weights(models, setup)
         if models.teacher_tower:
             terms["teacher: vision encoder"] = models.teacher_tower.parameters * c
     shares = setup.gpus if setup.zero else 1
     terms["optimizer states"] = trained * (12 if setup.zero else 8) / shares
     return terms
+
+
+def teacher_weights(models: Models, setup: Setup) -> float:
+    """The frozen teacher's, without its encoder: of float8 the matrices of its layers have a byte a weight, and a
+    scale a row (`pair.float8`)."""
+    teacher, c = models.teacher, TEACHER_BYTES[setup.teacher_dtype] or setup.compute
+    total = float(c * (teacher.parameters + models.teacher_adapter.parameters))
+    if setup.teacher_dtype == "float8":
+        rows = teacher.layers * sum(outputs for _, outputs in teacher.linears)
+        total += teacher.matrices * (1 - c) + c * rows
+    return total
 
 
 def gradients(models: Models, setup: Setup) -> float:
@@ -282,15 +293,15 @@ def encoder_work(tower: Tower, setup: Setup) -> float:
 
 
 def optimizer_work(models: Models, setup: Setup) -> float:
-    """AdamW's square roots of all second moments at once (`foreach`, the default on CUDA; on a CPU one weight's at a
-    time, and their quotient), and under DeepSpeed the gradients' share in float32."""
+    """On CUDA AdamW runs in one kernel (adamw_torch_fused, the default there) and keeps nothing; on a CPU it keeps one
+    weight's square roots and their quotient. Under DeepSpeed the gradients' share in float32."""
     trained = trained_parameters(models, setup)
     if setup.device == "cpu":
         largest = models.student.embedding if setup.full else models.trained_adapter.parameters
         return 8.0 * largest
     shares = setup.gpus if setup.zero else 1
-    widened = 4 if setup.zero and setup.compute < 4 else 0
-    return trained * (4.0 + widened) / shares
+    widened = 4.0 if setup.zero and setup.compute < 4 else 0.0
+    return trained * widened / shares
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,6 +327,8 @@ def phases(models: Models, setup: Setup) -> dict[str, Terms]:
         c, places = setup.compute, setup.batch * tower.patches
         visual = c * places * (tower.hidden + models.teacher.hidden)
         work = forward_work(models.teacher, setup) + visual
+        if setup.teacher_dtype == "float8":  # a matrix as a product takes it, cast and scaled
+            work += 2 * c * max(inputs * outputs for inputs, outputs in models.teacher.linears)
         if setup.aligns:
             # In its aligned layers the network's tensors are not there yet: a new map, the means, and the op's own.
             taps = (count + 1) * one + map_work(models.teacher, setup)

@@ -96,6 +96,7 @@ class Request:
     method: str = "compodistill"
     lora_rank: int = 0
     dtype: str = "bf16"
+    teacher_dtype: str = "auto"
     zero: int = 2
     checkpointing: bool = True
     max_length: int = 2048
@@ -236,6 +237,7 @@ def _setup(request: Request, stage: Stage, name: str, batch: int, each: int) -> 
         aligns=name in ALIGNED[request.method],
         lora_rank=request.lora_rank if stage.trains_llm else 0,
         dtype=request.dtype,
+        teacher_dtype=request.teacher_dtype,
         zero=request.zero,
         gpus=request.machine.gpus,
         checkpointing=request.checkpointing,
@@ -257,8 +259,8 @@ def _peak(request: Request, setup: Setup) -> tuple[str, float]:
 def changes(request: Request, stage: Stage, name: str) -> list[Change]:
     """What to change, in order of cost, each on top of those before it, up to the first that fits.
 
-    Time (checkpointing), communication (ZeRO-2, ZeRO-3), what is trained (LoRA), what is read (shorter samples), and
-    last another model.
+    Time (checkpointing), communication (ZeRO-2, ZeRO-3), the teacher's precision, what is trained (LoRA), what is read
+    (shorter samples), and last another model.
     """
     found: list[Change] = []
     each = (request.global_batch or stage.global_batch) // request.machine.gpus
@@ -286,6 +288,10 @@ def changes(request: Request, stage: Stage, name: str) -> list[Change]:
         request = replace(request, zero=3)
         settings = "LAUNCHER=deepspeed DEEPSPEED_CONFIG=scripts/zero3.json"
         if attempt("ZeRO-3: the student's weights, too; gathered in every pass", settings, request):
+            return found
+    if stage.distils and request.teacher_dtype != "float8":
+        request = replace(request, teacher_dtype="float8")
+        if attempt("the teacher's layers in 8 bits: slightly other targets", "--teacher_dtype float8", request):
             return found
     if stage.trains_llm and not request.lora_rank:
         request = replace(request, lora_rank=128)

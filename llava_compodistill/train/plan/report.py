@@ -36,6 +36,7 @@ def _stage(request: Request, plan: StagePlan, line: str) -> dict[str, Any]:
         "gradient_checkpointing": setup.checkpointing,
         "lora_rank": setup.lora_rank,
         "dtype": setup.dtype,
+        "teacher_dtype": setup.teacher_dtype if setup.has_teacher else None,
         "trained_parameters": plan.trained,
         "peak_gib": plan.total / GIB,
         "peak_at": PHASES[plan.moment],

@@ -8,6 +8,9 @@ from .configs import Adapter, LanguageModel, Tower
 
 GIB = 2**30
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+#: What training's --teacher_dtype takes, and bytes of a weight; None: as the step computes (of float8 what is not a
+#: matrix of a layer).
+TEACHER_BYTES = {"auto": None, "float32": 4, "bfloat16": 2, "float16": 2, "float8": None}
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Setup:
         trains_llm: whether the language model is trained, by LoRA of `lora_rank` or (0) as a whole.
         distils, aligns: whether L_KL and L_ADL are computed; either loads the teacher.
         dtype: bf16, fp16 or fp32, what the step computes in.
+        teacher_dtype: of TEACHER_BYTES.
         zero: 0 for DDP or a single process, 2, 3.
         batch: samples of a micro-batch, B.
         length: tokens of its longest sample, visual ones included, N.
@@ -74,6 +78,7 @@ class Setup:
     whole_vocabulary: bool = False
     device: str = "cuda"
     lora_dropout: float = 0.05
+    teacher_dtype: str = "auto"
 
     @property
     def full(self) -> bool:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import compat
 from ..hosts.llava.quantization import refuse_without_bitsandbytes
 from ..methods.schedule import ENDS
 from ..pair.layers import parse_band
 from ..pair.placement import QUANTISED, SHARDED, fully_shard
+from ..record.padding import NO_FLASH
 from .sharding import check_fsdp
 
 if TYPE_CHECKING:
@@ -99,6 +101,18 @@ def check_image_layers(training: TrainingArguments) -> None:
         )
 
 
+def check_packing(training: TrainingArguments) -> None:
+    """Check and complete what --pack_length says."""
+    if training.pack_length < 0:
+        raise ValueError(f"--pack_length {training.pack_length}: must be a number of tokens, or 0 for no packs.")
+    if training.pack_length and training.group_by_modality_length:
+        raise ValueError(
+            f"--pack_length {training.pack_length}: packs are about equally long, and there is nothing to group. Set "
+            "--group_by_modality_length False."
+        )
+    training.padding_free = training.padding_free or training.pack_length > 0
+
+
 def check_arguments(
     model: ModelArguments, data: DataArguments, training: TrainingArguments, here: bool = True
 ) -> None:
@@ -151,7 +165,10 @@ def check_arguments(
     check_bits(training, here)
     if here and training.fp16 and training.device.type == "cpu":
         raise ValueError("--fp16 True: there is no fp16 training on a CPU. Use --bf16 True, or neither.")
-    if training.shuffle_attention_targets and training.per_device_train_batch_size < 2:
+    if training.padding_free and compat.ALL_ATTENTION_FUNCTIONS is None:
+        if (model.attn_implementation or "").startswith("flash"):
+            raise ValueError(NO_FLASH)
+    if training.shuffle_attention_targets and training.per_device_train_batch_size < 2 and not training.pack_length:
         raise ValueError("--shuffle_attention_targets needs --per_device_train_batch_size of at least 2.")
     if not data.data_path:
         raise ValueError(

@@ -71,9 +71,10 @@ def assert_same_step(student, teacher, args, batch, tolerance):
     return losses
 
 
-def make_pair(siglip, family="qwen2", attention="sdpa"):
+def make_pair(siglip, family="qwen2", attention="sdpa", **options):
     teacher = make_model(siglip, family, hidden=48, layers=6, heads=6, vocab=128, seed=1, attention=attention)
-    return make_model(siglip, family, seed=2, attention=attention).train(), teacher.requires_grad_(False)
+    student = make_model(siglip, family, seed=2, attention=attention, **options)
+    return student.train(), teacher.requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def test_a_step_is_that_of_the_padded_batch(siglip, tmp_path, family, attention,
     ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
 def test_every_kind_of_term_meets_what_it_asks_for(siglip, tmp_path, method, changes):
-    student, teacher = make_pair(siglip)
+    student, teacher = make_pair(siglip, unfreeze_mm_vision_tower=method == "switch_kd")
     if method == "switch_kd":
         train_tower(student.get_vision_tower())
     args = arguments(tmp_path, method=method, **changes)
@@ -408,11 +409,20 @@ def test_own_answers_are_packed(dft):
     assert own[0]["own_answers"] == 1.0 and own[0]["kl"] > 0
 
 
+#: In both generations of transformers.
+BY_LENGTH = (
+    {"group_by_length": True}
+    if "group_by_length" in TrainingArguments.__dataclass_fields__
+    else {"train_sampling_strategy": "group_by_length"}
+)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"pack_length": -1}, "--pack_length -1: must be a number of tokens"),
-        ({"pack_length": 64, "group_by_modality_length": True}, "Set --group_by_modality_length False"),
+        ({"pack_length": 64, "group_by_modality_length": True}, "set --group_by_modality_length False"),
+        ({"pack_length": 64, **BY_LENGTH}, "leave --train_samp|set --group_by_length False"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, changes, message):
@@ -420,7 +430,7 @@ def test_what_cannot_be_is_refused(tmp_path, changes, message):
         arguments(tmp_path, **changes)
 
 
-def test_flash_attention_of_an_older_transformers_is_refused(tmp_path, monkeypatch, siglip):
+def test_what_an_older_transformers_cannot_do_is_refused(tmp_path, monkeypatch, siglip):
     monkeypatch.setattr(compat, "ALL_ATTENTION_FUNCTIONS", None)
     args = arguments(tmp_path, padding_free=True)
     names = ("teacher_cache", "teacher_version", "unfreeze_mm_vision_tower", "mm_use_im_start_end")
@@ -437,13 +447,16 @@ def test_flash_attention_of_an_older_transformers_is_refused(tmp_path, monkeypat
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="--attn_implementation sdpa"), record(model, Needs(), padding_free=True):
         pass
+    model.config._attn_implementation, model.config.rope_scaling = "sdpa", {"type": "dynamic", "factor": 2.0}
+    with pytest.raises(ValueError, match="dynamic rope_scaling"), record(model, Needs(), padding_free=True):
+        pass
 
 
 def test_check_names_samples_longer_than_a_pack(world, mixed, tmp_path, capsys):
     from llava_compodistill.cli import main
 
     flags = tiny.flags(
-        world, "sft", tmp_path / "out", mm_projector_type="mlp2x_gelu", data_path=mixed, pack_length=60,
+        world, "sft", tmp_path / "out", mm_projector_type="mlp2x_gelu", data_path=mixed, pack_length=16,
     )  # fmt: skip
     main(["check", *flags, "--workers", "1"])
-    assert "longer than --pack_length 60" in capsys.readouterr().out
+    assert "longer than --pack_length 16" in capsys.readouterr().out

@@ -59,13 +59,21 @@ def without_padding(model: nn.Module, batch: Callable[[], MergedBatch]) -> Itera
         batch: gives the merged batch of the running forward.
 
     Raises:
-        ValueError: for FlashAttention where a transformers cannot tell it where samples begin; in the forward, for a
-            sample longer than the window of a layer that would attend to all of it.
+        ValueError: where an old transformers cannot tell FlashAttention where samples begin, or would scale positions
+            by the length of all of them; in the forward, for a sample longer than the window of a layer that would
+            attend to all of it.
     """
     host, backend = host_of(model), compat.attention_implementation(model)
     flash = backend.startswith("flash")
     if flash and compat.ALL_ATTENTION_FUNCTIONS is None:
         raise ValueError(NO_FLASH)
+    scaling = getattr(model.config, "rope_scaling", None) or {}
+    if compat.ALL_ATTENTION_FUNCTIONS is None and scaling.get("type") == "dynamic":
+        # There a layer scales by the length that it is given, which is that of all samples together.
+        raise ValueError(
+            "--padding_free, --pack_length: not with a model of dynamic rope_scaling and this transformers (4.48 and "
+            "later can). Leave the flags out."
+        )
     layers = host.decoder_layers(model)
 
     def enter(number: int) -> Callable[..., tuple[tuple, dict]]:

@@ -105,10 +105,15 @@ def check_packing(training: TrainingArguments) -> None:
     """Check and complete what --pack_length says."""
     if training.pack_length < 0:
         raise ValueError(f"--pack_length {training.pack_length}: must be a number of tokens, or 0 for no packs.")
-    if training.pack_length and training.group_by_modality_length:
+    grouped = [name for name in ("group_by_modality_length", "group_by_length") if getattr(training, name, False)]
+    ways = [f"set --{name} False" for name in grouped]
+    strategy = getattr(training, "train_sampling_strategy", "random")  # of transformers 5
+    if strategy not in ("random", "sequential"):
+        ways.append(f"leave --train_sampling_strategy {strategy} out")
+    if training.pack_length and ways:
         raise ValueError(
-            f"--pack_length {training.pack_length}: packs are about equally long, and there is nothing to group. Set "
-            "--group_by_modality_length False."
+            f"--pack_length {training.pack_length}: packs are about equally long, and there is nothing to group: "
+            f"{' and '.join(ways)}."
         )
     training.padding_free = training.padding_free or training.pack_length > 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from checks import PLAIN, assert_same_log, assert_same_weights, killed_and_resumed, trained_weights
 from factory import make_batch, make_model
+from safetensors.torch import load_file
 
 from llava_compodistill import compat
 from llava_compodistill.errors import DataError, SampleError
@@ -77,9 +79,16 @@ def make_pair(siglip, family="qwen2", attention="sdpa", **options):
     return student.train(), teacher.requires_grad_(False)
 
 
+@pytest.fixture
+def masks_of_float64(monkeypatch):
+    # transformers 4.37 fills masks of scores with float64's smallest number in torch's default dtype.
+    monkeypatch.setattr(torch, "full", partial(torch.full, dtype=torch.float64))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers without padding
 # ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("masks_of_float64")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("attention, tolerance", [("sdpa", 1e-10), ("eager", 1e-5)])  # eager's softmax is float32
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
@@ -92,6 +101,7 @@ def test_a_step_is_that_of_the_padded_batch(siglip, tmp_path, family, attention,
     assert losses["attention.attention"] > 0.01 and losses["answers.kl"] > 0.01
 
 
+@pytest.mark.usefixtures("masks_of_float64")
 @pytest.mark.parametrize(
     "method, changes",
     [
@@ -114,6 +124,7 @@ def test_every_kind_of_term_meets_what_it_asks_for(siglip, tmp_path, method, cha
     assert_same_step(student, None if method == "sft" else teacher, args, make_batch(LAYOUTS), 1e-5)
 
 
+@pytest.mark.usefixtures("masks_of_float64")
 def test_image_layers_in_eager_attention(siglip, tmp_path):
     student, _ = make_pair(siglip, attention="eager")
     args = arguments(tmp_path, method="sft", stage="sft", image_layers="1")
@@ -156,6 +167,7 @@ def test_samples_neither_see_nor_move_each_other(siglip):
         torch.testing.assert_close(together[place], found, atol=1e-12, rtol=0)
 
 
+@pytest.mark.usefixtures("masks_of_float64")
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_no_layer_meets_padding(siglip, padding):
     model = make_model(siglip, tokenizer_padding_side=padding)
@@ -224,6 +236,7 @@ def _nothing():
     return contextlib.nullcontext()
 
 
+@pytest.mark.usefixtures("masks_of_float64")
 def test_a_sample_beyond_a_layers_window_is_refused(siglip):
     """Eager attention has the window in both generations."""
     model = make_model(siglip, "mistral", attention="eager", sliding_window=20)
@@ -347,6 +360,22 @@ def test_a_resumed_run_equals_an_unbroken_one(dft, monkeypatch):
     assert_same_weights(trained_weights(resumed.model), trained_weights(unbroken.model), 1e-5)
 
 
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(ranks, dft, world, sharp_teacher, mixed, tmp_path):
+    options = {**PLAIN, "max_steps": 3, "pack_length": 150, "per_device_train_batch_size": 1}
+    single, expected = dft("one", gradient_accumulation_steps=2, **options)
+    layers = {"student_layers": "1,2,3", "teacher_layers": "1,2,3,4"}
+    flags = tiny.flags(
+        world, "dft", tmp_path / "two", teacher_model_path=sharp_teacher, mm_projector_type="mlp2x_gelu",
+        data_path=mixed, ddp_backend="gloo", **layers, **options,
+    )  # fmt: skip
+    ranks.train_well(flags, 2, tmp_path / "log")
+    assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-5)
+    weights = load_file(tmp_path / "two" / "model.safetensors")
+    names = trained_weights(single.model)
+    assert_same_weights({name: weights[name] for name in names}, names, 1e-5)
+
+
 def test_a_long_sample_is_named_and_trained_whole_and_a_bad_one_left_out(dft, mixed, tmp_path, caplog, monkeypatch):
     records = json.loads(mixed.read_text())[:4]
     records[1]["conversations"][-1]["value"] = "red and blue " * 30
@@ -450,13 +479,3 @@ def test_what_an_older_transformers_cannot_do_is_refused(tmp_path, monkeypatch, 
     model.config._attn_implementation, model.config.rope_scaling = "sdpa", {"type": "dynamic", "factor": 2.0}
     with pytest.raises(ValueError, match="dynamic rope_scaling"), record(model, Needs(), padding_free=True):
         pass
-
-
-def test_check_names_samples_longer_than_a_pack(world, mixed, tmp_path, capsys):
-    from llava_compodistill.cli import main
-
-    flags = tiny.flags(
-        world, "sft", tmp_path / "out", mm_projector_type="mlp2x_gelu", data_path=mixed, pack_length=16,
-    )  # fmt: skip
-    main(["check", *flags, "--workers", "1"])
-    assert "longer than --pack_length 16" in capsys.readouterr().out

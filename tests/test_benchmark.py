@@ -211,7 +211,11 @@ def test_the_pack_suite(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "SAMPLES", 1000)
     sizes = presets.MINIATURE.pair
     models = importlib.import_module("pair").Pair(sizes, torch.device("cpu"), tmp_path, checkpointing=False)
+    seen = set()
+    network = models.student.get_model().layers[0].mlp
+    network.register_forward_pre_hook(lambda module, args: seen.add(args[0].shape[0]))
     found = list(pack.run(models, str(tmp_path), (4,), 0))
+    assert seen == {1, 4}, "padded batches, and tokens without padding"
     padding = {(row["variant"], row["batch"]): row["padding_share"] for row in found if "p50_ms" not in row}
     assert len(padding) == 10 and padding[pack.PACKED, 1] == 0
     for size in pack.BATCHES:

@@ -253,3 +253,30 @@ def test_the_loader_suite(tmp_path, monkeypatch):
     needed = [row["note"] for row in found if row["variant"].startswith("workers")]
     assert needed and all("40 x 30; workers for samples a second: 1 for 2" in note for note in needed)
     assert [loader.workers(33, rate) for rate in (100, 33, 32, 10)] == [1, 1, 2, 4]
+
+
+def test_the_pack_suite(tmp_path, monkeypatch):
+    """In this process: the shares of padding, and steps whose gradients agree."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    pack, presets = (importlib.import_module(name) for name in ("pack", "presets"))
+    monkeypatch.setattr(pack, "SAMPLES", 1000)
+    sizes = presets.MINIATURE.pair
+    models = importlib.import_module("pair").Pair(sizes, torch.device("cpu"), tmp_path, checkpointing=False)
+    seen = set()
+    network = models.student.get_model().layers[0].mlp
+    network.register_forward_pre_hook(lambda module, args: seen.add(args[0].shape[0]))
+    found = list(pack.run(models, str(tmp_path), (4,), 0))
+    assert seen == {1, 4}, "padded batches, and tokens without padding"
+    padding = {(row["variant"], row["batch"]): row["padding_share"] for row in found if "p50_ms" not in row}
+    assert len(padding) == 10 and padding[pack.PACKED, 1] == 0
+    for size in pack.BATCHES:
+        assert 0 < padding[pack.BY_LENGTH, size] < padding[pack.PLAIN, size] < 0.7
+    assert padding[pack.PLAIN, 4] < padding[pack.PLAIN, 16]
+    timed = {row["variant"]: row for row in found if "p50_ms" in row}
+    assert timed.keys() == {pack.PLAIN, pack.BY_LLAVA, pack.BY_LENGTH, pack.FREE, pack.PACKED}
+    assert all(float(row["parity"]) < 1e-3 and row["tokens_per_s"] > 0 for row in timed.values())
+    samples = pack.draw(500, 9)
+    assert all(
+        sum(map(len, pack.grouped(samples, 4, policy, 24, 32))) == 500 for policy in timed if policy != pack.FREE
+    )
+    assert max(sample.length for sample in samples) == round(2048 * 9 / 576)

@@ -220,6 +220,13 @@ def test_texts_are_tokenized_together_where_that_is_the_same(world, folder, monk
     assert all(reading.answers for reading in reader.read([0, 1])) and calls == []
 
 
+def test_samples_longer_than_a_pack_are_named(world, folder):
+    data = write(folder, [record(), record(turns=[HUMAN, LONG], id="long")])
+    report = check(whole(world, folder, data, pack_length=100))
+    (example,) = found(report, NOTE, "longer than --pack_length 100").examples
+    assert example.id == "long" and report.verdict == "ready"
+
+
 def test_what_the_limit_cuts(world, folder):
     late = {**HUMAN, "value": LONG["value"] + "<image>"}
     records = [record(), record(turns=[HUMAN, LONG], id="cut"), record(turns=[late, GPT], id="lost")]

@@ -158,6 +158,7 @@ def test_a_run(dft, fresh, monkeypatch, caplog):
 # ---------------------------------------------------------------------------------------------------------------------
 def run_with(**changes):
     values = {"compile_layers": "both", "torch_compile": False, "image_layers": "all", "on_policy": 0.0, "bits": 16}
+    values["padding_free"] = False
     return training(**{**values, "gradient_checkpointing": False, **changes})
 
 
@@ -176,6 +177,7 @@ def run_with(**changes):
         ({"gradient_checkpointing": True}, "--gradient_checkpointing True runs layers again .*, or teacher"),
         ({"fsdp": "full_shard"}, "not tried with --fsdp: use DDP or ZeRO-2, or teacher"),
         ({"image_layers": "1,2"}, "--image_layers 1,2 gives layers other masks"),
+        ({"padding_free": True}, "--padding_free and --pack_length give layers other sizes"),
         ({"on_policy": 0.5}, "with --on_policy 0.5 the student generates"),
         ({"use_liger_kernel": True}, "--use_liger_kernel True has kernels of its own"),
     ],

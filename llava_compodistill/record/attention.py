@@ -17,6 +17,7 @@ from .. import compat
 from ..hosts import host_of
 from ..hosts.base import MergedBatch
 from ..ops.visual_attention import visual_attention_map
+from .padding import padded_heads
 from .taps import WHOLE_SEQUENCES, AttentionTap, tap_attention
 
 
@@ -59,9 +60,10 @@ class AttentionCapture:
         def receive(module: nn.Module, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
             if query.shape[2] != key.shape[2]:
                 raise RuntimeError(WHOLE_SEQUENCES)
+            batch = self._batch()
+            query, key = padded_heads(query, batch), padded_heads(key, batch)
             if window is not None and key.shape[2] > window:
                 raise ValueError(outside_window(layer, window, key.shape[2]))
-            batch = self._batch()
             if batch.visual_index.shape[1] == 0:
                 return
             key_mask = batch.real if batch.left_padded else None  # only left padding hides keys from real rows

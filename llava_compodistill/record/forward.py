@@ -22,6 +22,7 @@ from ..ops.answer_loss.log_probs import answer_log_probs
 from .attention import GroupMeans, capture_visual_attention
 from .head import HeadRows, TopRows, at_head
 from .merge import record_merge
+from .padding import padded, without_padding
 from .patch import replaced
 
 #: Layers whose mean attention map is wanted.
@@ -140,6 +141,7 @@ def record(
     impl: str = "auto",
     on_head: Callable[[Pass], torch.Tensor] | None = None,
     on_end: Callable[[Pass], Mapping[str, torch.Tensor]] | None = None,
+    padding_free: bool = False,
 ) -> Iterator[PassRecorder]:
     """Record every forward of a model inside the context. Training keeps it open until the backward is done.
 
@@ -153,9 +155,10 @@ def record(
             leaves the model through the head's output.
         on_end: called when the forward ends, inside the outermost wrapper of the model (DDP, FSDP, DeepSpeed); what it
             returns is what the model returns, so that wrappers find every tensor that gradients start from.
+        padding_free: whether the decoder layers run without padding (`without_padding`). What is recorded is the same.
 
     Raises:
-        ValueError, RuntimeError: see `capture_visual_attention` and `record_merge`.
+        ValueError, RuntimeError: see `capture_visual_attention`, `record_merge` and `without_padding`.
     """
     host = host_of(model)
     recorder = PassRecorder()
@@ -220,6 +223,8 @@ def record(
         for layer, rows in sorted(needs.hidden):
             module = host.decoder_layers(model)[max(layer, 0)]
             stack.enter_context(_keep_hidden(module, recorder, (layer, rows)))
+        if padding_free:
+            stack.enter_context(without_padding(model, lambda: recorder.latest.batch))
         for layer, router in routers.items():
             stack.callback(setattr, router, "real", None)
             if needs.routing:
@@ -237,7 +242,8 @@ def _keep_routing(recorder: PassRecorder, layer: int, module: nn.Module, args: t
 def _keep_hidden(layer: nn.Module, recorder: PassRecorder, key: LayerRows) -> Iterator[None]:
     def keep(states: Any) -> None:
         latest = recorder.latest
-        rows = (states[0] if isinstance(states, tuple) else states)[latest.batch.places(key[1])]
+        states = states[0] if isinstance(states, tuple) else states
+        rows = padded(states, latest.batch)[latest.batch.places(key[1])]
         # Gradient checkpointing runs the layer again in the backward, and has to meet the same operations; what they
         # give then belongs to the recomputation and is not recorded twice.
         latest.hidden.setdefault(key, rows)

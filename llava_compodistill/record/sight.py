@@ -23,6 +23,7 @@ from .attention import attention_modules
 from .costs import Inside, answer_costs
 from .encoding import keep_tokens
 from .merge import MergedBatch
+from .padding import owners, unpadded
 from .patch import replaced
 
 T = TypeVar("T")
@@ -119,13 +120,15 @@ def _by_sdpa(module: nn.Module) -> Iterator[None]:
 
 
 def _mask(batch: MergedBatch, hidden: torch.Tensor) -> torch.Tensor:
-    """[B, 1, N, N], added to the scores: causal, no padding, and nothing visual for text queries."""
-    size, length = hidden.shape[:2]
-    visual = torch.zeros(size, length + 1, dtype=torch.bool, device=hidden.device)
-    visual.scatter_(1, batch.visual_index.where(batch.visual_index >= 0, length), True)  # pads fall off the end
-    visual = visual[:, :length]
+    """[B, 1, N, N], added to the scores: causal, no padding, and nothing visual for text queries; [1, 1, T, T] where
+    the layers run without padding."""
+    length, owner = hidden.shape[1], owners(batch)
+    if hidden.shape[:2] == batch.real.shape:
+        visual, same = batch.visual, batch.real[:, None, :]
+    else:
+        visual, same = unpadded(batch.visual, batch), (owner[:, None] == owner)[None]
     allowed = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
-    allowed = allowed & batch.real[:, None, :] & (visual[:, :, None] | ~visual[:, None, :])
+    allowed = allowed & same & (visual[:, :, None] | ~visual[:, None, :])
     # A row without any key would be NaN; padding rows, which nobody reads, see themselves.
     allowed |= torch.eye(length, dtype=torch.bool, device=hidden.device)
     smallest = torch.finfo(hidden.dtype).min

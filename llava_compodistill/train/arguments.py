@@ -17,7 +17,7 @@ from ..hosts.llava import training as llava_training
 from ..methods import METHODS, Method, find_method
 from ..pair.layers import parse_band
 from ..pair.sight import LEAST_SAMPLES
-from .checks import ADAPTER_STAGES, STAGES, check_advantage, check_alignment, check_image_layers
+from .checks import ADAPTER_STAGES, STAGES, check_advantage, check_alignment, check_image_layers, check_packing
 from .on_policy import check_on_policy
 
 #: Stages of the paper that have a teacher.
@@ -232,6 +232,20 @@ class TrainingArguments(llava_training.TrainingArguments):
             "is; in the others text queries attend to text alone. Makes models that read the image at a given depth."
         },
     )
+    padding_free: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the layers of the language models on real tokens alone: padding costs no time. The losses "
+            "are the same within rounding."
+        },
+    )
+    pack_length: int = field(
+        default=0,
+        metadata={
+            "help": "Train on packs of samples with at most this many tokens together, images included; "
+            "--per_device_train_batch_size counts packs. Implies --padding_free. 0: no packs."
+        },
+    )
     mm_vision_tower_lr: float | None = field(
         default=None,
         metadata={
@@ -343,6 +357,7 @@ class TrainingArguments(llava_training.TrainingArguments):
         for name in ("student_layers", "teacher_layers"):
             parse_band(getattr(self, name), name, measured=True)
         check_image_layers(self)
+        check_packing(self)
         # LLaVA's trainer, saver and loader read this switch; the stage decides it.
         self.tune_mm_mlp_adapter = self.stage in ADAPTER_STAGES
         check_on_policy(self)

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import compat
 from ..hosts.llava.quantization import refuse_without_bitsandbytes
 from ..methods.schedule import ENDS
 from ..pair.layers import parse_band
 from ..pair.placement import QUANTISED, SHARDED, fully_shard
+from ..record.padding import NO_FLASH
 from .compiling import check_compiled, check_liger
 from .sharding import check_fsdp
 
@@ -100,6 +102,23 @@ def check_image_layers(training: TrainingArguments) -> None:
         )
 
 
+def check_packing(training: TrainingArguments) -> None:
+    """Check and complete what --pack_length says."""
+    if training.pack_length < 0:
+        raise ValueError(f"--pack_length {training.pack_length}: must be a number of tokens, or 0 for no packs.")
+    grouped = [name for name in ("group_by_modality_length", "group_by_length") if getattr(training, name, False)]
+    ways = [f"set --{name} False" for name in grouped]
+    strategy = getattr(training, "train_sampling_strategy", "random")  # of transformers 5
+    if strategy not in ("random", "sequential"):
+        ways.append(f"leave --train_sampling_strategy {strategy} out")
+    if training.pack_length and ways:
+        raise ValueError(
+            f"--pack_length {training.pack_length}: packs are about equally long, and there is nothing to group: "
+            f"{' and '.join(ways)}."
+        )
+    training.padding_free = training.padding_free or training.pack_length > 0
+
+
 def check_arguments(
     model: ModelArguments, data: DataArguments, training: TrainingArguments, here: bool = True
 ) -> None:
@@ -155,7 +174,10 @@ def check_arguments(
     check_compiled(training, here)
     if here and training.fp16 and training.device.type == "cpu":
         raise ValueError("--fp16 True: there is no fp16 training on a CPU. Use --bf16 True, or neither.")
-    if training.shuffle_attention_targets and training.per_device_train_batch_size < 2:
+    if training.padding_free and compat.ALL_ATTENTION_FUNCTIONS is None:
+        if (model.attn_implementation or "").startswith("flash"):
+            raise ValueError(NO_FLASH)
+    if training.shuffle_attention_targets and training.per_device_train_batch_size < 2 and not training.pack_length:
         raise ValueError("--shuffle_attention_targets needs --per_device_train_batch_size of at least 2.")
     if not data.data_path:
         raise ValueError(

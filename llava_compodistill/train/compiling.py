@@ -70,6 +70,8 @@ def check_compiled(training: TrainingArguments, here: bool = True) -> None:
         why = f"--image_layers {training.image_layers} gives layers other masks while they run: leave one of them out"
     elif of_student and training.on_policy:
         why = f"with --on_policy {training.on_policy:g} the student generates, token by token: use teacher"
+    elif training.padding_free:
+        why = "--padding_free and --pack_length give layers other sizes and attention while they run: leave them out"
     elif getattr(training, "use_liger_kernel", False):
         why = "--use_liger_kernel True has kernels of its own in the layers: leave one of them out"
     if why is not None:

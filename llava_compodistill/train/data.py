@@ -81,17 +81,27 @@ class CheckedDataset(LazySupervisedDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for offset in range(len(self)):
-            position = (index + offset) % len(self)
-            try:
-                return self.read(position)
-            except Exception as error:
-                cause = self.fault(error)
-                if cause is None:
-                    raise
-                self.pass_over(position, cause, error)
+            sample = self.usable((index + offset) % len(self))
+            if sample is not None:
+                return sample
         raise DataError("No sample of the data can be used.")
 
-    def pass_over(self, position: int, cause: str, error: Exception) -> None:
+    def usable(self, position: int) -> dict[str, Any] | None:
+        """What `read` gives; None for a sample that is passed over.
+
+        Raises:
+            DataError: as `pass_over` does.
+        """
+        try:
+            return self.read(position)
+        except Exception as error:
+            cause = self.fault(error)
+            if cause is None:
+                raise
+            self.pass_over(position, cause, error)
+        return None
+
+    def pass_over(self, position: int, cause: str, error: Exception | None = None) -> None:
         """Log a sample that cannot be used.
 
         Raises:

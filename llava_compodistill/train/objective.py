@@ -41,6 +41,7 @@ class Objective:
         teacher_vocab_size: that of a teacher with another tokenizer; `vocab_size` is the student's then, and batches
             hold what the teacher reads under `pair.tokens.TEACHER`.
         impl: implementation of the attention map op, see `visual_attention_map`.
+        padding_free: whether the layers of both models run on real tokens alone (`record.padding`).
         image_layers: a band: in the student's other layers, text attends to text alone (`without_sight`).
 
     Raises:
@@ -57,6 +58,7 @@ class Objective:
         impl: str = "auto",
         teacher_vocab_size: int | None = None,
         image_layers: str | Sequence[int] = "all",
+        padding_free: bool = False,
     ):
         names = [term.name for term in terms]
         if not terms:
@@ -65,6 +67,7 @@ class Objective:
             raise ValueError(f"Two terms of a method have one name: {', '.join(names)}.")
         self.pair = Pair.of(student, teacher, vocab_size, teacher_vocab_size)
         self.terms, self.impl = prepared(terms, self.pair), impl
+        self._options = {"impl": impl, "padding_free": padding_free}
         if teacher is not None:
             self.pair.share_vision()
         layers = self.pair.student.config.num_hidden_layers
@@ -102,7 +105,7 @@ class Objective:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Open this around forward AND backward of a micro-batch: checkpointed layers run again in the backward."""
-        options = {"impl": self.impl, "on_head": self._on_head, "on_end": self._on_end}
+        options = {**self._options, "on_head": self._on_head, "on_end": self._on_end}
         with contextlib.ExitStack() as stack:
             self._recorder = recorder = stack.enter_context(record(self.pair.student, self._needs()[0], **options))
             if self._blind_layers:
@@ -167,7 +170,7 @@ class Objective:
             return None
         given = {**teachers_inputs(inputs, self.pair.shares_tokenizer), "use_cache": False}
         aligned = given.pop("aligned", None)
-        with torch.no_grad(), record(self.pair.teacher, needs, impl=self.impl) as recorder:
+        with torch.no_grad(), record(self.pair.teacher, needs, **self._options) as recorder:
             self.pair.teacher(**given)
             recorder.latest.aligned = aligned
             return recorder.latest
@@ -185,7 +188,7 @@ class Objective:
         here = host_of(teacher).text_alone(here, with_image)
         text = {name: sent(value, given["input_ids"].device) for name, value in here.items()}
         kept = kept_on_cpu([(text[name], here[name]) for name in here])
-        with kept, torch.no_grad(), record(teacher, reduce(or_, asked), impl=self.impl) as recorder:
+        with kept, torch.no_grad(), record(teacher, reduce(or_, asked), **self._options) as recorder:
             teacher(**text, use_cache=False)
             sighted.blind = recorder.latest
 
@@ -212,7 +215,7 @@ class Objective:
             stack.enter_context(encoded_as(teacher, features))
             if saving:
                 stack.enter_context(recomputed(teacher))
-            recorder = stack.enter_context(record(teacher, needs, impl=self.impl))
+            recorder = stack.enter_context(record(teacher, needs, **self._options))
             teacher(**{**inputs, "use_cache": False})
             return recorder.latest
 

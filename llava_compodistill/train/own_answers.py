@@ -190,7 +190,8 @@ class OwnAnswers:
     def _drawn(self, batch: dict[str, Any], number: int, step: int) -> list[_Sample]:
         """The samples of a micro-batch that the student answers."""
         args, count = self.args, self.args.on_policy_max_tokens
-        first = (number * args.world_size + args.process_index) * args.per_device_train_batch_size
+        most = args.per_device_train_batch_size * max(1, args.pack_length)  # samples of a micro-batch
+        first = (number * args.world_size + args.process_index) * most
         draws = [draw(args.seed, step, first + row, count) for row in range(len(batch["input_ids"]))]
         images = _images_of_rows(batch)
         texts = _texts(batch)

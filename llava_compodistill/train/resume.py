@@ -45,6 +45,7 @@ WITHOUT_EFFECT = {
     "lazy_preprocess",
     "measure_attention",
     "mpt_attn_impl",
+    "padding_free",
     "remove_unused_columns",
     "resume_anyway",
     "sight_samples",

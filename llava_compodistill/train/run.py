@@ -34,6 +34,7 @@ from .checks import check_arguments
 from .data import make_data_module
 from .on_policy import find_end_token, refuse_other_tokenizer
 from .output import FINISHED, output_folder
+from .packing import limits_of, pack_data
 from .preempt import Preempted
 from .rehearsal import check_image_layers, rehearse
 from .teacher_text import find_teacher_text
@@ -109,6 +110,9 @@ def run_stage(
         teacher = None  # it has given its adapter
     configure(student, tokenizer, model_args, data_args, args)
     data_module = make_data_module(tokenizer, data_args, args.seed_of_data, teacher_text, args.paired, cache)
+    if args.pack_length:
+        limits = limits_of(student, None if cache is not None else teacher)
+        data_module = pack_data(data_module, limits, template, args)
     checkpoint.check_disk_space(student, args)
 
     texts = {"tokenizer": tokenizer, "teacher_text": teacher_text, "shared_tokens": shared}

@@ -49,6 +49,11 @@ class SeededLengthGroupedSampler(LengthGroupedSampler):
             return iter(list(super().__iter__()))
 
 
+def samples_of(dataset: Any) -> Any:
+    """The data set of single samples behind one that may hand out packs of them (`packing`)."""
+    return getattr(dataset, "samples", dataset)
+
+
 class TellEpoch(transformers.TrainerCallback):
     """Tell the sampler its epoch: on several ranks older releases of accelerate do not."""
 

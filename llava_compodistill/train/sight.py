@@ -18,6 +18,7 @@ from ..errors import BlindError
 from ..pair.tokens import TEACHER
 from ..record.costs import answer_costs
 from . import facts
+from .samplers import samples_of
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class SightGuard(transformers.TrainerCallback):
 
     def _make_batches(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """This rank's share of the samples, as batches with their own images and with each other's."""
-        args, dataset = self.trainer.args, self.trainer.train_dataset
+        args, dataset = self.trainer.args, samples_of(self.trainer.train_dataset)
         if any(hasattr(parameter, "ds_id") for parameter in self.trainer.model.parameters()):
             # A forward without a backward makes DeepSpeed trace its modules anew, and the next step fails where ranks
             # hold batches of unlike kinds (RuntimeError: Detected a disagreement on list length).

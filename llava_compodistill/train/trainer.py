@@ -40,7 +40,7 @@ from .overhead import CountsOnce
 from .own_answers import OwnAnswers
 from .pickles import loads_tensors_alone
 from .preempt import StopOnSignal, shield_workers
-from .samplers import SeededLengthGroupedSampler, SeededRandomSampler, TellEpoch
+from .samplers import SeededLengthGroupedSampler, SeededRandomSampler, TellEpoch, samples_of
 from .sight import SightGuard, can_measure
 from .teacher_text import TeacherText
 from .terms_log import TermsLog
@@ -89,6 +89,7 @@ class CompoDistillTrainer(CountsOnce, LLaVATrainer):
             impl=args.attention_map_impl,
             teacher_vocab_size=None if teacher_text is None else len(teacher_text.tokenizer),
             image_layers=parse_band(args.image_layers),
+            padding_free=args.padding_free,
         )
         checkpoint.attach_modules(model, self.objective.modules)
         compiling.use_liger(model, self.objective.teacher, args)
@@ -344,9 +345,8 @@ class CompoDistillTrainer(CountsOnce, LLaVATrainer):
         student.eval()
         try:
             with computing(self.args):  # nothing has wrapped the models for mixed precision yet
-                return self.objective.calibrate(
-                    *(Batches(data, part, size, self._batch) for part in (first, with_image))
-                )
+                parts = (data, first), (samples_of(data), with_image)
+                return self.objective.calibrate(*(Batches(*part, size, self._batch) for part in parts))
         finally:
             student.train(training)
 

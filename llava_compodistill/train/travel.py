@@ -16,13 +16,14 @@ import transformers.trainer
 from ..hosts.llava.pixels import TablePixels
 from ..pair import Pair
 from ..record.patch import replaced
+from .samplers import samples_of
 
 
 def pixel_dtype(pair: Pair, data: Any) -> torch.dtype | None:
     """The precision in which the collator hands out images (`Pair.pixel_dtype`), None for the data's own; a data set
     whose pixels come from a table has them in it from there on."""
     dtype = pair.pixel_dtype
-    processor = getattr(getattr(data, "data_args", None), "image_processor", None)
+    processor = getattr(getattr(samples_of(data), "data_args", None), "image_processor", None)
     if dtype is not None and isinstance(processor, TablePixels):
         processor.round_to(dtype)
     return dtype

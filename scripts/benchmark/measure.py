@@ -20,8 +20,8 @@ from llava_compodistill.about import commit
 COLUMNS = (
     "suite preset variant batch length visual heads kv_heads head_size rows vocab teacher student dtype "
     "parity p20_ms p50_ms p80_ms limit_ms extra_mib time_exponent memory_exponent measured_mib "
-    "predicted_mib error step_error samples_per_s flops_share sight_share note device torch triton "
-    "transformers commit date command"
+    "predicted_mib error step_error samples_per_s tokens_per_s padding_share flops_share sight_share "
+    "note device torch triton transformers commit date command"
 ).split()
 
 

@@ -12,6 +12,8 @@ Suites
     teacher  a teacher's pass by where its weights live (--teacher_placement), and what that does to its targets
     dtype    a trained teacher in each --teacher_dtype, beside float32: KL and cosine of its targets, bytes, time
     cache    a step with the teacher and from a cache of it (--teacher_cache), by top-k and bits, and bytes a sample
+    pack     useful tokens a second without padding and in packs, against padded batches in random order and grouped,
+             at the lengths of LLaVA's instruction data (simulated); and the shares of padding
     eval     items a second of the evaluation engine against one question at a time, and against LLaVA's module, on the
              miniature
     images   the share of the time that an evaluation waits for images, by workers
@@ -62,6 +64,7 @@ import head as head_suite  # noqa: E402
 import images as image_suite  # noqa: E402
 import loader as loader_suite  # noqa: E402
 import op as op_suite  # noqa: E402
+import pack as pack_suite  # noqa: E402
 import plan as plan_suite  # noqa: E402
 import sight as sight_suite  # noqa: E402
 import step as step_suite  # noqa: E402
@@ -71,8 +74,8 @@ from pair import Pair  # noqa: E402
 from presets import PRESETS, Preset  # noqa: E402
 
 SUITES = (
-    "op", "head", "step", "fit", "profile", "compile", "growth", "sight", "teacher", "dtype", "cache", "eval",
-    "images", "loader", "check", "plan",
+    "op", "head", "step", "fit", "profile", "compile", "growth", "sight", "teacher", "dtype", "cache", "pack",
+    "eval", "images", "loader", "check", "plan",
 )  # fmt: skip
 console = Console()
 
@@ -86,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=PRESETS, help="sizes (default: paper on cuda, cpu on cpu)")
     parser.add_argument(
         "--batch",
-        help="micro-batches of step, sight, teacher, cache and plan, such as 1,8; profile and compile take the last",
+        help="micro-batches of step, sight, teacher, cache, pack and plan (1,8); profile and compile take the last",
     )
     parser.add_argument(
         "--length",
@@ -185,6 +188,8 @@ def generate(suite: str, preset: Preset, device: torch.device, args: argparse.Na
             yield from teacher_suite.run(pair, folder, preset.batches, args.seconds)
         elif suite == "cache":
             yield from cache_suite.run(pair, folder, preset.batches, args.seconds)
+        elif suite == "pack":
+            yield from pack_suite.run(pair, folder, preset.batches, args.seconds)
         elif suite == "compile":
             yield from step_suite.run_compiled(pair, folder, preset.batches[-1], args.seconds)
         else:
@@ -234,6 +239,8 @@ TITLES = {
     "error": "error",
     "step_error": "error above rest",
     "samples_per_s": "samples/s",
+    "tokens_per_s": "useful tokens/s",
+    "padding_share": "padding",
     "flops_share": "MFU",
 }
 
@@ -251,7 +258,7 @@ def table(suite: str, rows: list[dict[str, Any]]) -> Table:
     """The suite's medians, each beside its ratio to the first variant of the same sizes."""
     names = [name for name in TITLES if any(row.get(name) not in (None, "") for row in rows)]
     result = Table(title=suite, title_justify="left", padding=(0, 0, 0, 1), box=box.SIMPLE)
-    ratios = [name for name in ("p50_ms", "extra_mib", "samples_per_s") if name in names]
+    ratios = [name for name in ("p50_ms", "extra_mib", "samples_per_s", "tokens_per_s") if name in names]
     ratios += ["batch"] if suite == "fit" else []
     for name in names:
         result.add_column(TITLES[name], justify="left" if name in ("variant", "note") else "right")

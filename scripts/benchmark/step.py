@@ -30,7 +30,8 @@ def objective(pair: Pair, folder: str, **options: Any) -> Objective:
     arguments = TrainingArguments(output_dir=folder, report_to="none", use_cpu=pair.device.type == "cpu", **options)
     terms = find_method(arguments.method).terms(arguments.stage, arguments)
     teacher = None if arguments.stage in ("pt", "sft") else pair.teacher
-    return Objective(pair.student, teacher, terms, pair.spec.student.vocab, arguments.attention_map_impl)
+    given = terms, pair.spec.student.vocab, arguments.attention_map_impl
+    return Objective(pair.student, teacher, *given, padding_free=arguments.padding_free)
 
 
 def our_step(pair: Pair, folder: str, **options: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:

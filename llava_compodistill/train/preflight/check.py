@@ -242,6 +242,7 @@ class Check:
                 found[good] = reading.length
                 visual[good] = limits.visual_tokens * mix.with_image[reading.place]
                 good += 1
+                self._note_long(parsed.training.pack_length, min(reading.length, limit), records.example(place))
                 if reading.length <= limit:
                     if not reading.left:
                         self._add_lost(records, place, reading.length, limit)
@@ -257,6 +258,13 @@ class Check:
                     self._add_lost(records, place, reading.length, limit)
                     lost += 1
         self.report.lengths = lengths.Summary(limit, found[:good], visual[:good], cut, lost)
+
+    def _note_long(self, room: int, length: int, example: Any) -> None:
+        if 0 < room < length:
+            self.findings.add(
+                NOTE, f"longer than --pack_length {room}: {length} tokens", example,
+                "it has a pack of its own, and a step its memory; --pack_length of at least the longest avoids it",
+            )  # fmt: skip
 
     def _add_lost(self, records: InspectedRecords, place: int, length: int, limit: int) -> None:
         kind = "no answer left within --model_max_length"

@@ -29,8 +29,12 @@ def test_a_stage_has_the_optimizer_asked_for(dft, asked, fused):
 
 def test_the_fused_one_makes_the_same_steps(dft):
     plain, fused = (dft(name, optim=name, max_steps=3)[0] for name in ("adamw_torch", "adamw_torch_fused"))
-    for mine, theirs in zip(fused.model.parameters(), plain.model.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+    theirs = dict(plain.model.named_parameters())
+    for name, mine in fused.model.named_parameters():
+        if not name.endswith(
+            "k_proj.bias"
+        ):  # a softmax does not see it: its gradient is rounding, which Adam scales up
+            torch.testing.assert_close(mine, theirs[name], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

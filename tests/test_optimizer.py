@@ -31,9 +31,8 @@ def test_the_fused_one_makes_the_same_steps(dft):
     plain, fused = (dft(name, optim=name, max_steps=3)[0] for name in ("adamw_torch", "adamw_torch_fused"))
     theirs = dict(plain.model.named_parameters())
     for name, mine in fused.model.named_parameters():
-        if not name.endswith(
-            "k_proj.bias"
-        ):  # a softmax does not see it: its gradient is rounding, which Adam scales up
+        # A softmax does not see the keys' bias: its gradient is rounding, which Adam scales up.
+        if not name.endswith("k_proj.bias"):
             torch.testing.assert_close(mine, theirs[name], atol=1e-6, rtol=1e-5)
 
 

@@ -417,7 +417,7 @@ def test_accumulation_and_checkpointing_change_nothing(dft):
 
 
 @pytest.mark.once
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_weigh_alike(ranks, dft, world, sharp_teacher, mixed, tmp_path):
     """Where a rank holds text alone, its teacher runs once, and the other's twice."""
     from test_distributed import parallel_flags

@@ -220,8 +220,8 @@ def test_a_cache_of_all_rows_serves_answer_rows(dft, exact):
     assert_same_log(found, expected, 1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "zero3"])
+@pytest.mark.long
 def test_two_processes_train_from_it_as_one_does_with_the_teacher(
     ranks, dft, world, of_dft, dpt_path, exact, tmp_path, mode
 ):
@@ -397,7 +397,7 @@ def test_a_folder_that_a_machine_does_not_see_is_named(tmp_path, monkeypatch):
         make.wait_for(tmp_path, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_make_what_one_makes(ranks, world, of_dft, exact, tmp_path):
     """Each writes shards of its own, in batches of one size: equal bytes."""
     folder = tmp_path / "cache"

@@ -253,8 +253,8 @@ def test_every_patch_is_known_to_the_command():
     assert {path.name for path in about.folder("patches").glob("*.patch")} == expected
 
 
-@pytest.mark.slow
 @pytest.mark.once
+@pytest.mark.long
 def test_a_patched_checkout_imports_in_any_order(package):
     checkout.apply_patches(package)
     firsts = [

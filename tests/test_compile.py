@@ -113,8 +113,8 @@ def test_every_layer_runs_the_same_code(siglip, fresh, monkeypatch):
 
 
 @CAN
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.long
 def test_torchs_own_compiler(models, fresh, tmp_path):
     student, _ = models
     objective = objective_of(models, tmp_path)

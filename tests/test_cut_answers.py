@@ -98,7 +98,7 @@ def test_nothing_is_said_where_every_sample_keeps_an_answer(world, image, limit,
 
 
 @pytest.mark.once  # one sum over ranks
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_summary_counts_over_all_processes(world, image, limit, tmp_path):
     data = write(tmp_path / "data.json", [record(0, SHORT, image)] * 2 + [record(1, LONG, image)] * 2)
     flags = tiny.flags(

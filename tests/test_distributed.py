@@ -85,9 +85,9 @@ deepspeed.initialize = lambda *args, **kwargs: print("ENGINE", flush=True) or in
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize("stage, kind", [pytest.param(2, "full", marks=pytest.mark.once), (3, "lora")])
+@pytest.mark.long
 def test_deepspeed_gives_the_losses_of_one_process(
     ranks, dft, world, dpt_path, sharp_teacher, mixed, tmp_path, stage, kind
 ):

@@ -115,6 +115,7 @@ def test_answers_of_another_run_are_kept(checkout, pope):
 
 
 @pytest.mark.once
+@pytest.mark.long
 def test_shares_give_the_answers_of_one(checkout, pope):
     path = checkout / EVAL / "pope" / "answers" / "llava-teacher.jsonl"
     whole = answers(path)
@@ -141,6 +142,7 @@ def test_a_killed_run_asks_only_what_is_left_and_has_the_same_summary(checkout, 
 
 
 @pytest.mark.once
+@pytest.mark.long
 def test_a_stopped_script_takes_its_processes_along(checkout):
     """SIGTERM in the middle; what was answered until then is kept, and the rest is asked by the next start."""
     folder = checkout / EVAL / "gqa" / "answers" / "llava_gqa_testdev_balanced" / "llava-student" / "merge"
@@ -201,6 +203,7 @@ def test_official_scorers_are_called_where_the_user_has_put_them(checkout):
 
 
 @pytest.mark.once
+@pytest.mark.long
 def test_an_own_one_is_asked_again_and_under_the_template_of_the_checkpoint(checkout):
     flags = ["--output", "again", "--device", "cpu"]  # by Reefknot's own protocol, generation
     printed = passed(script(checkout, "reefknot", *flags, CONV_MODE=""))
@@ -260,6 +263,7 @@ def test_all_twelve_from_one_command_with_the_student(checkout, twelve):
 
 
 @pytest.mark.once
+@pytest.mark.long
 def test_what_was_answered_is_not_asked_again_and_compares_with_itself(checkout, twelve, tmp_path, capfd):
     flags, output, _ = twelve
     before = {path.name: path.read_text() for path in output.glob("*.json")}

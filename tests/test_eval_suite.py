@@ -365,6 +365,7 @@ def test_missing_data_is_said_before_the_model_is_loaded(place, capsys, tmp_path
 
 
 @pytest.mark.once
+@pytest.mark.long
 def test_two_processes_give_the_records_of_one(place):
     alone, shared = place["root"] / "alone", place["root"] / "shared"
     flags = [*place["flags"], "--protocol", "likelihood", "--benchmarks", "sugarcrepe"]
@@ -406,6 +407,7 @@ def test_every_gpu_gets_a_process(monkeypatch):
 
 
 @pytest.mark.once
+@pytest.mark.long
 def test_a_failing_process_stops_the_others_and_is_named(place, capfd, tmp_path):
     model = tmp_path / "llava-broken"
     shutil.copytree(place["root"] / "models" / "llava-teacher", model)

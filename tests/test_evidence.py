@@ -13,6 +13,8 @@ from llava_compodistill.errors import DataError
 from llava_compodistill.reproduce import cli, evidence, tuning
 from llava_compodistill.reproduce.recipes import COMPODISTILL, KD, SFT
 
+pytestmark = pytest.mark.once  # nothing here depends on transformers
+
 BUDGET = tuning.Budget((1e-3, 2e-3), (1.0, 3.0), (100, 101))
 
 

@@ -22,6 +22,7 @@ import damages  # noqa: E402
 import mutations  # noqa: E402
 import shim  # noqa: E402
 
+pytestmark = pytest.mark.once  # scripts/faults/run.py asks the same of the other generation
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CC") or "cc") is None, reason="no C compiler (cc) on this machine"
 )

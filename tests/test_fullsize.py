@@ -412,7 +412,7 @@ def test_the_appendix_has_the_same_rows(capsys, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # A table of tiny models
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_table_of_tiny_models(world, teacher_path, tmp_path, monkeypatch, capsys):
     """Two rows, which share two stages, through the real scripts, evaluation and analysis; then nothing is left."""
     data = tmp_path / "eval"

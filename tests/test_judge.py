@@ -92,6 +92,7 @@ def test_what_is_no_judge_is_refused(nli, tmp_path):
 
 
 @pytest.mark.skipif(not weights.have_stored_weights(), reason="no stored weights")
+@pytest.mark.long
 def test_the_command_with_and_without_a_judge(nli, world, tmp_path, capsys):
     write_benchmarks(world["data"], tmp_path / "data")
     weights.install(tmp_path / "models")

@@ -131,6 +131,7 @@ def test_either_model_alone(distil, tmp_path):
     ],
     ids=lambda options: "-".join(options),
 )
+@pytest.mark.long
 def test_layers_come_first_then_distances_and_heads(distil, tmp_path, options):
     """A share of 1 takes in the third layer, too."""
     options = {"sight_share": 1.0, "calibration_samples": 64, "max_steps": 1, **options}
@@ -154,6 +155,7 @@ def test_unlike_towers(distil, seeing, tmp_path):
     assert term_of(run).groups == [[3]], "the teacher reads with its own tower"
 
 
+@pytest.mark.long
 def test_micro_batches_and_what_was_first_in_the_data_do_not_matter(distil, seeing, tmp_path):
     records = json.loads((seeing["data"] / "instruct_student.json").read_text())
     text = [tiny.sample(number, None, 2) for number in range(16)]
@@ -242,6 +244,7 @@ def test_a_run_resumed_with_another_micro_batch_is_not_calibrated_again(dft, tmp
     assert_same_log(found, expected)
 
 
+@pytest.mark.long
 def test_a_checkpoint_without_its_calibration_is_measured_on_what_the_stage_starts_from(
     distil, tmp_path, monkeypatch, caplog
 ):
@@ -268,7 +271,7 @@ def test_all_ranks_take_the_first_ones(distil, tmp_path, monkeypatch):
 
 
 @pytest.mark.once
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_choose_what_one_does(ranks, distil, seeing, tmp_path):
     options = {**PLAIN, "learning_rate": 1e-3, "max_steps": 2, "sight_share": 1.0, "version": "qwen_qa"}
     single, expected = distil("one", gradient_accumulation_steps=2, per_device_train_batch_size=2, **options)

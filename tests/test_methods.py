@@ -125,8 +125,8 @@ def test_its_weights_are_kept_for_resuming_and_stay_out_of_llavas_files(dft, tmp
 
 
 @pytest.mark.once
-@pytest.mark.slow
 @pytest.mark.invariant
+@pytest.mark.long
 def test_two_processes_train_a_terms_weights_alike(ranks, dft, world, sharp_teacher, mixed, tmp_path):
     from test_distributed import parallel_flags
 

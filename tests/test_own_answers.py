@@ -480,7 +480,7 @@ def test_evaluation_is_on_the_data(on_policy, monkeypatch):
 
 
 @pytest.mark.once
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_answer_what_one_does(ranks, on_policy, world, talker, sharp_teacher, mixed, tmp_path):
     from test_distributed import parallel_flags
 

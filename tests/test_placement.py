@@ -127,9 +127,9 @@ def test_a_teacher_in_pieces_gives_the_same(ranks, kind, siglip, tmp_path):
     assert len(held) == 2 and all(count < 0.6 * whole for count in held), (held, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.invariant
 @pytest.mark.parametrize("mode, kind", [("zero3", "zero3"), ("zero2", "zero3"), ("ddp", "fsdp"), ("fsdp2", "fsdp")])
+@pytest.mark.long
 def test_students_beside_a_teacher_in_pieces(ranks, dft, world, dpt_path, sharp_teacher, mixed, tmp_path, mode, kind):
     """However the student is wrapped, the losses are those of one process with a whole teacher."""
     if modes.missing(mode) or (kind == "fsdp" and placement.fully_shard() is None):

@@ -104,6 +104,7 @@ except HostError as error:
 """
 
 
+@pytest.mark.long
 def test_the_cause_of_a_broken_or_missing_install_is_shown():
     """LLaVA's bare `except: pass` would say: cannot import name 'LlavaLlamaForCausalLM'."""
     broken = 'ImportError("libbroken.so.3: cannot open shared object file")'

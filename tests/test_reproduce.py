@@ -374,8 +374,8 @@ def in_this_process(name, environment, flags, log, threads, on_log):
 
 
 @pytest.mark.once
-@pytest.mark.slow
 @pytest.mark.skipif(not weights.have_stored_weights(), reason="no stored weights")
+@pytest.mark.long
 def test_a_table_of_the_miniature(tmp_path, monkeypatch, capsys):
     """A recipe through the real scripts, with half of the data; listed before and after."""
     study = Study("tiny", "Table 0: one", {"sft": Row("half", Recipe(("pt", "sft"), "sft", data=0.5))}, curve=3)

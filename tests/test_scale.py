@@ -22,11 +22,11 @@ pytestmark = pytest.mark.invariant
 LINKS = {link.name: link for link in world.links()}
 CELLS = [
     ("fsdp2", "dpt"),
-    ("fsdp2", "dft-lora-after-dpt"),
+    pytest.param("fsdp2", "dft-lora-after-dpt", marks=pytest.mark.long),
     ("zero2", "dft-lora-after-dpt"),
     # One of its micro-batches has no image.
     pytest.param("zero3", "dft-full-after-dpt", marks=pytest.mark.once),
-    ("zero3", "sft-full-after-dft"),
+    pytest.param("zero3", "sft-full-after-dft", marks=pytest.mark.long),
     *(
         pytest.param(mode, run, marks=pytest.mark.long)
         for mode in ("fsdp2", "zero2", "zero3")
@@ -78,8 +78,8 @@ def test_llavas_builder_loads_what_is_saved(matrix, mode):
         assert cell.problem is None and cell.logits <= TOLERANCE["logits"], cell
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("run", ["dpt", "dft-lora-after-dpt"])
+@pytest.mark.long
 def test_zero3_holds_new_weights_in_the_precision_that_it_computes_in(matrix, ranks, tmp_path, run):
     if modes.missing("zero3"):
         pytest.skip(modes.missing("zero3"))
@@ -93,7 +93,7 @@ def test_zero3_holds_new_weights_in_the_precision_that_it_computes_in(matrix, ra
     assert read_log(tmp_path / "out")[0]["loss"] == pytest.approx(exact[0]["loss"], rel=2e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_machines_without_a_shared_folder_save_and_go_on(matrix, ranks, tmp_path):
     """One of them has lost its newest checkpoint."""
 

@@ -132,7 +132,7 @@ def test_a_stopped_run_keeps_its_answers_and_goes_on(place, asked, tmp_path, mon
 
 
 @needs_teacher
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_script_asks_through_the_engine_in_two_processes(place, asked, tmp_path, monkeypatch, capfd):
     """And the two ways never mix in one file."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))

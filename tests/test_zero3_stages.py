@@ -28,6 +28,7 @@ def train(ranks, flags, folder):
     return done.text
 
 
+@pytest.mark.long
 def test_a_stage_goes_on_from_a_lora_checkpoint(ranks, dft, world, dpt_path, teacher_path, mixed, tmp_path):
     """The adapter takes the checkpoint's weights, and its frozen part is known as the teacher's."""
     lora = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0, "teacher_model_path": teacher_path}

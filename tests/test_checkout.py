@@ -282,7 +282,7 @@ assert not hasattr(llava.model, "LlavaQwen2ForCausalLM")
         assert status == 0, f"{first}\n{printed}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_patched_checkout_registers_by_itself_and_works_without_the_plugin(package):
     checkout.apply_patches(package)
     # A finder in front that denies the plugin's existence stands for an environment without it.
@@ -301,7 +301,7 @@ assert llava.__compodistill_patch__ == 1 and "llava_compodistill" not in sys.mod
         assert status == 0, printed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_real_import_error_is_shown(package):
     (package / "llava/model/language_model/llava_mistral.py").write_text("import a_package_that_is_not_there\n")
     checkout.apply_patches(package)

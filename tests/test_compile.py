@@ -140,6 +140,7 @@ def test_without_a_compiler(fresh, monkeypatch):
 
 
 @CAN
+@pytest.mark.long
 def test_a_run(dft, fresh, monkeypatch, caplog):
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     caplog.set_level("INFO", logger="llava_compodistill")

@@ -101,6 +101,7 @@ def test_stages_log_their_terms(trained):
 
 
 @pytest.mark.once  # test_eval_scripts.py runs it in both
+@pytest.mark.long
 def test_llavas_own_evaluation_answers_with_the_student(trained, checkout, world):
     """model_vqa_loader as LLaVA has it; only the launcher knows of the plugin. (Its scorers: test_eval_scripts.py.)"""
     questions = [json.loads(line) for line in (world["data"] / "recognition_val.jsonl").read_text().splitlines()][:6]

@@ -282,7 +282,7 @@ def test_what_was_answered_is_not_asked_again_and_compares_with_itself(checkout,
 def test_bad_input(checkout, tmp_path):
     def run(*command, **settings):
         return subprocess.run(
-            ["bash", *command], cwd=checkout, env={**os.environ, "PYTHON": sys.executable, **settings},
+            ["bash", *command], cwd=checkout, env={**os.environ, "PYTHON": PYTHON["path"], **settings},
             capture_output=True, text=True,
         )  # fmt: skip
 

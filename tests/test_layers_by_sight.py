@@ -208,6 +208,7 @@ def no_second_look(monkeypatch):
     monkeypatch.setattr(Objective, "calibrate", look)
 
 
+@pytest.mark.long
 def test_a_resumed_run_keeps_its_layers(distil, tmp_path, monkeypatch, caplog):
     options = {"reading": True, "layer_matching": "adaptive", "sight_share": 1.0, "max_steps": 4}
     unbroken, expected = distil("unbroken", **options)

@@ -23,7 +23,7 @@ LINKS = {link.name: link for link in world.links()}
 CELLS = [
     ("fsdp2", "dpt"),
     pytest.param("fsdp2", "dft-lora-after-dpt", marks=pytest.mark.long),
-    ("zero2", "dft-lora-after-dpt"),
+    pytest.param("zero2", "dft-lora-after-dpt", marks=pytest.mark.long),
     # One of its micro-batches has no image.
     pytest.param("zero3", "dft-full-after-dpt", marks=pytest.mark.once),
     pytest.param("zero3", "sft-full-after-dft", marks=pytest.mark.long),

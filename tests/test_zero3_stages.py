@@ -54,6 +54,7 @@ def test_a_stage_goes_on_from_a_lora_checkpoint(ranks, dft, world, dpt_path, tea
 
 
 @pytest.mark.once
+@pytest.mark.long
 def test_experts_are_made_before_their_weights_are_split(ranks, dft, world, sharp_teacher, mixed, tmp_path):
     """And every rank meets all of them in every step, whatever its tokens choose."""
     # Every rank draws for itself: where all experts are chosen, that decides nothing.

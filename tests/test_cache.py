@@ -99,6 +99,16 @@ def test_dft_from_an_exact_cache_is_dft_with_the_teacher(dft, exact):
     assert_same_weights(trained_weights(parts.model), trained_weights(live.model), 2e-5)
 
 
+def test_packs_from_a_cache_are_packs_with_the_teacher(dft, exact):
+    """A pack holds samples that the cache has at other places, some of them without an image."""
+    options = {**PLAIN, "max_steps": 3, "pack_length": 200, "per_device_train_batch_size": 1}
+    live, expected = dft("live", **options)
+    cached, found = dft("cached", teacher_cache=exact, **options)
+    assert len(live.train_dataset) < 16
+    assert_same_log(found, expected, 1e-5)
+    assert_same_weights(trained_weights(cached.model), trained_weights(live.model), 1e-5)
+
+
 def test_dft_from_few_bits_is_close(dft, small):
     options = {**PLAIN, "max_steps": 4, "group_by_modality_length": True, "dataloader_num_workers": 1}
     live, expected = dft("live", **options)

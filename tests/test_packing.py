@@ -29,6 +29,8 @@ from llava_compodistill.train.data import CheckedDataset
 from llava_compodistill.train.objective import Objective
 from llava_compodistill.train.packing import PackCollator, PackedDataset, make_packs, merged_lengths
 from llava_compodistill.train.preflight.lengths import Limits, Reading
+from scale import modes
+from scale.matrix import SAME_NUMBERS
 
 #: Several images, text before, between and after them, text alone, no answer, one token.
 LAYOUTS = ["qIqqIqaaqa", "Iqa", "qqqaa", "qIqq", "a", "qIqaaaaaaqa"]
@@ -247,6 +249,40 @@ def test_a_sample_beyond_a_layers_window_is_refused(siglip):
             model(**make_batch(["qIqaaaa", "qqa"]).inputs, use_cache=False)
 
 
+def test_the_embedding_is_called_once_a_batch(siglip):
+    """Ranks with packs of different numbers of samples would gather its weights in different numbers of calls."""
+    model, batch, calls = make_model(siglip), make_batch(LAYOUTS), []
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: calls.append(output.shape)
+    )
+    kept = {}
+    for padding_free in (False, True):
+        calls.clear()
+        with record(model, Needs(hidden=frozenset({(EMBEDDINGS, "text")})), padding_free=padding_free) as recorder:
+            model(**batch.inputs, use_cache=False)
+        states = recorder.latest.hidden[EMBEDDINGS, "text"]
+        model.zero_grad()
+        (states * torch.arange(states.numel(), dtype=states.dtype).view_as(states)).sum().backward()
+        kept[padding_free] = states.detach(), model.get_input_embeddings().weight.grad
+        assert len(calls) == (1 if padding_free else len(LAYOUTS))
+    handle.remove()
+    torch.testing.assert_close(kept[True], kept[False], atol=1e-12, rtol=1e-12)
+    assert "embed_tokens" not in vars(model.get_model())
+
+
+def test_a_merge_that_embeds_in_another_order_is_refused(siglip, monkeypatch):
+    """The embeddings of one sample must not be taken for those of another."""
+    model, batch = make_model(siglip), make_batch(LAYOUTS)
+    merge = model.prepare_inputs_labels_for_multimodal
+
+    def backwards(ids, *args):
+        return merge(ids.flip(0), *args)
+
+    monkeypatch.setattr(model, "prepare_inputs_labels_for_multimodal", backwards)
+    with pytest.raises(RuntimeError, match="other tokens"), record(model, Needs(), padding_free=True):
+        model(**batch.inputs, use_cache=False)
+
+
 def test_nothing_stays(siglip):
     model, attend = make_model(siglip), F.scaled_dot_product_attention
 
@@ -352,6 +388,14 @@ def test_an_optimizer_step_of_packs_is_that_of_its_samples(dft, caplog):
     assert_same_weights(trained_weights(several.model), trained_weights(whole.model), 2e-6)
 
 
+def test_an_offloaded_teacher_gives_the_same(dft):
+    options = {**PLAIN, "max_steps": 2, "pack_length": 200, "per_device_train_batch_size": 1}
+    whole, expected = dft("whole", **options)
+    offloaded, found = dft("offloaded", teacher_placement="offload", **options)
+    assert_same_log(found, expected, 0)
+    assert_same_weights(trained_weights(offloaded.model), trained_weights(whole.model), 0)
+
+
 def test_a_resumed_run_equals_an_unbroken_one(dft, monkeypatch):
     options = {"max_steps": 4, "pack_length": 200, "per_device_train_batch_size": 1, "gradient_checkpointing": True}
     unbroken, expected = dft("unbroken", **options)
@@ -361,19 +405,25 @@ def test_a_resumed_run_equals_an_unbroken_one(dft, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(ranks, dft, world, sharp_teacher, mixed, tmp_path):
-    options = {**PLAIN, "max_steps": 3, "pack_length": 150, "per_device_train_batch_size": 1}
-    single, expected = dft("one", gradient_accumulation_steps=2, **options)
-    layers = {"student_layers": "1,2,3", "teacher_layers": "1,2,3,4"}
-    flags = tiny.flags(
-        world, "dft", tmp_path / "two", teacher_model_path=sharp_teacher, mm_projector_type="mlp2x_gelu",
-        data_path=mixed, ddp_backend="gloo", **layers, **options,
-    )  # fmt: skip
-    ranks.train_well(flags, 2, tmp_path / "log")
-    assert_same_log(tiny.read_log(tmp_path / "two"), expected, 2e-5)
-    weights = load_file(tmp_path / "two" / "model.safetensors")
-    names = trained_weights(single.model)
-    assert_same_weights({name: weights[name] for name in names}, names, 1e-5)
+@pytest.mark.parametrize(
+    "mode", ["ddp", *(pytest.param(mode, marks=pytest.mark.long) for mode in ("zero2", "zero3", "fsdp2"))]
+)
+def test_two_processes_give_the_losses_of_one(ranks, world, sharp_teacher, mixed, tmp_path, mode):
+    if modes.missing(mode):
+        pytest.skip(modes.missing(mode))
+
+    def train(name, processes, code, **options):
+        options = {**PLAIN, "max_steps": 3, "pack_length": 150, "per_device_train_batch_size": 1, **options}
+        options |= {"student_layers": "1,2,3", "teacher_layers": "1,2,3,4", "mm_projector_type": "mlp2x_gelu"}
+        pair = {"teacher_model_path": sharp_teacher, "data_path": mixed}
+        flags = tiny.flags(world, "dft", tmp_path / name, **pair, **options)
+        ranks.train_well(flags, processes, tmp_path / f"{name}.log", SAME_NUMBERS + code)
+        return load_file(tmp_path / name / "model.safetensors"), tiny.read_log(tmp_path / name)
+
+    one, expected = train("one", 1, "", gradient_accumulation_steps=2)
+    two, log = train("two", 2, modes.prelude(mode), **modes.flags(mode, tmp_path))
+    assert_same_log(log, expected, 2e-5)
+    assert_same_weights(two, one, 1e-5)
 
 
 def test_a_long_sample_is_named_and_trained_whole_and_a_bad_one_left_out(dft, mixed, tmp_path, caplog, monkeypatch):

@@ -194,9 +194,14 @@ class Host(Protocol):
         """
 
     def recording_merge(
-        self, core: nn.Module, merge: Callable[..., Any], received: Callable[[MergedBatch], None]
+        self,
+        core: nn.Module,
+        merge: Callable[..., Any],
+        received: Callable[[MergedBatch], None],
+        embed_once: bool = False,
     ) -> Callable[..., Any]:
-        """A function that stands in for the model's MERGE, and hands out what it did."""
+        """A function that stands in for the model's MERGE, and hands out what it did; with `embed_once` it calls the
+        embedding once a batch, however many samples that has."""
 
     def text_alone(self, inputs: Mapping[str, Any], samples: torch.Tensor) -> dict[str, torch.Tensor]:
         """Some samples [S] of a batch, as the host's collator would make them if they had no images."""

@@ -211,7 +211,7 @@ def record(
 
     capture = None
     with contextlib.ExitStack() as stack:
-        stack.enter_context(record_merge(model, begin))
+        stack.enter_context(record_merge(model, begin, embed_once=padding_free))
         stack.enter_context(at_head(model, head_forward))
         layers = sorted(by_head.union(means.layers))
         if layers:

@@ -31,7 +31,7 @@ class MergeRecorder:
 
 @contextlib.contextmanager
 def record_merge(
-    model: nn.Module, received: Callable[[MergedBatch], None] = lambda batch: None
+    model: nn.Module, received: Callable[[MergedBatch], None] = lambda batch: None, embed_once: bool = False
 ) -> Iterator[MergeRecorder]:
     """Record what the merge does in the forwards inside the context.
 
@@ -41,6 +41,8 @@ def record_merge(
     Args:
         model: a multimodal causal language model (not a wrapper around one).
         received: called with each forward's batch, before its layers run.
+        embed_once: whether the embedding is called once a batch, so that ranks with different numbers of samples make
+            the same calls.
 
     Raises:
         RuntimeError: inside another `record_merge` of the same model.
@@ -54,7 +56,7 @@ def record_merge(
         recorder._batch = batch
         received(batch)
 
-    recording = host.recording_merge(model, getattr(model, host.MERGE), receive)
+    recording = host.recording_merge(model, getattr(model, host.MERGE), receive, embed_once)
 
     def merge(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with _takes_ids_from_cpu(model.get_input_embeddings(), input_ids.device):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def has_own_tower(config: Any) -> bool:
 
 
 def recording_merge(
-    core: nn.Module, merge: Callable[..., Any], received: Callable[[MergedBatch], None]
+    core: nn.Module, merge: Callable[..., Any], received: Callable[[MergedBatch], None], embed_once: bool = False
 ) -> Callable[..., Any]:
     """LLaVA's merge, which tells nobody where image tokens went, made to tell.
 
@@ -78,6 +79,8 @@ def recording_merge(
 
     It is given its tensors of text in the CPU's memory, where they are kept (`hosts.base.on_cpu`), and the model's
     embedding has to take its token ids from there.
+
+    `embed_once`: the embedding is called once a batch and not once a sample.
 
     The forward then receives no labels, so it computes no full-vocabulary loss; and no attention mask where padding is
     on the right, since a causal model's real rows never see it, so that the fused attention kernels run.
@@ -89,9 +92,10 @@ def recording_merge(
         given_labels = torch.full_like(ids, IGNORE_INDEX) if labels is None else on_cpu(labels)
         given_mask = torch.ones_like(ids) if attention_mask is None else on_cpu(attention_mask)
         marked = given_labels.masked_fill(given_labels == IGNORE_INDEX, _MARKED)
-        _, position_ids, mask, past_key_values, embeds, marked = merge(
-            ids, position_ids, given_mask, past_key_values, marked, images, image_sizes
-        )
+        with _embedded_once(core.get_model(), ids, given_mask) if embed_once else contextlib.nullcontext():
+            _, position_ids, mask, past_key_values, embeds, marked = merge(
+                ids, position_ids, given_mask, past_key_values, marked, images, image_sizes
+            )
         real = mask.bool()
         right_padded = getattr(core.config, "tokenizer_padding_side", "right") == "right"
         labels = marked.masked_fill((marked == _MARKED) | ~real, IGNORE_INDEX)
@@ -103,6 +107,35 @@ def recording_merge(
         return None, position_ids, mask, past_key_values, embeds, None
 
     return recording
+
+
+@contextlib.contextmanager
+def _embedded_once(decoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> Iterator[None]:
+    """Inside the context LLaVA's merge, which embeds sample by sample, is served from one call for all of them.
+
+    Under ZeRO-3 and FSDP2 a call of the embedding gathers its weights, in which all ranks have to take part, and with
+    packs they have different numbers of samples. Also, one dense gradient replaces one for each sample.
+    """
+    embedding = decoder.embed_tokens
+    text = [sample[kept & (sample != IMAGE_TOKEN_INDEX)] for sample, kept in zip(ids, mask.bool(), strict=True)]
+    waiting: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def serve(asked: torch.Tensor) -> torch.Tensor:
+        nonlocal waiting
+        if waiting is None:
+            # Split, not sliced: the backward of a slice would make a tensor of the whole for each.
+            waiting = zip(text, embedding(torch.cat(text)).split([len(sample) for sample in text]), strict=True)
+        tokens, states = next(waiting, (asked[:0], asked))
+        if not torch.equal(tokens, asked):
+            raise RuntimeError("LLaVA's merge asked for the embeddings of other tokens than the next sample's.")
+        return states
+
+    # Beside the module, which Python then does not ask for its own.
+    vars(decoder)["embed_tokens"] = serve
+    try:
+        yield
+    finally:
+        del vars(decoder)["embed_tokens"]
 
 
 def text_alone(inputs: Mapping[str, Any], samples: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -397,3 +397,19 @@ def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         shards.write_shard(tmp_path, 0, some_entries(3))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_that_clears_leftovers_does_not_stop_another(tmp_path, monkeypatch):
+    """It may begin when the first rank has ended and others write their last shard."""
+    original, cleared = shards.manifest.sync, []
+
+    def clear_once(path):
+        if path.suffix == ".tmp" and not cleared:
+            cleared.append(path)
+            path.unlink()
+        original(path)
+
+    monkeypatch.setattr(shards.manifest, "sync", clear_once)
+    path = shards.write_shard(tmp_path, 0, some_entries(3))
+    assert cleared and [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert shards.Shard(path).samples == 3

@@ -54,13 +54,21 @@ def write_shard(folder: Path, start: int, entries: Sequence[Entry]) -> Path:
         tensors[name + _LENGTHS] = np.array(lengths, np.int64)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary)
-        manifest.sync(temporary)
-        os.replace(temporary, path)
-        manifest.sync(folder)
+        try:
+            _write_and_rename(tensors, temporary, path)
+        except FileNotFoundError:
+            # The first rank has ended, and with it the lock; a command that began then took this file for a leftover.
+            _write_and_rename(tensors, temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _write_and_rename(tensors: dict[str, np.ndarray], temporary: Path, path: Path) -> None:
+    save_file(tensors, temporary)
+    manifest.sync(temporary)
+    os.replace(temporary, path)
+    manifest.sync(path.parent)
 
 
 class Shard:

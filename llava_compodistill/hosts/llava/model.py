@@ -80,7 +80,7 @@ def recording_merge(
     It is given its tensors of text in the CPU's memory, where they are kept (`hosts.base.on_cpu`), and the model's
     embedding has to take its token ids from there.
 
-    `embed_once`: the embedding is called once a batch and not once a sample.
+    With `embed_once`, and always under ZeRO-3, the embedding is called once a batch and not once a sample.
 
     The forward then receives no labels, so it computes no full-vocabulary loss; and no attention mask where padding is
     on the right, since a causal model's real rows never see it, so that the fused attention kernels run.
@@ -92,7 +92,9 @@ def recording_merge(
         given_labels = torch.full_like(ids, IGNORE_INDEX) if labels is None else on_cpu(labels)
         given_mask = torch.ones_like(ids) if attention_mask is None else on_cpu(attention_mask)
         marked = given_labels.masked_fill(given_labels == IGNORE_INDEX, _MARKED)
-        with _embedded_once(core.get_model(), ids, given_mask) if embed_once else contextlib.nullcontext():
+        decoder = core.get_model()
+        once = embed_once or hasattr(getattr(decoder.embed_tokens, "weight", None), "ds_id")  # as ZeRO-3 marks them
+        with _embedded_once(decoder, ids, given_mask) if once else contextlib.nullcontext():
             _, position_ids, mask, past_key_values, embeds, marked = merge(
                 ids, position_ids, given_mask, past_key_values, marked, images, image_sizes
             )
@@ -113,8 +115,9 @@ def recording_merge(
 def _embedded_once(decoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> Iterator[None]:
     """Inside the context LLaVA's merge, which embeds sample by sample, is served from one call for all of them.
 
-    Under ZeRO-3 and FSDP2 a call of the embedding gathers its weights, in which all ranks have to take part, and with
-    packs they have different numbers of samples. Also, one dense gradient replaces one for each sample.
+    Under ZeRO-3 and FSDP2 a call of the embedding gathers its weights, which may be the largest of all. All ranks have
+    to take part, and with packs they have different numbers of samples. Also, one dense gradient replaces one for each
+    sample.
     """
     embedding = decoder.embed_tokens
     text = [sample[kept & (sample != IMAGE_TOKEN_INDEX)] for sample, kept in zip(ids, mask.bool(), strict=True)]

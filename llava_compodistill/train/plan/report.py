@@ -66,7 +66,7 @@ def assumptions(request: Request, plans: Sequence[StagePlan]) -> list[str]:
     else:
         speed = (
             f"Speed: {machine.mfu:.0%} of {machine.tflops:g} TFLOP/s (--mfu, --gpu-tflops), recomputation counted as "
-            "work. Reading data, saving and waiting for other GPUs are not counted."
+            "work. Padding, reading data, saving and waiting for other GPUs are not counted."
         )
     lengths = "; ".join(
         f"{plan.name} {plan.mean_length} tokens on average, {plan.answers} of them answers, at most "

@@ -151,13 +151,19 @@ def find_python(version: str) -> str | None:
 
 
 def torch_releases(python: str) -> list[str]:
-    """The releases of torch that pip finds for this interpreter, from setup.py's lower bound on, ascending."""
+    """The releases of torch that pip finds for this interpreter, ascending, from setup.py's lower bound to what pip
+    would install (a constraints file may cap it)."""
     done = subprocess.run([python, *PIP, "index", "versions", "torch"], capture_output=True, text=True)
     found = re.search(r"^Available versions: (.+)$", done.stdout, re.MULTILINE)
     if not found:
         raise SystemExit(f"{python} -m pip index versions torch: no list of releases.\n{done.stderr[-1000:]}")
+    options = ("install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", "-", "torch")
+    done = subprocess.run([python, *PIP, *options], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{python} -m pip {' '.join(options)}:\n{done.stderr[-1000:]}")
+    newest = Version(json.loads(done.stdout)["install"][0]["metadata"]["version"])
     releases = sorted(map(Version, found.group(1).split(", ")))
-    return [str(release) for release in releases if release >= OLDEST_TORCH]
+    return [str(release) for release in releases if OLDEST_TORCH <= release <= newest]
 
 
 def ascending(releases: Sequence[str]) -> list[str]:

@@ -28,9 +28,14 @@ def test_the_oldest_torch_and_the_last_of_each_later_one():
     assert versions.ascending(["2.1.0", "2.1.2", "2.2.0", "2.10.0", "2.10.1"]) == ["2.1.2", "2.2.0", "2.10.1"]
 
 
-def test_releases_come_from_pip_and_begin_at_the_lower_bound(monkeypatch):
-    printed = "torch (2.14.1)\nAvailable versions: 2.14.1, 2.9.0, 2.1.0, 2.0.1, 1.13.1\n"
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 0, printed, ""))
+def test_releases_come_from_pip_between_the_lower_bound_and_what_it_would_install(monkeypatch):
+    printed = "torch (2.15.0)\nAvailable versions: 2.15.0, 2.14.1, 2.9.0, 2.1.0, 2.0.1, 1.13.1\n"
+
+    def run(command, **kwargs):
+        report = json.dumps({"install": [{"metadata": {"version": "2.14.1"}}]})
+        return subprocess.CompletedProcess(command, 0, report if "--report" in command else printed, "")
+
+    monkeypatch.setattr(subprocess, "run", run)
     assert versions.torch_releases("python") == ["2.1.0", "2.9.0", "2.14.1"]
 
 

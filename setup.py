@@ -86,7 +86,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10,<3.14",
     packages=[
         *find_packages(include=["llava_compodistill", "llava_compodistill.*"]),
         "llava_compodistill.scripts",

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Sets up .venv and distils a small student from a larger teacher on the miniature world; nothing needs to be
-# installed but Python 3.10-3.12. Arguments are passed on: bash scripts/quickstart.sh --help
+# installed but Python 3.10-3.13. Arguments are passed on: bash scripts/quickstart.sh --help
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR

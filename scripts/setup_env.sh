@@ -4,7 +4,7 @@
 #   .venv         current transformers; the quick start and the tests
 #   .venv-llava   LLaVA's own generation (transformers 4.37.2); the tests
 #
-# PYTHON chooses the interpreter (3.10 to 3.12). The package index is the one pip is configured for.
+# PYTHON chooses the interpreter (3.10 to 3.13). The package index is the one pip is configured for.
 
 set -euo pipefail
 
@@ -47,16 +47,16 @@ die() {
 # not run, so every candidate is tried.
 find_python() {
     local candidate
-    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.10 python3 python; do
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.10 python3.13 python3 python; do
         if "$candidate" -c '
 import ensurepip, sys, venv
-sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
+sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then
             command -v "$candidate"
             return
         fi
-        [[ $candidate != "${PYTHON:-}" ]] || die "PYTHON=$PYTHON is no Python 3.10, 3.11 or 3.12 with venv."
+        [[ $candidate != "${PYTHON:-}" ]] || die "PYTHON=$PYTHON is no Python 3.10 to 3.13 with venv."
     done
-    die "no Python 3.10, 3.11 or 3.12 with venv found. Install one (on Debian and Ubuntu: apt install python3 \
+    die "no Python 3.10 to 3.13 with venv found. Install one (on Debian and Ubuntu: apt install python3 \
 python3-venv), or set PYTHON to one."
 }
 
@@ -66,7 +66,7 @@ digest() { "$1" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.r
 # ensure_venv DIR: a virtual environment that runs, with build tools.
 ensure_venv() {
     local dir=$1
-    if "$dir/bin/python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null &&
+    if "$dir/bin/python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null &&
         "$dir/bin/python" -m pip --version >/dev/null 2>&1; then
         return
     fi

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Sets up both environments, then runs the linter and the tests against the built and installed wheel. Nothing needs to
-# be installed but Python 3.10-3.12. Arguments go to pytest: bash scripts/test.sh -k layer_matching
+# be installed but Python 3.10-3.13. Arguments go to pytest: bash scripts/test.sh -k layer_matching
 #
 #   --all          with the long forms of tests (the marker `long`), as continuous integration does; the first argument
 #

@@ -37,7 +37,7 @@ RESULTS = HERE / "results" / "versions.json"
 #: setup.py's lower bound.
 OLDEST_TORCH = Version("2.1")
 #: Its upper one.
-NEWEST_PYTHON = Version("3.12")
+NEWEST_PYTHON = Version("3.13")
 #: torch before this one is built for NumPy 1, and says so only when the two meet.
 NUMPY_2 = Version("2.3")
 #: What meets torch, transformers, accelerate, PEFT and LLaVA: the maps and losses against their references, capture,

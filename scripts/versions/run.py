@@ -267,7 +267,8 @@ def run_tests(cell: Cell, venv: Path, work: Path, all_tests: bool) -> None:
     cell.outcome = "passed" if done.returncode == 0 else "failed"
     if done.returncode:
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-        cell.why = (failed or lines or done.stderr.splitlines() or ["pytest failed"])[0][:300]
+        why = (failed or lines or done.stderr.splitlines() or ["pytest failed"])[0][:300]
+        cell.why = re.sub(r"^(FAILED|ERROR) \S*?(?=tests/)", "", why)
 
 
 def environment(venv: Path | None = None) -> dict[str, str]:

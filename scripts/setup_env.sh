@@ -29,6 +29,9 @@ PINS_LLAVA=(transformers==4.37.2 accelerate==0.30.1 peft==0.9.0 deepspeed==0.19.
 # What CUDA builds of TORCH_PIN ask for. Only the tests need it elsewhere.
 # shellcheck disable=SC2034
 TRITON_PIN="triton==3.7.1"
+# It has kernels for CPUs, with which the tests quantise.
+# shellcheck disable=SC2034
+BITS_PIN="bitsandbytes==0.50.2"
 # lmms-eval asks for torchvision and much else that its core does without; these are what it imports. It reaches into
 # filelock._api, which filelock 4 no longer has.
 # shellcheck disable=SC2034

@@ -25,7 +25,7 @@ from ..files import read_object
 from .language_models import MODEL_CLASSES, model_class
 from .lora import resize_vocabulary
 from .model import has_own_tower, holds_weights, llava_core
-from .quantization import quantization_config, refuse_without_bitsandbytes
+from .quantization import leave_out_unfit_kernels, quantization_config, refuse_without_bitsandbytes
 from .tower_folders import find_tower
 from .weights import loading, portable_lora_config, read_tensors, read_weights, refuse_broken_weights
 
@@ -241,6 +241,8 @@ def _from_pretrained(
         )
     own = [entry for entry in model.named_parameters() if not any(part in entry[0] for part in elsewhere)]
     refuse_broken_weights(own, path)
+    if "quantization_config" in kwargs:
+        leave_out_unfit_kernels(model)
     return model
 
 

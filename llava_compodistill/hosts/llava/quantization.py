@@ -10,8 +10,9 @@ import torch
 from ... import compat
 from ...errors import FlagError
 
-#: Modules that keep their precision: the head, whose weight losses read, and what is LLaVA's.
-KEPT = ("mm_projector", "vision_tower", "lm_head")
+#: Modules that keep their precision: the head, whose weight losses read, and what is LLaVA's. Current transformers
+#: compares whole names, and 4.37 looks for these anywhere in a name.
+KEPT = ("model.mm_projector", "model.vision_tower", "lm_head")
 
 
 def refuse_without_bitsandbytes(flag: str, device: torch.device | str) -> None:
@@ -59,3 +60,12 @@ def quantization_config(bits: int, dtype: torch.dtype, quant_type: str = "nf4", 
         bnb_4bit_quant_type=quant_type,
         llm_int8_skip_modules=list(KEPT),
     )
+
+
+def leave_out_unfit_kernels(model: torch.nn.Module) -> None:
+    """Layers of 4 bits whose widths do not fit bitsandbytes' packed kernels for CPUs (0.50: multiples of 64 in, of 32
+    out) take its general ones; it would stop in the first forward."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            fits = module.in_features % 64 == 0 and module.out_features % 32 == 0
+            module.support_avx512bf16_for_cpu = fits

@@ -8,8 +8,9 @@ import pytest
 import torch
 from checks import PLAIN, assert_same_log, assert_same_weights, killed_and_resumed, trained_weights
 from factory import make_batch, make_model
+from safetensors.torch import load_file
 
-from llava_compodistill import compat
+from llava_compodistill import cli, compat
 from llava_compodistill.hosts.llava.model import llava_core
 from llava_compodistill.pair.teacher import load_teacher
 from llava_compodistill.train.checkpoint import save_whole
@@ -63,7 +64,7 @@ def test_logits_of_fewer_bits(siglip, tmp_path, bits):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_qlora_student_learns_and_goes_on(dft, monkeypatch, bits):
+def test_a_qlora_student_learns_goes_on_and_is_merged(dft, world, tmp_path, monkeypatch, bits):
     options = {"bits": bits, "lora_enable": True, "lora_r": 4, "max_steps": 4}
     unbroken, expected = dft("unbroken", **options)
     base = [module.base_layer.weight for module in unbroken.model.modules() if hasattr(module, "base_layer")]
@@ -73,3 +74,13 @@ def test_a_qlora_student_learns_and_goes_on(dft, monkeypatch, bits):
     resumed, found = killed_and_resumed(dft, monkeypatch, **options)
     assert_same_log(found, expected, 1e-5)
     assert_same_weights(trained_weights(resumed.model), trained_weights(unbroken.model), 1e-5)
+    assert cli.main(["merge", str(tmp_path / "unbroken"), str(tmp_path / "merged")]) == 0
+    merged, trained = load_file(tmp_path / "merged" / "model.safetensors"), trained_weights(unbroken.model)
+    base = load_file(world["qwen-student"] / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    up, down = (
+        next(value for key, value in trained.items() if name in key and part in key) for part in ("lora_B", "lora_A")
+    )
+    scale = unbroken.args.lora_alpha / 4
+    expected_weight = base[f"{name}.weight"] + scale * (up.float() @ down.float())
+    torch.testing.assert_close(merged[f"{name}.weight"].float(), expected_weight, atol=2e-6, rtol=1e-5)

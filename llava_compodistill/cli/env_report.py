@@ -43,7 +43,7 @@ OPTIONAL = {
     "deepspeed": "ZeRO on several GPUs: pip install 'llava-compodistill[deepspeed]'",
     "flash-attn": "flash attention 2: pip install 'llava-compodistill[flash]' (CUDA); SDPA is used without it",
     "triton": "attention maps by GPU kernels; comes with CUDA builds of torch",
-    "bitsandbytes": "4 and 8 bit loading: pip install 'llava-compodistill[quant]' (CUDA)",
+    "bitsandbytes": "4 and 8 bit loading: pip install 'llava-compodistill[quant]'",
     "tensorboard": "--report_to tensorboard: pip install 'llava-compodistill[tensorboard]'",
     "wandb": "--report_to wandb: pip install 'llava-compodistill[wandb]'",
 }

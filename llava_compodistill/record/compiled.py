@@ -4,14 +4,19 @@ The compiled code is a layer's own forward and nothing around it: hooks, and wha
 as they call any forward. All layers of a model are compiled once, since they run the same code. A tapped layer's
 attention, with its tap, runs uncompiled between the two compiled halves of the layer.
 
-Not under gradient checkpointing: transformers calls a layer's forward anew in the backward pass, and what the compiled
-one keeps the second time is not what it kept the first (PyTorch 2.13: CheckpointError).
+Gradient checkpointing calls a layer's forward anew in the backward pass and needs the same code there. PyTorch looks
+compiled code up by the code object of a function, the latest used first, and the first half of a tapped layer fits
+any layer: a layer without a tap would get the halves the second time. So forwards with a tap have a code object of
+their own.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -19,7 +24,7 @@ from torch import nn
 from ..errors import FlagError
 from ..hosts import host_of
 from .patch import replaced
-from .taps import uncompiled_taps
+from .taps import is_tapped, uncompiled_taps
 
 #: What compiles. (Tests take others that need no C++ compiler.)
 BACKEND = "inductor"
@@ -31,7 +36,7 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     second length of a sequence gets code for all lengths.
 
     Args:
-        model: a multimodal causal language model (not a wrapper around one), without gradient checkpointing.
+        model: a multimodal causal language model (not a wrapper around one), with or without gradient checkpointing.
     """
     import torch._dynamo  # a second that other runs need not wait for
 
@@ -40,9 +45,28 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
         # A layer's forward is met in student and teacher, tapped or not, with and without a graph, in one length and
         # in any: more cases than the default of 8, after which it would no longer be compiled.
         stack.enter_context(torch._dynamo.config.patch(cache_size_limit=64))
-        for layer in host_of(model).decoder_layers(model):
-            stack.enter_context(replaced(layer, "forward", torch.compile(layer.forward, backend=BACKEND)))
+        layers = host_of(model).decoder_layers(model)
+        with_tap = {kind: _another(kind.forward) for kind in {type(layer) for layer in layers}}
+        for layer in layers:
+            untapped = torch.compile(layer.forward, backend=BACKEND)
+            tapped = torch.compile(types.MethodType(with_tap[type(layer)], layer), backend=BACKEND)
+            stack.enter_context(replaced(layer, "forward", functools.partial(_forward, layer, untapped, tapped)))
         yield
+
+
+def _forward(layer: nn.Module, untapped: Callable, tapped: Callable, *args, **kwargs):
+    chosen = tapped if any(map(is_tapped, layer.children())) else untapped
+    return chosen(*args, **kwargs)
+
+
+def _another(forward: Callable) -> Callable:
+    """The same function with a code object of its own. (What wraps a layer's forward in some releases of transformers
+    renames arguments that nobody gives any more.)"""
+    inner = inspect.unwrap(forward)
+    code = inner.__code__.replace(co_name=f"{inner.__code__.co_name}_with_tap")
+    same = types.FunctionType(code, inner.__globals__, inner.__name__, inner.__defaults__, inner.__closure__)
+    same.__kwdefaults__ = inner.__kwdefaults__
+    return same
 
 
 def refuse_without_compiler(flag: str, device: torch.device) -> None:

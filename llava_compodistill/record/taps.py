@@ -31,7 +31,7 @@ def tap_attention(module: nn.Module, tap: AttentionTap) -> Iterator[None]:
 
     The module goes on computing its output with its own backend; other modules are not touched.
     """
-    if hasattr(module, "_compodistill_tap"):
+    if is_tapped(module):
         raise RuntimeError("This attention layer is tapped already: leave the other capture context first.")
     install = _tap_by_interface if ALL_ATTENTION_FUNCTIONS is not None else _tap_by_rotary
     module._compodistill_tap = tap
@@ -40,6 +40,11 @@ def tap_attention(module: nn.Module, tap: AttentionTap) -> Iterator[None]:
             yield
     finally:
         del module._compodistill_tap
+
+
+def is_tapped(module: nn.Module) -> bool:
+    """Whether the module is an attention layer inside `tap_attention`."""
+    return hasattr(module, "_compodistill_tap")
 
 
 @contextlib.contextmanager

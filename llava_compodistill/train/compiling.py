@@ -59,11 +59,6 @@ def check_compiled(training: TrainingArguments, here: bool = True) -> None:
         why = f"not with the quantised weights of --bits {training.bits}: leave one of them out"
     elif of_student and zero is not None and zero.is_zero3():
         why = "ZeRO-3 gathers the weights of each module in calls that cannot be compiled: use ZeRO-2, or teacher"
-    elif of_student and training.gradient_checkpointing:
-        why = (
-            "--gradient_checkpointing True runs layers again in the backward pass, where PyTorch does not find what "
-            "the compiled ones have kept: use --gradient_checkpointing False, or teacher"
-        )
     elif of_student and training.fsdp:
         why = "not tried with --fsdp: use DDP or ZeRO-2, or teacher"
     elif of_student and training.image_layers != "all":

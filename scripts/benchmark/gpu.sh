@@ -16,7 +16,7 @@ PYTHON=${PYTHON:-python}
 OUT=${OUT:-gpu-results}
 LIMIT=${LIMIT:-540}
 EACH=${SECONDS_EACH:-2}
-STEPS=(tests op head step fit profile compile teacher dtype cache loader eval images plan growth quickstart)
+STEPS=(tests op head step fit profile compile pack quickstart eval plan teacher dtype cache growth loader images)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
@@ -64,6 +64,7 @@ do_step() {
     step) if [[ ${REHEARSE:-0} == 1 ]]; then suite step; else suite step --batch 1,4,8 --length 1024,2048; fi ;;
     fit) if [[ ${REHEARSE:-0} == 1 ]]; then suite fit --limit 0.01; else suite fit --limit 48 --length 2048; fi ;;
     profile | compile | growth) suite "$1" ;;
+    pack) if [[ ${REHEARSE:-0} == 1 ]]; then suite pack --batch 2; else suite pack --batch 8; fi ;;
     plan) suite plan --calibration "$OUT/calibration.json" ;;
     quickstart) "$PYTHON" scripts/miniature "${quick[@]}" --output "$OUT/quickstart" ;;
     esac

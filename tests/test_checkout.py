@@ -225,6 +225,43 @@ def test_a_file_that_cannot_be_written_leaves_the_others_as_they_were(package, m
     assert snapshot(package) == before
 
 
+def test_a_full_disk_is_met_before_a_file_has_changed(package, monkeypatch):
+    """The disk takes one file, and nothing after it: the first could not be put back."""
+    before, written, replaced = snapshot(package), [], []
+    write, replace = patching._write, os.replace
+
+    def full(path, content, mode):
+        written.append(path)
+        if len(written) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content, mode)
+
+    monkeypatch.setattr(patching, "_write", full)
+    monkeypatch.setattr(os, "replace", lambda *names: replaced.append(names) or replace(*names))
+    with pytest.raises(patching.PatchError, match="No space left on device.*nothing was changed"):
+        checkout.apply_patches(package)
+    assert snapshot(package) == before and len(written) == 2 and not replaced
+
+
+def test_what_cannot_be_put_back_is_named_and_the_same_command_goes_on(package, monkeypatch):
+    replace, done = os.replace, []
+
+    def broken(source, target):
+        if done:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        done.append(Path(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", broken)
+        with pytest.raises(patching.PatchError) as caught:
+            checkout.apply_patches(package)
+    assert f"{done[0]} could not be put back" in str(caught.value) and "Input/output error" in str(caught.value)
+    assert checkout.apply_patches(package)
+    assert {checkout.patch_state(package, purpose)[0] for purpose in checkout.PURPOSES} == {"applied"}
+    assert not list(package.rglob("*tmp"))
+
+
 def test_a_folder_that_is_no_checkout_is_an_error_with_a_hint(tmp_path, package, capsys):
     with pytest.raises(checkout.CheckoutError, match="git clone"):
         checkout.main([str(tmp_path / "nowhere")])

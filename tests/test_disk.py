@@ -48,6 +48,15 @@ def test_some_say_it_in_their_text_alone(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
+    "said", ["[enforce fail at inline_container.cc:664] . unexpected pos", "basic_ios::clear: iostream error"]
+)
+def test_pytorch_does_not_say_why(tmp_path, said):
+    with pytest.raises(DiskError, match="cannot be written: PyTorch could write a part of it only"):
+        with disk.explained(str(tmp_path)):
+            raise RuntimeError(said)
+
+
+@pytest.mark.parametrize(
     "error", [FileNotFoundError(2, "no", "a"), RuntimeError("CUDA out of memory"), ValueError("a")]
 )
 def test_all_else_passes(tmp_path, error):

@@ -46,8 +46,9 @@ def _reason(error: BaseException) -> str | None:
     )  # safetensors and tokenizers keep the number in their text alone
     if told and int(told[1]) in _CODES:
         return os.strerror(int(told[1]))
-    # PyTorch's writer forgets the number.
-    return "PyTorch could write a part of it only" if "inline_container.cc" in str(error) else None
+    # PyTorch's writer forgets the number; the stream below it, the file as well.
+    lost = any(words in str(error) for words in ("inline_container.cc", "iostream error"))
+    return "PyTorch could write a part of it only" if lost else None
 
 
 def _file(error: BaseException) -> str | None:

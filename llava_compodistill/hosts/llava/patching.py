@@ -6,6 +6,7 @@ repositories, where `git apply` skips files in silence. The patches remain ordin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from ...errors import PatchError
 
+_TEMPORARY = ".compodistill-tmp"
 _HUNK = re.compile(r"^@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@")
 
 
@@ -86,17 +88,41 @@ def plan(root: Path, patch: Patch, reverse: bool = False) -> dict[Path, str] | N
 
 
 def write_all(contents: dict[Path, str]) -> None:
-    """Replace the files by their new contents; when one cannot be written, the others get their old ones back."""
+    """Replace the files by their new contents; when one cannot be written, all have their old ones.
+
+    All new contents are on the disk before the first takes its place, so that a full disk is met while nothing has
+    changed.
+
+    Raises:
+        PatchError: naming the file, and those that could not be put back.
+    """
+    new = {path: path.with_name(path.name + _TEMPORARY) for path in contents}
     before = {path: path.read_bytes() for path in contents}
-    done: list[Path] = []
+    path, done = next(iter(contents), None), []
     try:
         for path, text in contents.items():
+            _write(new[path], text.encode("utf-8", "surrogateescape"), path.stat().st_mode)
+        for path in contents:
+            os.replace(new[path], path)
             done.append(path)
-            replace_whole(path, text.encode("utf-8", "surrogateescape"), path.stat().st_mode)
     except OSError as error:
-        for path in done[:-1]:
-            replace_whole(path, before[path], path.stat().st_mode)
-        raise PatchError(f"{done[-1]} cannot be written ({error.strerror}); nothing was changed.") from error
+        stuck = [str(written) for written in done if not _put_back(written, before[written])]
+        kept = "nothing was changed"
+        if stuck:
+            kept = f"{', '.join(stuck)} could not be put back. When it can be written, run the same command again"
+        raise PatchError(f"{path} cannot be written ({error.strerror}); {kept}.") from error
+    finally:
+        for temporary in new.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _put_back(path: Path, content: bytes) -> bool:
+    try:
+        replace_whole(path, content, path.stat().st_mode)
+    except OSError:
+        return False
+    return True
 
 
 def replace_whole(path: Path, content: bytes, mode: int) -> None:
@@ -104,13 +130,17 @@ def replace_whole(path: Path, content: bytes, mode: int) -> None:
 
     A new file takes the place of the old: a hard link (as some installers make) keeps its own content.
     """
-    temporary = path.with_name(path.name + ".compodistill-tmp")
+    temporary = path.with_name(path.name + _TEMPORARY)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(mode)
+        _write(temporary, content, mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    path.chmod(mode)

@@ -11,6 +11,7 @@ code ran        a payload has left its marker
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import signal
@@ -65,6 +66,8 @@ def perform(world: World, case: Case, folder: Path) -> Outcome:
     if not _limited:
         _limited.append(True)
         limit_memory(4 * MEMORY)  # a pool of threads alone maps some of it
+        gc.freeze()
+    gc.collect()  # what an earlier case has left would count against this one's limit
     rng = random.Random(case.name)
     said, names, read = TARGETS[case.kind](world, folder, rng)
     before = _peak(reset=True)

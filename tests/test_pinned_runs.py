@@ -26,7 +26,7 @@ def test_the_pinned_runs_are_as_they_were(tmp_path):
     assert stored["runs"].keys() == pinned.RUNS.keys()
     apart = {}
     for name, figures in pinned.record(tmp_path):
-        found = pinned.differences(name, figures, stored["runs"][name], exact)
+        found = pinned.differences(figures, stored["runs"][name], exact)
         if found:
             apart[name] = found
     assert not apart, f"({'exact' if exact else 'within rounding'}) {json.dumps(apart, indent=1)}"

@@ -32,6 +32,9 @@ TRITON_PIN="triton==3.7.1"
 # It has kernels for CPUs, with which the tests quantise.
 # shellcheck disable=SC2034
 BITS_PIN="bitsandbytes==0.50.2"
+# Its kernels are tested in Triton's interpreter.
+# shellcheck disable=SC2034
+LIGER_PIN="liger-kernel==0.8.5"
 # lmms-eval asks for torchvision and much else that its core does without; these are what it imports. It reaches into
 # filelock._api, which filelock 4 no longer has.
 # shellcheck disable=SC2034

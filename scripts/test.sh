@@ -41,6 +41,7 @@ install_current() {
     # along; for others it is a wheel of 200 MB for Linux, and those tests are skipped where it cannot be had.
     "${install[@]}" --no-deps "$TRITON_PIN" || say "no $TRITON_PIN here: its tests are skipped"
     "${install[@]}" --no-deps "$BITS_PIN" || say "no $BITS_PIN here: its tests are skipped"
+    "${install[@]}" --no-deps "$LIGER_PIN" || say "no $LIGER_PIN here: its tests are skipped"
     { "${install[@]}" "${LMMS_NEEDS[@]}" && "${install[@]}" --no-deps "$LMMS_PIN"; } ||
         say "no $LMMS_PIN here: its tests are skipped"
 }

@@ -170,8 +170,9 @@ def test_a_step_from_a_cache(measured):
     """What is stored whole gives the teacher's gradients in no more memory, and fewer bits are fewer bytes."""
     found = {row["variant"]: row for row in rows(measured) if row["suite"] == "cache"}
     live = found.pop("with the teacher")
-    steps = {name: row for name, row in found.items() if not name.startswith("reading: ")}
-    assert len(steps) == 5 and found.keys() == {*steps, *(f"reading: {name}" for name in steps)}
+    steps = {name: row for name, row in found.items() if not name.startswith(("reading: ", "making: "))}
+    assert len(steps) == 5
+    assert found.keys() == {*steps, *(f"{part}: {name}" for name in steps for part in ("reading", "making"))}
     assert all(float(row["extra_mib"]) < 1.2 * float(live["extra_mib"]) for row in steps.values())
     exact = steps["all tokens, 32 bits; all rows, 32 bits"]
     assert float(exact["parity"]) < 1e-4

@@ -99,6 +99,19 @@ def test_dft_from_an_exact_cache_is_dft_with_the_teacher(dft, exact):
     assert_same_weights(trained_weights(parts.model), trained_weights(live.model), 2e-5)
 
 
+def test_a_step_in_bf16_takes_a_teacher_in_bf16(world, dft, of_dft, exact, tmp_path):
+    """What a teacher in bf16 rounds is in its cache; one made in float32 differs from it by that rounding."""
+    options = {**PLAIN, "max_steps": 3, "bf16": True}
+    rounded = make_cache(world, tmp_path / "bf16", "dft", *EXACT, **of_dft, bf16=True)
+    _, live = dft("live", **options)
+    _, found = dft("rounded", teacher_cache=rounded, **options)
+    assert_same_log(found, live, 2e-3)  # a sample has others beside it here than where the cache was made
+    _, whole = dft("whole", teacher_cache=exact, **options)
+    assert_same_log(whole, live, 1e-2)
+    for part in ("kl", "attention"):
+        assert abs(found[0][part] - live[0][part]) < 1e-4 < abs(whole[0][part] - live[0][part])
+
+
 def test_packs_from_a_cache_are_packs_with_the_teacher(dft, exact):
     """A pack holds samples that the cache has at other places, some of them without an image."""
     options = {**PLAIN, "max_steps": 3, "pack_length": 200, "per_device_train_batch_size": 1}

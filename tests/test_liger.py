@@ -125,6 +125,7 @@ def test_a_run(liger, dft, monkeypatch, mixed, tmp_path):
 
 #: The kernels in Triton's interpreter, which has to be asked for before Triton is imported.
 INTERPRETED = """
+import importlib
 import sys
 import numpy
 import torch
@@ -143,6 +144,8 @@ def with_floats(arg):  # the interpreter leaves a number as Python's, where a co
     return convert(arg)
 
 interpreter._implicit_cvt = with_floats
+# A function of CUDA's library, whose body is empty here.
+importlib.import_module("liger_kernel.ops.rms_norm").rsqrt = lambda x: 1 / tl.sqrt(x)
 tower, folder, family = sys.argv[1:]
 kv = {"kv_heads": 2}
 teacher = make_model(tower, family, hidden=48, layers=6, heads=6, vocab=128, seed=1, dtype=torch.float32, **kv)
@@ -153,7 +156,7 @@ objective = make_objective(student, teacher.requires_grad_(False), args)
 def losses():
     student.zero_grad()
     with objective.running():
-        sums = objective(student, {**make_batch(LAYOUTS, dtype=torch.float32).inputs, "use_cache": False})
+        sums = objective(student, {**make_batch(LAYOUTS[1:], dtype=torch.float32).inputs, "use_cache": False})
         total = sum(part.loss for part in sums.values())
         total.backward()
     return [total.detach(), *(p.grad.clone() for p in student.parameters() if p.grad is not None)]
@@ -177,6 +180,7 @@ for mine, theirs in zip(found, expected, strict=True):
 
 @CAN
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_the_kernels_compute_the_same(siglip, tmp_path, family):

@@ -2,12 +2,13 @@
 
 The cached step is measured as training runs it: the batch holds codes, which are restored on the device. What comes
 before it is a row of its own, since workers that load data do it beside the step: reading an entry from its shard and
-unpacking it. Each variant's loss and gradients are compared with the live teacher's; with all tokens and 32 bits they
-have to agree.
+unpacking it. So is what comes once: the teacher's pass, the entries and their shard. Each variant's loss and gradients
+are compared with the live teacher's; with all tokens and 32 bits they have to agree.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ OPTIONS = ((None, 32, "all", 32), (64, 8, "all", 8), (64, 8, "all", 4), (16, 8, 
 
 def run(pair: Pair, folder: str, batches: tuple[int, ...], seconds: float) -> Iterator[dict[str, Any]]:
     """Rows for each length and micro-batch: the step with the teacher; by options, that from a cache, and what reading
-    takes. All of them take turns."""
+    and making take. All of them take turns."""
     for length in pair.spec.lengths:
         for size in batches:
             batch = pair.batch(size, length)
@@ -43,15 +44,15 @@ def run(pair: Pair, folder: str, batches: tuple[int, ...], seconds: float) -> It
             work: dict[str, Callable[[], Any]] = {"with the teacher": lambda: live(batch)}  # noqa: B023
             rows: dict[str, dict[str, Any]] = {}
             for options in OPTIONS:
-                name, row, step, read = _cached(pair, folder, batch, options, truth)
-                work |= {name: step, f"reading: {name}": read}
+                name, row, step, read, make = _cached(pair, folder, batch, options, truth)
+                work |= {name: step, f"reading: {name}": read, f"making: {name}": make}
                 rows[name] = row
             times = compare(work, pair.device, seconds)
             for name, call in work.items():
                 p20, p50, p80 = times[name]
                 row = {**columns(pair, size, length), "suite": "cache", "variant": name, **rows.get(name, {})}
                 row |= {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
-                if not name.startswith("reading"):
+                if not name.startswith(("reading", "making")):
                     row |= {"extra_mib": extra_memory(call, pair.device), "samples_per_s": 1e3 * size / p50}
                 yield row
             pair.student.zero_grad(set_to_none=False)
@@ -63,14 +64,19 @@ def _cached(
     batch: dict[str, torch.Tensor],
     options: tuple[int | None, int, str, int],
     truth: tuple[float, dict[str, torch.Tensor]],
-) -> tuple[str, dict[str, Any], Callable[[], Any], Callable[[], Any]]:
-    """(name, what is known before it is timed, the step, what reads a batch from its shard) of one set of options."""
+) -> tuple[str, dict[str, Any], Callable[[], Any], Callable[[], Any], Callable[[], Any]]:
+    """Of one set of options: its name, what is known before it is timed, the step, what reads a batch from its shard,
+    and what makes that shard."""
     top_k, logit_bits, rows, map_bits = options
     vocab, size = pair.spec.student.vocab, len(batch["input_ids"])
     chosen = {"top_k": top_k or vocab, "logit_bits": logit_bits, "map_bits": map_bits}
     goal = _objective(pair, folder, rows, chosen)
     what = goal.pair.teacher.what
-    path = shards.write_shard(Path(tempfile.mkdtemp(dir=folder)), 0, _entries(pair, batch, what))
+
+    def make() -> Path:
+        return shards.write_shard(Path(tempfile.mkdtemp(dir=folder)), 0, _entries(pair, batch, what))
+
+    path = make()
     shard = shards.Shard(path)
 
     def read() -> dict[str, torch.Tensor]:
@@ -96,7 +102,7 @@ def _cached(
     if top_k is None and rows == "all" and map_bits == 32:
         limit = 1e-3 if pair.spec.dtype == torch.float32 else 0.05
         row["parity"] = f"FAILED {error:.1e}" if error > limit else f"{error:.1e}"
-    return name, row, step, read
+    return name, row, step, read, lambda: shutil.rmtree(make().parent)
 
 
 def _objective(pair: Pair, folder: str, rows: str, chosen: dict[str, int]) -> Objective:

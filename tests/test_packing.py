@@ -16,19 +16,20 @@ from factory import make_batch, make_model
 from safetensors.torch import load_file
 
 from llava_compodistill import compat
-from llava_compodistill.errors import DataError, SampleError
+from llava_compodistill.errors import DataError, FlagError, SampleError
 from llava_compodistill.hosts.llava.experts import Experts
 from llava_compodistill.hosts.llava.language_models import upcycle
 from llava_compodistill.hosts.llava.trained_towers import train_tower
 from llava_compodistill.record.forward import EMBEDDINGS, Needs, record
 from llava_compodistill.record.merge import record_merge
+from llava_compodistill.record.padding import check_backend, is_flash
 from llava_compodistill.train import packing
 from llava_compodistill.train.arguments import TrainingArguments
 from llava_compodistill.train.checks import check_arguments
 from llava_compodistill.train.data import CheckedDataset
 from llava_compodistill.train.objective import Objective
 from llava_compodistill.train.packing import PackCollator, PackedDataset, make_packs, merged_lengths
-from llava_compodistill.train.preflight.lengths import Limits, Reading
+from llava_compodistill.train.preflight.lengths import Limits, Reading, packed_length
 from scale import modes
 from scale.matrix import SAME_NUMBERS
 
@@ -112,6 +113,7 @@ def test_a_step_is_that_of_the_padded_batch(siglip, tmp_path, family, attention,
         ("align_kd", {}),  # single heads, and what the first layer receives
         ("llava_kd", {}),  # the heads at visual tokens
         ("switch_kd", {}),  # the teacher on the student's features
+        ("switch_kd", {"gradient_checkpointing": True}),  # whose layers run again in the backward
         ("compodistill", {"visual_advantage": "both"}),  # the teacher without the image
         ("compodistill", {"attention_heads": "matched", "attention_loss": "kl", "attention_rows": "answer"}),
         ("sft", {"stage": "sft", "image_layers": "1"}),
@@ -123,7 +125,27 @@ def test_every_kind_of_term_meets_what_it_asks_for(siglip, tmp_path, method, cha
     if method == "switch_kd":
         train_tower(student.get_vision_tower())
     args = arguments(tmp_path, method=method, **changes)
+    if args.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        student.enable_input_require_grads()
     assert_same_step(student, None if method == "sft" else teacher, args, make_batch(LAYOUTS), 1e-5)
+
+
+def test_attention_that_would_leave_its_sample_is_refused(siglip, tmp_path, world):
+    model = make_model(siglip)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(
+        ValueError, match="with --attn_implementation flex_attention samples would attend to each other"
+    ):
+        hidden_at_the_head(model, make_batch(LAYOUTS).inputs)
+    with pytest.raises(FlagError, match="with --attn_implementation flex_attention samples would"):
+        tiny.run(world, "sft", tmp_path / "out", padding_free=True, attn_implementation="flex_attention")
+    for name in ("sdpa", "eager"):
+        check_backend(name)
+    # Where the package is missing, transformers takes a kernel from the hub, and its name.
+    assert (
+        is_flash("flash_attention_2") and is_flash("kernels-community/flash-attn2") and not is_flash("flex_attention")
+    )
 
 
 @pytest.mark.usefixtures("masks_of_float64")
@@ -139,6 +161,18 @@ def test_experts_share_out_their_room_by_sample(siglip, tmp_path):
     args = arguments(tmp_path, method="llava_mod", stage="d2s")
     losses = assert_same_step(student, teacher, args, make_batch(LAYOUTS), 1e-5)
     assert losses["balance.balance"] > 1
+
+
+def test_an_image_without_another_is_not_aligned_with_itself(siglip, tmp_path):
+    """What --shuffle_attention_targets is the control of."""
+    student, teacher = make_pair(siglip)
+    args = arguments(tmp_path, shuffle_attention_targets=True)
+    (alone, _), (two, _), (third, _) = (
+        losses_and_gradients(student, teacher, args, True, make_batch(layouts))
+        for layouts in (["qIqa", "qqqa"], ["qIqa", "qqqa", "qIqaa"], ["qIqa", "qIqaa"])
+    )
+    assert alone["attention.attention"] == 0 and alone["answers.kl"] > 0
+    assert two["attention.attention"] > 0 and third["attention.attention"] > 0
 
 
 def test_text_alone(siglip, tmp_path):
@@ -335,6 +369,17 @@ def test_long_samples_and_such_that_are_left_out():
 
 
 @pytest.mark.once
+def test_what_is_padded_stays_bounded():
+    """Short texts fill up a pack with a long sample, to whose length their embeddings and maps are padded."""
+    lengths = lengths_like_mix665k(2_000) + torch.randint(20, 120, (4_000,)).tolist()
+    packs = make_packs(lengths, 4096, seed=5)
+    assert sorted(sample for pack in packs for sample in pack) == list(range(6_000))
+    padded = [len(pack) * max(lengths[sample] for sample in pack) for pack in packs]
+    assert 2 * 4096 < max(padded) <= 3 * 4096
+    assert sum(lengths) > 0.8 * 4096 * len(packs)
+
+
+@pytest.mark.once
 def test_packs_of_what_can_be_read():
     class Samples:
         list_data_dict, paired = ["records"], False
@@ -464,7 +509,8 @@ def test_ranks_share_the_lengths_which_are_cut_and_those_of_both_answers(monkeyp
     found = [Reading(0, 10), Reading(1, 700), Reading(2, problem="torn"), Reading(3, 40), Reading(4, 50)]
     passed, asked, shares = [], [], []
 
-    def measure(reader, places, workers):
+    def measure(reader, places, workers, flag):
+        assert flag == "--dataloader_num_workers"
         asked.append(list(places))
         return [found[place] for place in places]
 
@@ -480,6 +526,22 @@ def test_ranks_share_the_lengths_which_are_cut_and_those_of_both_answers(monkeyp
         lengths = merged_lengths(samples, Limits(16, 512), None, args)
     assert asked == [[0, 2, 4], [1, 3]] and passed == [(2, "torn"), (2, "torn")]
     assert lengths == [part * (1 + paired) for part in (10, 512, 0, 40, 50)]
+    samples.name_of = "sample {}".format
+    found[3] = Reading(3, problem="an error that ends training: KeyError: 'id'", fatal=True)
+    with pytest.raises(DataError, match="sample 3: an error that ends training: KeyError"):
+        merged_lengths(samples, Limits(16, 512), None, args)
+
+
+@pytest.mark.once
+def test_a_pack_has_room_for_the_model_whose_images_take_more():
+    """The check reads a sample by the student's limits, training by those of both."""
+    check, training = Limits(9, 100, 16, 107), Limits(16, 107, 16, 107)
+    for images, text in ((0, 30), (1, 30), (2, 60), (3, 90)):
+        mine, theirs = (Reading(0, text + images * tokens, images) for tokens in (9, 16))
+        expected = min(text + images * 16, 107)
+        assert packed_length(mine, check, False) == packed_length(theirs, training, False) == expected
+        assert packed_length(mine, check, True) == 2 * expected
+    assert packed_length(Reading(0, 500, 1), Limits(16, 107, 9, 100), False) == 107
 
 
 def test_own_answers_are_packed(dft):

@@ -212,8 +212,11 @@ class VisualAttentionTerm(Term):
             return Sums(None, logged, measured={"attention_similarity": (zero, zero)})
         rows = self._rows(student, teacher)
         columns = batch.visual_index >= 0
+        order = None
+        if args.shuffle_attention_targets:
+            order, moved = _another_image(batch)
+            rows = rows & moved[:, None]
         counts = counting_samples(rows)
-        order = _another_image(batch) if args.shuffle_attention_targets else None
         options = {"similarity": args.attention_similarity, "column_mask": columns, "reduction": "none"}
         weights = None if self.advantage is None else self.advantage.row_weights(student, teacher)
         losses, similarities = [], []
@@ -276,10 +279,11 @@ def attention_schedule(args: TrainingArguments) -> Schedule | None:
     return Schedule(args.attention_schedule, args.attention_schedule_end)
 
 
-def _another_image(batch: MergedBatch) -> torch.Tensor:
-    """[B]: an order that gives every sample with an image the place of another such sample."""
+def _another_image(batch: MergedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B]: an order that gives every sample with an image the place of another such sample; and [B] bool, which have
+    one: all of them, unless a micro-batch has a single image."""
     has_image = batch.on_cpu().has_image
-    order = torch.arange(len(has_image))
-    holders = has_image.nonzero().flatten()
+    places = torch.arange(len(has_image))
+    holders, order = has_image.nonzero().flatten(), places.clone()
     order[holders] = holders.roll(1)
-    return sent(order, batch.labels.device)
+    return sent(order, batch.labels.device), sent(order != places, batch.labels.device)

@@ -59,14 +59,13 @@ def without_padding(model: nn.Module, batch: Callable[[], MergedBatch]) -> Itera
         batch: gives the merged batch of the running forward.
 
     Raises:
-        ValueError: where an old transformers cannot tell FlashAttention where samples begin, or would scale positions
-            by the length of all of them; in the forward, for a sample longer than the window of a layer that would
-            attend to all of it.
+        ValueError: for attention that cannot be kept inside a sample (`check_backend`); where an old transformers
+            would scale positions by the length of all samples; in the forward, for a sample longer than the window of
+            a layer that would attend to all of it.
     """
     host, backend = host_of(model), compat.attention_implementation(model)
-    flash = backend.startswith("flash")
-    if flash and compat.ALL_ATTENTION_FUNCTIONS is None:
-        raise ValueError(NO_FLASH)
+    check_backend(backend)
+    flash = is_flash(backend)
     scaling = getattr(model.config, "rope_scaling", None) or {}
     if compat.ALL_ATTENTION_FUNCTIONS is None and scaling.get("type") == "dynamic":
         # There a layer scales by the length that it is given, which is that of all samples together.
@@ -95,11 +94,29 @@ def without_padding(model: nn.Module, batch: Callable[[], MergedBatch]) -> Itera
         yield
 
 
-#: Why such a model cannot run.
-NO_FLASH = (
-    "--padding_free, --pack_length: FlashAttention is told where samples begin by transformers 4.48 and later, and "
-    "this is an older one. Use --attn_implementation sdpa, which runs FlashAttention's kernel on CUDA, too."
-)
+def is_flash(backend: str) -> bool:
+    """Whether a backend is FlashAttention: the package's, or a kernel from the hub, which then has the hub's name."""
+    return backend.startswith("flash") or "flash-attn" in backend
+
+
+def check_backend(backend: str) -> None:
+    """Refuse attention that would not stay inside a sample.
+
+    Raises:
+        ValueError: naming the flags and the way out.
+    """
+    if is_flash(backend):
+        if compat.ALL_ATTENTION_FUNCTIONS is None:
+            raise ValueError(
+                "--padding_free, --pack_length: FlashAttention is told where samples begin by transformers 4.48 and "
+                "later, and this is an older one. Use --attn_implementation sdpa, which runs FlashAttention's kernel "
+                "on CUDA, too."
+            )
+    elif backend not in ("eager", "sdpa"):
+        raise ValueError(
+            f"--padding_free, --pack_length: with --attn_implementation {backend} samples would attend to each other. "
+            "Use sdpa, flash_attention_2 or eager, or leave the flags out."
+        )
 
 
 def _entering(
@@ -124,7 +141,7 @@ def _entering(
     kwargs = {**kwargs, **{name: values[name] for name in _ARGUMENTS if name in kwargs}}
     if kwargs.get("position_embeddings") is not None:
         kwargs["position_embeddings"] = tuple(_at_tokens(part, batch) for part in kwargs["position_embeddings"])
-    if backend.startswith("flash"):
+    if is_flash(backend):
         counts = batch.counts("all")
         starts = sent(torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32), states.device)
         kwargs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}

@@ -194,7 +194,10 @@ class TrainingArguments(llava_training.TrainingArguments):
     )
     shuffle_attention_targets: bool = field(
         default=False,
-        metadata={"help": "Control experiment: give each sample the teacher attention of another image in the batch."},
+        metadata={
+            "help": "Control experiment: give each sample the teacher attention of another image in the micro-batch; "
+            "without another one, a sample has no attention loss."
+        },
     )
     visual_advantage: Literal["none", "tokens", "rows", "both"] = field(
         default="none",

@@ -57,7 +57,7 @@ class Calibration:
         objective = self._objective
         student = objective.pair.student
         for inputs in islice(self._batches, count):
-            with encode_for(objective.pair), record(student, needs[0], impl=objective.impl) as recorder:
+            with encode_for(objective.pair), record(student, needs[0], **objective.options) as recorder:
                 teacher = objective.run_teacher(inputs, needs[1])
                 student(**students_inputs(inputs))
                 yield recorder.latest, teacher

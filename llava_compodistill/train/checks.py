@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .. import compat
 from ..hosts.llava.quantization import refuse_without_bitsandbytes
 from ..methods.schedule import ENDS
 from ..pair.layers import parse_band
 from ..pair.placement import QUANTISED, SHARDED, fully_shard
-from ..record.padding import NO_FLASH
+from ..record.padding import check_backend
 from .compiling import check_compiled, check_liger
 from .sharding import check_fsdp
 
@@ -174,11 +173,13 @@ def check_arguments(
     check_compiled(training, here)
     if here and training.fp16 and training.device.type == "cpu":
         raise ValueError("--fp16 True: there is no fp16 training on a CPU. Use --bf16 True, or neither.")
-    if training.padding_free and compat.ALL_ATTENTION_FUNCTIONS is None:
-        if (model.attn_implementation or "").startswith("flash"):
-            raise ValueError(NO_FLASH)
-    if training.shuffle_attention_targets and training.per_device_train_batch_size < 2 and not training.pack_length:
-        raise ValueError("--shuffle_attention_targets needs --per_device_train_batch_size of at least 2.")
+    if training.padding_free:
+        check_backend(model.attn_implementation or "sdpa")
+    if training.shuffle_attention_targets and training.per_device_train_batch_size < 2:
+        raise ValueError(
+            "--shuffle_attention_targets needs --per_device_train_batch_size of at least 2. (So it does with packs, "
+            "one of which may hold a single image.)"
+        )
     if not data.data_path:
         raise ValueError(
             "--data_path is missing: give a JSON file of conversations, several with commas, or a YAML mix."

@@ -67,12 +67,14 @@ class Objective:
             raise ValueError(f"Two terms of a method have one name: {', '.join(names)}.")
         self.pair = Pair.of(student, teacher, vocab_size, teacher_vocab_size)
         self.terms, self.impl = prepared(terms, self.pair), impl
-        self._options = {"impl": impl, "padding_free": padding_free}
+        #: what every pass is recorded with
+        self.options = {"impl": impl, "padding_free": padding_free}
         if teacher is not None:
             self.pair.share_vision()
         layers = self.pair.student.config.num_hidden_layers
         self._blind_layers = sorted(set(range(layers)) - set(visual_understanding_layers(layers, image_layers)))
         self._recorder: PassRecorder | None = None
+        self._open: contextlib.ExitStack | None = None
         self._teacher_pass: Pass | None = None
         self._own: torch.Tensor | None = None
         self._cached: Mapping[str, Any] | None = None
@@ -105,15 +107,16 @@ class Objective:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Open this around forward AND backward of a micro-batch: checkpointed layers run again in the backward."""
-        options = {**self._options, "on_head": self._on_head, "on_end": self._on_end}
+        options = {**self.options, "on_head": self._on_head, "on_end": self._on_end}
         with contextlib.ExitStack() as stack:
+            self._open = stack
             self._recorder = recorder = stack.enter_context(record(self.pair.student, self._needs()[0], **options))
             if self._blind_layers:
                 stack.enter_context(without_sight(self.pair.student, self._blind_layers, lambda: recorder.batch))
             try:
                 yield
             finally:
-                self._recorder = self._teacher_pass = self._cached = None
+                self._recorder = self._teacher_pass = self._cached = self._open = None
                 self._switch = _no_pass
 
     @property
@@ -170,7 +173,7 @@ class Objective:
             return None
         given = {**teachers_inputs(inputs, self.pair.shares_tokenizer), "use_cache": False}
         aligned = given.pop("aligned", None)
-        with torch.no_grad(), record(self.pair.teacher, needs, **self._options) as recorder:
+        with torch.no_grad(), record(self.pair.teacher, needs, **self.options) as recorder:
             self.pair.teacher(**given)
             recorder.latest.aligned = aligned
             return recorder.latest
@@ -188,7 +191,7 @@ class Objective:
         here = host_of(teacher).text_alone(here, with_image)
         text = {name: sent(value, given["input_ids"].device) for name, value in here.items()}
         kept = kept_on_cpu([(text[name], here[name]) for name in here])
-        with kept, torch.no_grad(), record(teacher, reduce(or_, asked), **self._options) as recorder:
+        with kept, torch.no_grad(), record(teacher, reduce(or_, asked), **self.options) as recorder:
             teacher(**text, use_cache=False)
             sighted.blind = recorder.latest
 
@@ -211,13 +214,13 @@ class Objective:
         """The teacher on the student's features: its weights are frozen, and gradients reach the student's encoder."""
         teacher = self.pair.teacher
         saving = getattr(self.pair.student, "is_gradient_checkpointing", False)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(encoded_as(teacher, features))
-            if saving:
-                stack.enter_context(recomputed(teacher))
-            recorder = stack.enter_context(record(teacher, needs, **self._options))
+        # Open until the backward has ended, in which its layers run again.
+        if saving:
+            self._open.enter_context(recomputed(teacher))
+        recorder = self._open.enter_context(record(teacher, needs, **self.options))
+        with encoded_as(teacher, features):
             teacher(**{**inputs, "use_cache": False})
-            return recorder.latest
+        return recorder.latest
 
     def _on_head(self, student: Pass) -> torch.Tensor:
         student.own = self._own

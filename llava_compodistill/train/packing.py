@@ -24,12 +24,15 @@ from torch.utils.data import Dataset
 from ..errors import DataError
 from ..hosts.llava.model import count_visual_tokens, llava_core
 from .data import CheckedDataset
-from .preflight.lengths import Limits, Reader, measure
+from .preflight.lengths import Limits, Reader, measure, packed_length
 
 logger = logging.getLogger(__name__)
 
 #: Packs that a sample can still be put into: enough to fill them, few beside all of them, so that chance decides.
 _OPEN = 64
+#: What is outside the layers, such as embeddings and maps, is padded to a pack's longest sample: at most to so many
+#: times the room. Many short texts beside a long sample would make it up to ten times; LLaVA's data stay below three.
+_PADDED = 3
 #: Samples that a message names.
 _NAMED = 3
 
@@ -47,18 +50,26 @@ def make_packs(lengths: Sequence[int], room: int, seed: int) -> list[list[int]]:
     """
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     packs: list[list[int]] = []
+    longest: list[int] = []
     open_packs: list[tuple[int, int]] = []  # (room that is left, number of the pack), the fullest first
     for sample in order:
         length = lengths[sample]
         if not length:
             continue
         place = bisect.bisect_left(open_packs, (length, -1))
+        while place < len(open_packs):
+            number = open_packs[place][1]
+            if (len(packs[number]) + 1) * max(longest[number], length) <= _PADDED * room:
+                break
+            place += 1
         if place < len(open_packs):
             left, number = open_packs.pop(place)
         else:
             left, number = room, len(packs)
             packs.append([])
+            longest.append(0)
         packs[number].append(sample)
+        longest[number] = max(longest[number], length)
         if left > length:
             bisect.insort(open_packs, (left - length, number))
             if len(open_packs) > _OPEN:
@@ -144,7 +155,7 @@ def pack_data(module: dict[str, Any], limits: Limits, template: Any, args: Any) 
         args: room and seed, and what the lengths are measured with: its ranks and their workers.
 
     Raises:
-        DataError: for a sample whose text cannot be used (`--bad_samples skip` leaves it out).
+        DataError: for a sample whose text cannot be used (`--bad_samples skip` leaves it out), or that ends training.
     """
     samples, start = module["train_dataset"], time.perf_counter()
     lengths = merged_lengths(samples, limits, template, args)
@@ -169,15 +180,18 @@ def merged_lengths(samples: CheckedDataset, limits: Limits, template: Any, args:
     pairs; 0 for one that cannot be used. Each rank reads its share of the texts."""
     reader = Reader(samples, limits, template)
     mine = range(args.process_index, len(samples), args.world_size)
+    readings = measure(reader, mine, max(1, args.dataloader_num_workers), flag="--dataloader_num_workers")
     found = [
-        (reading.place, min(reading.length, limits.limit), reading.problem)
-        for reading in measure(reader, mine, max(1, args.dataloader_num_workers))
+        (reading.place, packed_length(reading, limits, samples.paired), reading.problem, reading.fatal)
+        for reading in readings
     ]
     lengths = [0] * len(samples)
     # On all ranks alike, so that none waits for one that has ended.
-    for place, length, problem in sorted(chain.from_iterable(gather_object([found]))):
+    for place, length, problem, fatal in sorted(chain.from_iterable(gather_object([found])), key=lambda one: one[0]):
+        if fatal:
+            raise DataError(f"{samples.name_of(place)}: {problem}")
         if problem is None:
-            lengths[place] = length * (2 if samples.paired else 1)
+            lengths[place] = length
         else:
             samples.pass_over(place, problem)
     return lengths

@@ -242,7 +242,8 @@ class Check:
                 found[good] = reading.length
                 visual[good] = limits.visual_tokens * mix.with_image[reading.place]
                 good += 1
-                self._note_long(parsed.training.pack_length, min(reading.length, limit), records.example(place))
+                packed = lengths.packed_length(reading, limits, parsed.training.paired)
+                self._note_long(parsed.training.pack_length, packed, records.example(place))
                 if reading.length <= limit:
                     if not reading.left:
                         self._add_lost(records, place, reading.length, limit)

@@ -33,6 +33,7 @@ class Reading:
         place: its number in the mix.
         length: tokens of the merged sequence, images included; the longest of the readings of a sample (pairs of
             answers, a teacher with another tokenizer), less what the teacher's limit is above the student's.
+        images: of the sample.
         answers: tokens that are learned from, without the limit.
         left: those of them within the limit.
         problem: why training cannot read it; the rest is 0 then.
@@ -41,6 +42,7 @@ class Reading:
 
     place: int
     length: int = 0
+    images: int = 0
     answers: int = 0
     left: int = 0
     problem: str | None = None
@@ -88,7 +90,7 @@ class Reader:
         conversations = [self.dataset.conversation(self.dataset.list_data_dict[place]) for place in places]
         pieces = tokenized_pieces(conversations, self.dataset.tokenizer, together=True)
         for place, found in zip(places, pieces, strict=True):
-            length = answers = left = 0
+            length = images = answers = left = 0
             for tokens, is_answer in found:
                 start = length
                 length += len(tokens)
@@ -96,8 +98,9 @@ class Reader:
                     answers += len(tokens)
                     left += max(0, min(length, self.limits.limit) - max(start, 1))  # nothing predicts the first
                 else:
-                    length += (self.limits.visual_tokens - 1) * tokens.count(IMAGE_TOKEN_INDEX)
-            yield Reading(place, length, answers, left)
+                    here = tokens.count(IMAGE_TOKEN_INDEX)
+                    length, images = length + (self.limits.visual_tokens - 1) * here, images + here
+            yield Reading(place, length, images, answers, left)
 
     def read_one(self, place: int) -> Reading:
         """One sample, exactly as training reads it."""
@@ -116,7 +119,8 @@ class Reader:
         left = min(left for _, _, left in found)
         if self.dataset.paired and length >= self.limits.limit:
             left = 0  # the preference step leaves such pairs out
-        return Reading(place, length, sum(answers for _, answers, _ in found), left)
+        images = int((both[0]["input_ids"] == IMAGE_TOKEN_INDEX).sum())
+        return Reading(place, length, images, sum(answers for _, answers, _ in found), left)
 
     def _measured(self, sample: dict[str, Any]) -> tuple[int, int, int]:
         limits = self.limits
@@ -135,6 +139,17 @@ def _measure(sample: dict[str, torch.Tensor], visual_tokens: int, limit: int) ->
     return len(ids) + images * (visual_tokens - 1), everything, int(answer_tokens(batch, visual_tokens, limit))
 
 
+def packed_length(reading: Reading, limits: Limits, paired: bool) -> int:
+    """Tokens of a sample in the longer of a pair's models, cut by the limit; of both answers where it has two.
+
+    Args:
+        limits: that the sample was read with. Those of the teacher count where its images take more.
+    """
+    more = max(0, limits.teacher_visual_tokens - limits.visual_tokens)
+    length = min(reading.length + more * reading.images, max(limits.limit, limits.teacher_limit))
+    return length * (2 if paired else 1)
+
+
 def chosen_places(samples: int, wanted: int | None) -> list[int]:
     """All places of a mix, or `wanted` of them, evenly spread."""
     if wanted is None or wanted >= samples:
@@ -143,11 +158,15 @@ def chosen_places(samples: int, wanted: int | None) -> list[int]:
 
 
 def measure(
-    reader: Reader, places: Sequence[int], workers: int, done: Callable[[int], None] = lambda read: None
+    reader: Reader,
+    places: Sequence[int],
+    workers: int,
+    done: Callable[[int], None] = lambda read: None,
+    flag: str = "--workers",
 ) -> Iterator[Reading]:
-    """The samples at some places, read in several processes."""
+    """The samples at some places, read in several processes, whose number `flag` sets."""
     chunks = [places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK)]
-    yield from in_processes(Reader.read, reader, chunks, min(workers, len(chunks)), done)
+    yield from in_processes(Reader.read, reader, chunks, min(workers, len(chunks)), done, flag)
 
 
 @dataclass

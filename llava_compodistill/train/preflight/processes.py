@@ -39,12 +39,18 @@ def progress_bar(console: Console) -> Progress:
 
 
 def in_processes(
-    work: Callable[[Any, Chunk], list], shared: Any, chunks: Iterable[Chunk], workers: int, done: Callable[[int], None]
+    work: Callable[[Any, Chunk], list],
+    shared: Any,
+    chunks: Iterable[Chunk],
+    workers: int,
+    done: Callable[[int], None],
+    flag: str = "--workers",
 ) -> Iterator[Any]:
     """`work(shared, chunk)` for each chunk, their results one by one and in order.
 
     Args:
         done: told how many entries have been worked on since the last time.
+        flag: sets the number of processes.
 
     Raises:
         DataError: when a process is killed.
@@ -62,8 +68,8 @@ def in_processes(
                 done(len(result))
     except BrokenProcessPool:
         raise DataError(
-            "A process of the check was killed; an image that takes more memory than there is can do that. Lower "
-            "--workers (--workers 1 reads everything in one process)."
+            "A process that reads samples was killed; one that takes more memory than there is can do that. Lower "
+            f"{flag} ({flag} 1 reads everything in one process)."
         ) from None
     finally:
         _shared.clear()

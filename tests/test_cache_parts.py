@@ -362,7 +362,7 @@ def test_a_shard_gives_back_its_samples(tmp_path):
         assert {name: value.tolist() for name, value in found.items() if value.size} == {
             name: value.tolist() for name, value in made[place].items() if value.size
         }
-    assert shard.read(3, ["b", "c"]).keys() == {"b"}
+    assert shards.Shard(path, ["b", "c"]).read(3).keys() == {"b"}
 
 
 def test_damage_is_found_and_named(tmp_path):
@@ -384,7 +384,7 @@ def test_damage_is_found_and_named(tmp_path):
     with pytest.raises(CacheError, match="holds no teacher cache"):
         shards.read_settings(tmp_path / "..")
     (tmp_path / shards.SETTINGS_FILE).write_text('{"format": 99, "settings": {}}')
-    with pytest.raises(CacheError, match="format 99, and this release reads 1"):
+    with pytest.raises(CacheError, match="format 99, and this release reads 2"):
         shards.read_settings(tmp_path)
 
 

@@ -65,7 +65,7 @@ class CheckedDataset(LazySupervisedDataset):
             samples = Mix(sources, *options, seed, self.paired, allowed, unwanted)
         self.list_data_dict = samples
         if cache is not None:
-            cache.check_samples(len(samples))
+            cache.check_samples(len(samples), self._try)
 
     @property
     def lengths(self) -> list[int]:
@@ -85,6 +85,14 @@ class CheckedDataset(LazySupervisedDataset):
             if sample is not None:
                 return sample
         raise DataError("No sample of the data can be used.")
+
+    def _try(self, position: int) -> None:
+        """Read a sample, which may turn out to be one that is passed over, in its turn."""
+        try:
+            self.read(position)
+        except Exception as error:
+            if self.fault(error) is None:
+                raise
 
     def usable(self, position: int) -> dict[str, Any] | None:
         """What `read` gives; None for a sample that is passed over.

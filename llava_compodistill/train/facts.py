@@ -108,11 +108,13 @@ def _pairs(sent: Mapping[str, Any], stayed: Mapping[str, Any]) -> list[Kept]:
 
 
 def answer_tokens(batch: dict[str, Any], width: int, limit: int | None) -> torch.Tensor:
-    """[B]: the answer tokens that are predicted, with `width` visual tokens in an image's place."""
+    """[B]: the answer tokens that are predicted, with `width` visual tokens in an image's place. LLaVA leaves out what
+    the batch's attention mask does: padding, and padding's token where a text has it."""
     labels, ids = batch["labels"], batch["input_ids"]
     is_image = ids == IMAGE_TOKEN_INDEX
-    position = torch.arange(ids.shape[1], device=ids.device) + is_image.long().cumsum(dim=1) * (width - 1)
-    seen = (labels != IGNORE_INDEX) & (position > 0) & (position < (limit or torch.iinfo(torch.long).max))
+    real = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    position = real.long().cumsum(dim=1) - 1 + is_image.long().cumsum(dim=1) * (width - 1)
+    seen = real & (labels != IGNORE_INDEX) & (position > 0) & (position < (limit or torch.iinfo(torch.long).max))
     return seen.sum(dim=1)
 
 

@@ -24,8 +24,8 @@ from .conversations import plugin_templates
 TEMPLATES = plugin_templates(conversation_lib)
 QWEN = TEMPLATES["qwen_1_5"]
 
-#: Tokens from which a padding token may be taken, where the tokenizer has them as special tokens: a text cannot
-#: contain those, while an ordinary entry of the vocabulary, as `<unk>` is in Qwen's, may occur in a conversation.
+#: Tokens from which a padding token may be taken, where the tokenizer has them as special tokens: a text has those
+#: only where it spells out their names, while an ordinary entry of the vocabulary, as `<unk>` is in Qwen's, may occur.
 _SPARE_TOKENS = ("<|endoftext|>", "<pad>", "[PAD]", "<|fim_pad|>", "<unk>", "<|im_end|>")
 
 

@@ -63,15 +63,21 @@ def map_name(group: Group) -> str:
     return "map." + "-".join(map(str, group))
 
 
-def digests(sample: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def digests(sample: Mapping[str, Any], pixels: bool = True) -> dict[str, np.ndarray]:
     """{"digest.text", "digest.pixels"}: of what a model reads of a sample, as `CheckedDataset.read` gives it. A sample
-    of text alone has no pixels, whatever stands in for them."""
+    of text alone has no pixels, whatever stands in for them.
+
+    Args:
+        pixels: False for a sample as `read_text` gives it.
+    """
     ids, labels = (sample[name].to(torch.int64).numpy().tobytes() for name in ("input_ids", "labels"))
-    seen = bool((sample["input_ids"] == IMAGE_TOKEN_INDEX).any())
-    pixels = sample["image"].contiguous() if seen else torch.zeros(0)
-    shape = repr((tuple(pixels.shape), str(pixels.dtype))).encode()
-    found = {"digest.text": (ids, b"|", labels), "digest.pixels": (shape, pixels.numpy().tobytes())}
-    return {name: _digest(parts) for name, parts in found.items()}
+    found = {"digest.text": _digest((ids, b"|", labels))}
+    if pixels:
+        seen = bool((sample["input_ids"] == IMAGE_TOKEN_INDEX).any())
+        image = sample["image"].contiguous() if seen else torch.zeros(0)
+        shape = repr((tuple(image.shape), str(image.dtype))).encode()
+        found["digest.pixels"] = _digest((shape, image.numpy().tobytes()))
+    return found
 
 
 def _digest(parts: Sequence[bytes]) -> np.ndarray:
@@ -81,9 +87,11 @@ def _digest(parts: Sequence[bytes]) -> np.ndarray:
     return np.frombuffer(digest.digest(), np.uint8)
 
 
-def merged(sample: Mapping[str, Any], patches: int, limit: int | None) -> MergedBatch:
-    """A sample alone, with `patches` visual tokens in an image's place and cut at the limit, as LLaVA merges it."""
-    ids, labels = sample["input_ids"], sample["labels"]
+def merged(sample: Mapping[str, Any], patches: int, limit: int | None, pad: int | None = None) -> MergedBatch:
+    """A sample alone, with `patches` visual tokens in an image's place and cut at the limit, as LLaVA merges it: it
+    leaves out the padding token `pad` also where a text spells out its name."""
+    kept = sample["input_ids"] != (-1 if pad is None else pad)
+    ids, labels = sample["input_ids"][kept], sample["labels"][kept]
     is_image = ids == IMAGE_TOKEN_INDEX
     widths = torch.where(is_image, patches, 1)
     visual = is_image.repeat_interleave(widths)[:limit]

@@ -21,7 +21,7 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 
-from ...errors import CacheError, CompoDistillError, FlagError, NonFiniteModelError, OutputError
+from ...errors import CompoDistillError, FlagError, NonFiniteModelError, OutputError
 from ...hosts.llava import register
 from ...hosts.llava.loader import add_marker_tokens
 from ...hosts.llava.model import count_visual_tokens
@@ -45,13 +45,14 @@ from .entries import DIGEST, What, digests, make_entries
 from .read import wanted_of
 from .settings import refuse_others
 from .size import Lengths, check_room, mean_bytes, measure, readable, show_size
+from .survey import refuse_other_data, survey
 
 logger = logging.getLogger(__name__)
 
 #: Flags of training that say how its processes share a student, which is not here.
 _OF_TRAINING = ("deepspeed", "fsdp", "fsdp_config")
-#: Bytes that a shard is to have, about, and the most samples.
-SHARD_BYTES, MOST_SAMPLES = 256 << 20, 4096
+#: Bytes that a shard is to have, about, and the most samples; where there are several processes, shards of each.
+SHARD_BYTES, MOST_SAMPLES, LEAST_SHARDS = 256 << 20, 4096, 8
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def make(options: Options, flags: Sequence[str]) -> None:
             wait_for(folder, args.process_index)
         mine = todo[args.process_index :: args.world_size]
         if mine:
-            fill(job, folder, mine)
+            fill(job, folder, mine, [block for block in blocks if block not in set(todo)])
         finish(folder, blocks)
 
 
@@ -199,32 +200,22 @@ def begin(job: Job, lengths: Sequence[Lengths], folder: Path) -> tuple[list[tupl
     each, count = max(1, mean_bytes(lengths, job.what).total), len(job.dataset)
     there = shards.read_settings(folder) if (folder / shards.SETTINGS_FILE).is_file() else None
     size = job.options.shard_samples or (there or {}).get("shard_samples")
-    settings = {**job.settings, "shard_samples": size or max(1, min(MOST_SAMPLES, int(SHARD_BYTES / each), count))}
+    # Enough shards for all processes, of which each makes the same number.
+    most = min(MOST_SAMPLES, -(-count // (job.args.world_size * LEAST_SHARDS)) if job.args.world_size > 1 else count)
+    settings = {**job.settings, "shard_samples": size or max(1, min(most, int(SHARD_BYTES / each)))}
     if there is not None:
         refuse_others(folder, there, settings)
-    check_room(job, each, folder)
+    blocks = [
+        (start, min(start + settings["shard_samples"], count)) for start in range(0, count, settings["shard_samples"])
+    ]
+    todo, whole = survey(job.dataset, folder, blocks)
+    check_room(each, todo, whole, folder)
     for path in folder.glob("*.tmp"):  # of a process that was killed; the lock is ours
         path.unlink()
     if there is None:
         shards.write_settings(folder, settings)
-    blocks = [
-        (start, min(start + settings["shard_samples"], count)) for start in range(0, count, settings["shard_samples"])
-    ]
-    index: dict[str, Any] = {}
-    if (folder / shards.INDEX_FILE).is_file():
-        try:
-            index = shards.read_index(folder)
-        except CacheError as error:
-            logger.warning("%s It is written anew.", error)
-    todo = []
-    for block in blocks:
-        path = folder / shards.shard_name(*block)
-        problem = shards.damage(path, index.get(path.name))
-        if problem is not None:
-            todo.append(block)
-            if problem != "is missing":
-                logger.warning("%s %s: it is made anew.", path, problem)
-                path.unlink()  # or a process that ends before it is made would take the cache for finished
+    for block in todo:  # or a process that ends before it is made would take the cache for finished
+        (folder / shards.shard_name(*block)).unlink(missing_ok=True)
     if todo:
         (folder / shards.INDEX_FILE).unlink(missing_ok=True)
     logger.info(
@@ -243,10 +234,15 @@ def finish(folder: Path, blocks: Sequence[tuple[int, int]]) -> None:
     logger.info("%s is finished: %s. Train from it with --teacher_cache %s", folder, readable(total), folder)
 
 
-def fill(job: Job, folder: Path, blocks: Sequence[tuple[int, int]]) -> None:
-    """Run the teacher over some blocks, and write each when it is whole."""
+def fill(job: Job, folder: Path, blocks: Sequence[tuple[int, int]], whole: Sequence[tuple[int, int]] = ()) -> None:
+    """Run the teacher over some blocks, and write each when it is whole.
+
+    Args:
+        whole: blocks whose shards are there.
+    """
     args = job.args
     teacher = load(job)
+    refuse_other_data(job.dataset, folder, whole, job.dataset.read)  # now with pixels
     batches = [batch for block in blocks for batch in batches_of(job, block)]
     loader = DataLoader(
         _Batches(job, batches),

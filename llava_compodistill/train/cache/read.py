@@ -4,6 +4,7 @@ is about to read."""
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +26,29 @@ _CHANGED = {
 }
 
 
+#: Shards that a process keeps open: each takes some 35 kB, and a large cache has 10,000.
+_OPEN = 256
+#: Samples that are compared with the data before training, evenly spread.
+_LOOKED_AT = 16
+
+
+def differences(entry: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
+    """What of a sample is not what the teacher has read; None where nothing is.
+
+    Args:
+        sample: as `CheckedDataset.read` gives it, or `read_text`.
+    """
+    mine = digests(sample, pixels="image" in sample)
+    return " and ".join(_CHANGED[part] for part in mine if bytes(entry[part]) != bytes(mine[part])) or None
+
+
 class TeacherCache:
     """A finished cache.
 
     Args:
         folder: of `llava-compodistill cache`.
         wanted: what `settings.describe` gives for the run, of which `samples` may be None.
+        pad: the padding token, which LLaVA leaves out of a text as well.
 
     Attributes:
         settings: of the cache.
@@ -40,8 +58,8 @@ class TeacherCache:
         CacheError: when it is not finished, damaged, or not for this run; naming file, setting and way out.
     """
 
-    def __init__(self, folder: str, wanted: Mapping[str, Any]):
-        self.folder, self._wanted = Path(folder), dict(wanted)
+    def __init__(self, folder: str, wanted: Mapping[str, Any], pad: int | None = None):
+        self.folder, self._wanted, self._pad = Path(folder), dict(wanted), pad
         self.settings = read_settings(self.folder)
         check_sound(self.folder / SETTINGS_FILE, self.settings)
         refuse_unfit(self.folder, self.settings, wanted)
@@ -62,15 +80,29 @@ class TeacherCache:
         if [start for start, _, _ in found] != ends[:-1] or ends[-1] != self.settings["samples"]:
             raise CacheError(f"{self.folder}: its shards do not hold its {self.settings['samples']} samples. {REPAIR}")
         self._starts, self._names = [start for start, _, _ in found], [name for _, _, name in found]
-        self._open: dict[int, Shard] = {}
+        self._open: OrderedDict[int, Shard] = OrderedDict()
 
-    def check_samples(self, count: int) -> None:
-        """Refuse data of another size.
+    def check_samples(self, count: int, read: Callable[[int], Any]) -> None:
+        """Refuse data of another size, or other data, as far as a few samples tell.
+
+        Args:
+            read: of the data set, which calls this object's `read`; it may fail for a sample that cannot be used.
 
         Raises:
-            CacheError: with both numbers.
+            CacheError: naming what differs.
         """
         refuse_unfit(self.folder, self.settings, {**self._wanted, "samples": count})
+        for position in sorted({number * count // _LOOKED_AT for number in range(_LOOKED_AT)}):
+            read(position)
+        self._open.clear()  # not for processes that are forked
+
+    def _shard(self, place: int) -> Shard:
+        if place not in self._open:
+            self._open[place] = Shard(self.folder / self._names[place], self._parts)
+            if len(self._open) > _OPEN:
+                self._open.popitem(last=False)
+        self._open.move_to_end(place)
+        return self._open[place]
 
     def read(self, position: int, sample: Mapping[str, Any], name: str) -> dict[str, torch.Tensor]:
         """What the teacher has given for a sample.
@@ -84,25 +116,22 @@ class TeacherCache:
             CacheError: when it is not the sample that the teacher has read, saying what differs.
         """
         place = bisect_right(self._starts, position) - 1
-        if place not in self._open:
-            self._open[place] = Shard(self.folder / self._names[place])
-        shard = self._open[place]
-        entry = shard.read(position - self._starts[place], self._parts)
+        entry = self._shard(place).read(position - self._starts[place])
         answers, rows, columns = entry["sizes"].tolist()
         if answers < 0:
             raise CacheError(
                 f"--teacher_cache {self.folder}: {name} could not be read when the cache was made, and now it can. "
-                "Make the cache anew in another folder."
+                "Run the same `llava-compodistill cache` command again: it makes the shard of such samples anew and "
+                "keeps the rest."
             )
-        mine = digests(sample)
-        changed = [text for part, text in _CHANGED.items() if bytes(entry[part]) != bytes(mine[part])]
-        if changed:
+        changed = differences(entry, sample)
+        if changed is not None:
             raise CacheError(
-                f"--teacher_cache {self.folder}: {name} is not what the teacher has read. Its {' and '.join(changed)} "
-                "differ. Train on the data that the cache was made of, or make a cache of these."
+                f"--teacher_cache {self.folder}: {name} is not what the teacher has read. Its {changed} differ. Train "
+                "on the data that the cache was made of, or make a cache of these."
             )
         if sample["image"].ndim == 3:  # of several crops the host knows how many tokens they become
-            batch = merged(sample, self.settings["patches"], self.settings["limit"])
+            batch = merged(sample, self.settings["patches"], self.settings["limit"], self._pad)
             here = (int(batch.answer_mask().sum()), int(batch.attention_rows(self.what.rows).sum()))
             if (*here, batch.visual_index.shape[1]) != (answers, rows, columns):
                 raise CacheError(

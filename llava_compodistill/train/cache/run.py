@@ -49,9 +49,14 @@ def open_cache(
     flag = f"--teacher_cache {model_args.teacher_cache}"
     teacher = look(flag, model_args, terms, teacher_text)
     what = wanted_of(terms, args, len(tokenizer) if shared is None else shared)
-    cache = TeacherCache(model_args.teacher_cache, describe(what, model_args, data_args, args, tokenizer, teacher))
+    wanted = describe(what, model_args, data_args, args, tokenizer, teacher)
+    cache = TeacherCache(model_args.teacher_cache, wanted, tokenizer.pad_token_id)
+    made = [cache.settings.get(name) for name in ("teacher_dtype", "quantised")]
     logger.info(
-        "Teacher: read from %s; its language model is not loaded (%s).", model_args.teacher_cache, said(cache.what)
+        "Teacher: read from %s, where it ran in %s; its language model is not loaded (%s).",
+        model_args.teacher_cache,
+        made[0] if made[1] == "no" else f"{made[0]} with weights in {made[1]}",
+        said(cache.what),
     )
     path = model_args.teacher_model_path
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CacheError
+from ...hosts.files import read_object
 from .. import manifest
 from ..teacher_text import MARKERS
 from .entries import What
@@ -17,7 +18,8 @@ from .entries import What
 #: What is told of each setting where it differs.
 _NAMES = {
     "teacher": "the teacher (--teacher_model_path)",
-    "teacher_files": "the teacher's weights",
+    "teacher_files": "the teacher's weights or its config",
+    "base": "the teacher's base (--teacher_model_base)",
     "template": "the conversation template (--version)",
     "tokenizer": "the student's tokenizer (--model_name_or_path)",
     "vocab": "the tokens that both models share",
@@ -66,10 +68,11 @@ def describe(
     found = {
         "teacher": _place(teacher),
         "teacher_files": _fingerprint(teacher) | _fingerprint(base, "base/"),
+        "base": None if base is None else _place(base),
         "tower": _place(tower),
         "tower_files": _fingerprint(tower),
         "template": template,
-        "tokenizer": _digest(sorted(entry for entry in tokenizer.get_vocab().items() if entry[0] not in MARKERS)),
+        "tokenizer": digest(sorted(entry for entry in tokenizer.get_vocab().items() if entry[0] not in MARKERS)),
         "vocab": what.vocab,
         "limit": limit,
         "aspect_ratio": aspect_ratio,
@@ -155,6 +158,9 @@ def refuse_unfit(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, An
             differs = wanted["groups"] and theirs not in ("all", mine)
         elif name in ("teacher", "tower"):  # a folder may have been moved: its files tell
             differs = mine != theirs and not (there[f"{name}_files"] and wanted[f"{name}_files"])
+        elif name == "base":
+            files = [any(file.startswith("base/") for file in one["teacher_files"]) for one in (there, wanted)]
+            differs = mine != theirs and not all(files)
         elif name in ("teacher_files", "tower_files"):  # the teacher's language model may be missing here
             differs = any(theirs.get(file) != value for file, value in mine.items()) and bool(theirs)
         elif name == "samples":
@@ -189,15 +195,51 @@ def _place(path: str) -> str:
 
 
 def _fingerprint(path: str | None, prefix: str = "") -> dict[str, list]:
-    """Of a folder's files of weights, size and hash of the ends; of a name on the hub nothing."""
+    """Of a folder's files of weights, size and a hash, and a hash of its config; of a name on the hub nothing."""
     if path is None or not os.path.isdir(path):
         return {}
     files = sorted(file for file in Path(path).iterdir() if file.suffix in _WEIGHTS and file.name not in _NO_WEIGHTS)
-    return {f"{prefix}{file.name}": [file.stat().st_size, manifest.hash_of_ends(file)] for file in files}
+    found = {f"{prefix}{file.name}": [file.stat().st_size, _hash_of_tensors(file)] for file in files}
+    config = Path(path, "config.json")
+    if config.is_file():
+        values = {name: value for name, value in read_object(config).items() if name not in _NOT_OF_THE_MODEL}
+        found[f"{prefix}{config.name}"] = [digest(values)]
+    return found
 
 
+def _hash_of_tensors(file: Path) -> str:
+    """Of the header and both ends of every tensor: training changes a tensor all over, and reading it all takes
+    minutes. Of a file that is not in safetensors' format, of its ends alone."""
+    found = hashlib.sha256()
+    try:
+        with open(file, "rb") as stream:
+            header = stream.read(int.from_bytes(stream.read(8), "little")) if file.suffix == ".safetensors" else b"{}"
+            tensors = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
+            found.update(header)
+            for start, stop in sorted(tensors):
+                for place in {start, max(start, stop - _OF_TENSOR)}:
+                    stream.seek(8 + len(header) + place)
+                    found.update(stream.read(min(_OF_TENSOR, stop - place)))
+    except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+        return manifest.hash_of_ends(file)
+    return found.hexdigest() if file.suffix == ".safetensors" else manifest.hash_of_ends(file)
+
+
+#: Bytes at either end of a tensor.
+_OF_TENSOR = 4096
 _NO_WEIGHTS = ("training_args.bin", "distillation.bin")
+#: What a config says of where and by what it was written.
+_NOT_OF_THE_MODEL = {
+    "_name_or_path",
+    "dtype",
+    "mm_vision_tower",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "vision_tower",
+}
 
 
-def _digest(content: Any) -> str:
+def digest(content: Any) -> str:
+    """Of what JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -24,7 +24,8 @@ from ...errors import CacheError
 from ...hosts.files import read_object
 from .. import manifest
 
-FORMAT = 1
+#: Raised where what settings.py compares changes: 2 looks into every tensor of a teacher, and at its config.
+FORMAT = 2
 SETTINGS_FILE = "cache.json"
 INDEX_FILE = "index.json"
 _LENGTHS = ".lengths"
@@ -72,32 +73,40 @@ def _write_and_rename(tensors: dict[str, np.ndarray], temporary: Path, path: Pat
 
 
 class Shard:
-    """A shard that is read; its file is mapped into memory, and no more of it is read than is asked for."""
+    """A shard that is read; its file is mapped into memory, and no more of it is read than is asked for.
 
-    def __init__(self, path: Path):
+    Args:
+        parts: those that `read` gives, of those that there are; all by default.
+
+    Raises:
+        CacheError: for a file that cannot be read, or is damaged.
+    """
+
+    def __init__(self, path: Path, parts: Iterable[str] | None = None):
         try:
             self._file = safe_open(path, framework="np")  # compares the header with the file's size
             names = set(self._file.keys())
             self._starts: dict[str, np.ndarray] = {}
-            for name in names:
+            for name in names if parts is None else names.intersection(parts):
                 if name + _LENGTHS in names:
                     lengths = self._file.get_tensor(name + _LENGTHS)
                     self._starts[name] = np.concatenate([[0], lengths.cumsum()])
             counts = {len(starts) - 1 for starts in self._starts.values()}
             if len(counts) != 1:
                 raise ValueError("its parts are not of one number of samples")
-        except (OSError, ValueError, SafetensorError) as error:
+        except OSError as error:
+            raise CacheError(f"{path} cannot be read ({error}).") from None
+        except (ValueError, SafetensorError) as error:
             raise CacheError(f"{path} is damaged ({error}). {REPAIR}") from None
         self.samples = counts.pop()
 
-    def read(self, place: int, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-        """The entry of a sample, by its number in the shard.
+    def read(self, place: int) -> dict[str, np.ndarray]:
+        """The entry of a sample, by its number in the shard."""
+        return {name: self._part(name, starts[place], starts[place + 1]) for name, starts in self._starts.items()}
 
-        Args:
-            names: of the parts to read, those of them that there are; all by default.
-        """
-        found = {name: self._starts[name] for name in names or self._starts if name in self._starts}
-        return {name: self._part(name, starts[place], starts[place + 1]) for name, starts in found.items()}
+    def left_out(self) -> list[int]:
+        """The samples that could not be read when it was made, by their numbers in the shard."""
+        return (self._file.get_tensor("sizes").reshape(self.samples, -1)[:, 0] < 0).nonzero()[0].tolist()
 
     def _part(self, name: str, start: int, stop: int) -> np.ndarray:
         part = self._file.get_slice(name)

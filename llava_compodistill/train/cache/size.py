@@ -17,6 +17,7 @@ from ...errors import DiskError
 from .entries import DIGEST, What, merged, token_bytes
 from .quantise import LOGIT_BITS, MAP_BITS, dense_or_sparse_bytes
 from .run import said
+from .shards import shard_name
 
 if TYPE_CHECKING:
     from .make import Job
@@ -39,8 +40,10 @@ class Lengths:
     visible: Mapping[str, int]
 
     @classmethod
-    def of(cls, sample: Mapping[str, Any], patches: int, limit: int | None, names: Sequence[str]) -> Lengths:
-        batch = merged(sample, patches, limit)
+    def of(
+        cls, sample: Mapping[str, Any], patches: int, limit: int | None, names: Sequence[str], pad: int | None = None
+    ) -> Lengths:
+        batch = merged(sample, patches, limit, pad)
         seen = batch.visual.long().cumsum(dim=1)
         masks = {name: batch.attention_rows(name) for name in names}
         return cls(
@@ -115,7 +118,8 @@ def measure(job: Job) -> list[Lengths]:
             if job.dataset.fault(error) is None:
                 raise
             continue  # it names itself when it is read in earnest
-        found.append(Lengths.of(sample, job.patches, job.args.model_max_length, names))
+        pad = job.dataset.tokenizer.pad_token_id
+        found.append(Lengths.of(sample, job.patches, job.args.model_max_length, names, pad))
     return found
 
 
@@ -144,14 +148,20 @@ def readable(count: float) -> str:
     raise AssertionError
 
 
-def check_room(job: Job, each: float, folder: Path) -> None:
-    """Refuse a cache that the disk has no room for.
+def check_room(each: float, todo: Sequence[tuple[int, int]], whole: Sequence[tuple[int, int]], folder: Path) -> None:
+    """Refuse to make what the disk has no room for.
+
+    Args:
+        each: bytes of a sample at most. Where shards are whole, their samples' mean tells more.
+        todo, whole: blocks of samples that are to be made, and those that are there.
 
     Raises:
         DiskError: with the space needed, the space free, and the ways out.
     """
-    present = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    needed, free = each * len(job.dataset) - present, shutil.disk_usage(folder).free
+    if whole:
+        present = sum((folder / shard_name(*block)).stat().st_size for block in whole)
+        each = min(each, 1.05 * present / sum(stop - start for start, stop in whole))
+    needed, free = each * sum(stop - start for start, stop in todo), shutil.disk_usage(folder).free
     if free < needed:
         raise DiskError(
             f"--output {folder}: the cache needs about {readable(needed)} more, and {readable(free)} are free. Free "

@@ -16,6 +16,7 @@ from llava_compodistill.ops.answer_loss.top_tokens import TopTokens, top_tokens
 from llava_compodistill.record.forward import Pass
 from llava_compodistill.record.head import HeadRows
 from llava_compodistill.train.cache import entries, quantise, shards, size
+from llava_compodistill.train.facts import answer_tokens
 
 pytestmark = pytest.mark.once
 ROWS, VOCAB, COMMON = 7, 23, 20
@@ -293,6 +294,19 @@ def test_the_size_that_is_told_is_the_size_that_is_made(changes, tmp_path):
     path = shards.write_shard(tmp_path, 0, made)
     header = int.from_bytes(path.read_bytes()[:8], "little") + 8
     assert path.stat().st_size - header <= 3 * told.total + 64
+
+
+@pytest.mark.parametrize("limit", [None, 9, 7, 5])
+def test_what_a_text_spells_of_padding_is_no_token(limit):
+    """Neither of the cache's rows nor of what L_LM is divided by."""
+    ids = torch.tensor([1, -200, 7, 3, 7, 5, 6, 7, 4])
+    labels = ids.masked_fill(torch.arange(9) < 3, -100)
+    batch = entries.merged({"input_ids": ids, "labels": labels}, 3, limit, pad=7)
+    kept = [1, *[-200] * 3, 3, 5, 6, 4][:limit]
+    assert batch.visual[0].tolist() == [token == -200 for token in kept]
+    count = sum(token in (3, 5, 6, 4) for token in kept)
+    padded = {"input_ids": ids[None], "labels": labels[None], "attention_mask": ids[None] != 7}
+    assert int(batch.answer_mask().sum()) == count == int(answer_tokens(padded, 3, limit))
 
 
 def test_the_sizes_in_the_guide():

@@ -8,7 +8,12 @@ import torch
 from factory import PATCHES, encoder_features, make_batch, make_model, save_tower
 
 from llava_compodistill.methods import find_method
-from llava_compodistill.record.attention import GroupMeans, attention_modules, capture_visual_attention
+from llava_compodistill.record.attention import (
+    GroupMeans,
+    as_multiplied,
+    attention_modules,
+    capture_visual_attention,
+)
 from llava_compodistill.record.merge import record_merge
 from llava_compodistill.train.arguments import TrainingArguments
 from llava_compodistill.train.objective import Objective
@@ -396,3 +401,14 @@ def test_the_attention_terms_own_gradient_is_right(siglip, tmp_path):
         torch.testing.assert_close(parameters[name].grad, gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item())
     for name in ("model.layers.2.self_attn.q_proj.weight", "model.layers.1.self_attn.v_proj.weight"):
         assert parameters[name].grad is None or not parameters[name].grad.any()
+
+
+def test_under_autocast_a_gpu_s_map_is_of_what_attention_multiplies(monkeypatch):
+    """Rotary embeddings leave queries and keys in float32, for which the kernels have no tensor cores."""
+    states = torch.randn(1, 2, 3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert as_multiplied(states) is states, "not on a CPU"
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert as_multiplied(states) is states
+    with torch.autocast("cpu", torch.bfloat16):
+        assert as_multiplied(states).dtype == torch.bfloat16

@@ -43,6 +43,7 @@ def test_the_fused_one_makes_the_same_steps(dft):
 def test_the_default_is_the_fastest_there(monkeypatch, gpu, use_cpu, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert default_optimizer(use_cpu) == name
+    assert default_optimizer(use_cpu, fp16=True) == "adamw_torch"
 
 
 def test_a_run_may_go_on_with_the_other_one(tmp_path):

@@ -165,6 +165,7 @@ def test_lists_of_keys_in_order_are_made_without_asking(monkeypatch):
         lambda x: int(x[0]),
         lambda x: range(x.long()[0]),
         lambda x: x[x > 0],
+        lambda x: x[[0, 2]],
         lambda x: x.index_put((x > 0,), x[1:]),
         lambda x: (x > 0).nonzero(),
         lambda x: x.masked_select(x > 0),

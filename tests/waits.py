@@ -54,6 +54,7 @@ class Waits:
         self._made_here: dict[
             int, bool
         ] = {}  # by storage: True of a batch in the CPU's memory, False of numbers alone
+        self._lists: set[int] = set()  # storages of lists of Python's
         self._alive: list[torch.Tensor] = []  # so that no storage comes again as another's
 
     def on_cpu(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -78,6 +79,10 @@ class Waits:
             with _Functions(self), _Operators(self):
                 yield self
 
+    def of_python(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a list of Python's."""
+        return _storage(tensor) in self._lists
+
     def asked(self, what: str, subjects: Iterable[Any]) -> None:
         """Count a question about tensors, unless it can be answered on the CPU."""
         tensors = [value for value in subjects if torch.is_tensor(value)]
@@ -87,6 +92,9 @@ class Waits:
     def follow(self, function: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
         """Where results lie: on the device, if any input does."""
         marks = [self._made_here.get(_storage(tensor)) for tensor in inputs]
+        if function is aten.lift_fresh.default:
+            self._lists |= set(map(_storage, outputs))
+            self._alive += outputs
         if function in _NUMBERS and marks[-1] is None and (inputs[-1].ndim == 0 or len(inputs) == 1):
             marks[-1] = False
         for output in outputs:
@@ -142,6 +150,8 @@ class _Operators(TorchDispatchMode):
         if function in _ASK:
             self.waits.asked(name, inputs)
         elif function in _INDEX:
+            if any(self.waits.of_python(index) for index in args[1] if index is not None):
+                self.waits.asked(f"{name} with a list", args[:1])  # which is copied there, at once
             masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
             filled = len(args) > 2 and args[2].numel() == 1 and len(args[1]) == 1  # becomes masked_fill
             if masks and not filled:

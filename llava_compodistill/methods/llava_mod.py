@@ -60,7 +60,7 @@ class BalanceTerm(Term):
         found = list(student.routing.values())
         loss = torch.stack([routing.balance for routing in found]).sum()
         dropped = torch.stack([routing.dropped for routing in found]).detach()
-        measured = {"dropped": (dropped.sum(), dropped.new_tensor(dropped.numel()))}
+        measured = {"dropped": (dropped.sum(), dropped.new_full((), dropped.numel()))}
         return Sums(loss, {self.name: loss.detach()}, measured=measured)
 
 
@@ -111,11 +111,11 @@ class PreferenceTerm(Term):
         whole = self._whole(student, teacher)
         chosen, rejected = (part[whole] for part in returned.chunk(2))
         margins = self.beta * (chosen - rejected).detach()
-        pairs = margins.new_tensor(len(margins))
+        pairs = margins.new_full((), len(margins))
         measured = {
             "reward_margin": (margins.sum(), pairs),
             "reward_accuracy": ((margins > 0).sum().float(), pairs),
-            "pairs_cut": ((~whole).sum().float(), margins.new_tensor(len(whole))),
+            "pairs_cut": ((~whole).sum().float(), margins.new_full((), len(whole))),
         }
         if not len(margins):
             return Sums(None, {self.name: margins.sum()}, measured=measured)

@@ -16,6 +16,7 @@ from torch import nn
 from .. import compat
 from ..hosts import host_of
 from ..hosts.base import MergedBatch
+from ..ops.answer_loss.head import autocast_dtype
 from ..ops.visual_attention import visual_attention_map
 from .padding import padded_heads
 from .taps import WHOLE_SEQUENCES, AttentionTap, tap_attention
@@ -61,7 +62,7 @@ class AttentionCapture:
             if query.shape[2] != key.shape[2]:
                 raise RuntimeError(WHOLE_SEQUENCES)
             batch = self._batch()
-            query, key = padded_heads(query, batch), padded_heads(key, batch)
+            query, key = (padded_heads(as_multiplied(states), batch) for states in (query, key))
             if window is not None and key.shape[2] > window:
                 raise ValueError(outside_window(layer, window, key.shape[2]))
             if batch.visual_index.shape[1] == 0:
@@ -79,6 +80,13 @@ class AttentionCapture:
                 self._receive(layer, reduced)
 
         return receive
+
+
+def as_multiplied(states: torch.Tensor) -> torch.Tensor:
+    """Queries or keys in the precision in which the model's own attention multiplies them: under autocast, rotary
+    embeddings leave them in float32. (On a GPU, where the kernels are made for 16 bits; a CPU gains nothing by it.)"""
+    dtype = autocast_dtype(states.device.type) if states.is_cuda else None
+    return states if dtype is None else states.to(dtype)
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:

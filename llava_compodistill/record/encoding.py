@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..hosts import host_of
+from ..hosts.base import sent
 from ..hosts.llava.model import projector
 from ..pair import Pair
 from ..pair.vision import IDENTITY, renormalisation
@@ -124,7 +125,8 @@ def encode_separately(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
             options = {"mode": "bicubic", "align_corners": False, "antialias": True}
             images = F.interpolate(images.float(), size=(size, size), **options).to(images.dtype)
         if (scale, shift) != IDENTITY:
-            images = images * images.new_tensor(scale).view(3, 1, 1) + images.new_tensor(shift).view(3, 1, 1)
+            factor, summand = (sent(torch.tensor(part).to(images.dtype), images.device) for part in (scale, shift))
+            images = images * factor.view(3, 1, 1) + summand.view(3, 1, 1)
         return host.project(teacher, teacher.get_vision_tower()(images))
 
     with replaced(teacher, host.ENCODE, encode):

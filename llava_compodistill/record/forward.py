@@ -178,7 +178,9 @@ def record(
     def reduce(layer: int, attention: torch.Tensor) -> tuple[torch.Tensor, dict[LayerHeads, torch.Tensor]]:
         if layer not in by_head:
             return attention, {}
-        heads = {key: attention[:, list(key[1])] for key in sorted(needs.heads) if key[0] == layer}
+        # (A list as an index would be copied to the device at once.)
+        wanted = [key for key in sorted(needs.heads) if key[0] == layer]
+        heads = {key: torch.stack([attention[:, head] for head in key[1]], dim=1) for key in wanted}
         return attention.mean(dim=1), heads
 
     def receive(layer: int, reduced: tuple[torch.Tensor, dict[LayerHeads, torch.Tensor]]) -> None:

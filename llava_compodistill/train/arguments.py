@@ -274,7 +274,8 @@ class TrainingArguments(llava_training.TrainingArguments):
     optim: str | None = field(
         default=None,
         metadata={
-            "help": "The optimizer, one of transformers'. Default: adamw_torch_fused on a GPU, else adamw_torch."
+            "help": "The optimizer, one of transformers'. Default: adamw_torch_fused on a GPU, except in fp16, else "
+            "adamw_torch."
         },
     )
     compile_layers: Literal["none", "student", "teacher", "both"] = field(
@@ -328,7 +329,7 @@ class TrainingArguments(llava_training.TrainingArguments):
 
     def __post_init__(self) -> None:
         compat.translate_training_arguments(self)
-        self.optim = self.optim or default_optimizer(self.use_cpu)
+        self.optim = self.optim or default_optimizer(self.use_cpu, self.fp16)
         super().__post_init__()
         self.chosen_method = _read_method(self.method, self.method_options)
         stages = dict.fromkeys([*STAGES, *self.chosen_method.recipe])
@@ -384,9 +385,13 @@ class TrainingArguments(llava_training.TrainingArguments):
         return self.stage in self.chosen_method.paired_stages
 
 
-def default_optimizer(use_cpu: bool) -> str:
-    """AdamW in one kernel on a GPU. (LLaVA's own default, which every transformers gets from it, is adamw_torch.)"""
-    return "adamw_torch_fused" if torch.cuda.is_available() and not use_cpu else "adamw_torch"
+def default_optimizer(use_cpu: bool, fp16: bool = False) -> str:
+    """AdamW in one kernel on a GPU. (LLaVA's own default, which every transformers gets from it, is adamw_torch.)
+
+    Not in fp16: there a step that overflows is left out inside the kernel, and accelerate, which does not see that,
+    would go on with the learning rate's schedule.
+    """
+    return "adamw_torch_fused" if torch.cuda.is_available() and not use_cpu and not fp16 else "adamw_torch"
 
 
 def _read_method(name: str, options: str) -> Method:

@@ -45,13 +45,14 @@ class Head:
 
 def _compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     """What the product of a plain head would run in here: autocast's dtype inside autocast."""
-    dtype = _autocast_dtype(hidden.device.type)
+    dtype = autocast_dtype(hidden.device.type)
     if dtype is not None and hidden.dtype != torch.float64:
         return dtype
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def _autocast_dtype(device: str) -> torch.dtype | None:
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The precision of products on a kind of device inside autocast; None outside."""
     if hasattr(torch, "get_autocast_dtype"):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if device == "cpu":  # before PyTorch 2.4

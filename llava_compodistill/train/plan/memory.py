@@ -137,8 +137,9 @@ def saved_by_layer(model: LanguageModel, setup: Setup, aligned: bool = False) ->
     weights also the normed input. Attention: q, k, v, output (c T d (2 H + 2 H_kv)) and the softmax's log-sum (4 T H).
     The gated network: gate, its SiLU, up (3 c T I). Linear maps that are trained keep their inputs: the norms'
     outputs, and the product of gate and up. Autocast makes a copy for each linear map, and one of each weight.
-    An aligned layer keeps no map here: the map op keeps q and k, which are kept already, in float32 where the
-    stream is and autocast casts them for attention, and (Triton) a log-sum-exp a row and head.
+    An aligned layer keeps no map here: the map op keeps q and k, which are kept already, but where the stream is in
+    float32 and autocast casts them for attention: there as they are, on a GPU cast; and (Triton) a log-sum-exp a row
+    and head.
     """
     t, c, s = setup.tokens, setup.compute, stream_bytes(setup)
     d, wide, q, kv = model.hidden, model.intermediate, model.query_size, model.kv_size
@@ -154,7 +155,8 @@ def saved_by_layer(model: LanguageModel, setup: Setup, aligned: bool = False) ->
         total += _saved_by_lora(model, setup)
     if aligned:
         wide_heads = setup.autocast and s == 4
-        total += wide_heads * 4 * t * (q + kv) + (setup.device == "cuda") * 4 * t * model.heads
+        cuda = setup.device == "cuda"
+        total += wide_heads * (2 if cuda else 4) * t * (q + kv) + cuda * 4 * t * model.heads
     return total
 
 

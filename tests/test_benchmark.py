@@ -10,6 +10,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -214,7 +215,8 @@ def test_errors(args, message, monkeypatch, capsys):
 
 @pytest.mark.long
 def test_the_gpus_order_is_rehearsed_step_by_step_and_goes_on(tmp_path):
-    environment = {**os.environ, "REHEARSE": "1", "PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+    environment = {**os.environ, "REHEARSE": "1", "PYTHON": sys.executable, "RESULTS": str(tmp_path / "out")}
+    environment.pop("OUT", None)
 
     def gpu(*steps: str, **more: str) -> subprocess.CompletedProcess:
         command = ["bash", str(SCRIPTS / "gpu.sh"), *steps]
@@ -228,6 +230,10 @@ def test_the_gpus_order_is_rehearsed_step_by_step_and_goes_on(tmp_path):
     assert {"op.csv", "op.log", "op.done", "op-op.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert all(row["device"] for row in rows(tmp_path / "out" / "op.csv"))
     assert gpu("ops").returncode == 2
+    late = gpu("op", "head", BUDGET="1", OUT=str(tmp_path / "home"))
+    assert late.returncode == 1 and "no time was left for: " in late.stderr and "head" in late.stderr
+    with tarfile.open(tmp_path / "home" / "results.tar.gz") as archive:
+        assert {"./op.csv", "./op.log", "./environment.txt"} <= set(archive.getnames())
 
 
 @pytest.mark.long

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import shortuuid
 from tqdm import tqdm
 
 from ..errors import CompoDistillError, DataError, RecordsError, TemplateError
@@ -107,6 +106,8 @@ def ask(
     Raises:
         DataError: when questions are left without an answer; names the first.
     """
+    import shortuuid  # of LLaVA's requirements, and asked for by nothing else here
+
     requests = [Answer(str(images / question["image"]), question["text"], longest) for question in questions]
     entries: dict[int, dict[str, Any]] = {}
     # Line by line: a kill loses nothing that was answered.

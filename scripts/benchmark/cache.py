@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from measure import compare, extra_memory
-from pair import IGNORE_INDEX, Pair
+from pair import IGNORE_INDEX, Kept, Pair
 from step import columns, gradients, our_step
 
 from llava_compodistill.methods import find_method
@@ -70,7 +70,7 @@ def _cached(
     top_k, logit_bits, rows, map_bits = options
     vocab, size = pair.spec.student.vocab, len(batch["input_ids"])
     chosen = {"top_k": top_k or vocab, "logit_bits": logit_bits, "map_bits": map_bits}
-    goal = _objective(pair, folder, rows, chosen)
+    goal, known = _objective(pair, folder, rows, chosen), Kept(pair.spec.tower.patches)
     what = goal.pair.teacher.what
 
     def make() -> Path:
@@ -86,7 +86,7 @@ def _cached(
 
     def step(inputs: dict[str, torch.Tensor] = batch) -> torch.Tensor:
         counts = {"answer_tokens": (inputs["labels"] != IGNORE_INDEX).sum(), "image_samples": size}
-        with goal.running():
+        with goal.running(), known(inputs):
             sums = goal(pair.student, {**inputs, TEACHER: cached, "use_cache": False})
             loss = sum(term.weight * sums[term.name].loss / counts[term.count] for term in goal.terms)
             loss.backward()

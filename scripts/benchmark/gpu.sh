@@ -5,28 +5,35 @@
 #   bash scripts/benchmark/gpu.sh step fit          these alone, also again
 #   REHEARSE=1 bash scripts/benchmark/gpu.sh        the same on the CPU, with the smallest sizes
 #
-#   OUT       folder of the results: gpu-results
+#   RESULTS   folder of the results: bench/gpu
+#   OUT       another folder, where after every step an archive of them is left: none
 #   SECONDS_EACH  time spent on each comparison: 2
 #   LIMIT     seconds after which a step is stopped; its rows until then are kept: 540
+#   BUDGET    seconds after which no further step is begun, and the running one is stopped: none
 #   PYTHON    an interpreter with the package and LLaVA: python
+#
+# Without names, the last two steps are left out: `large` is the quick start from scratch with larger models (20 minutes
+# or more), `loader` measures processors alone.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 
 PYTHON=${PYTHON:-python}
-OUT=${OUT:-gpu-results}
+RESULTS=${RESULTS:-bench/gpu}
 LIMIT=${LIMIT:-540}
 EACH=${SECONDS_EACH:-2}
-STEPS=(tests op head step fit profile compile pack quickstart eval plan teacher dtype cache growth loader images)
+BUDGET=${BUDGET:-0}
+STEPS=(tests op head step fit waits profile compile pack quickstart plan eval teacher dtype cache growth images)
+MORE=(large loader)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-    echo "Steps: ${STEPS[*]}"
+    echo "Steps: ${STEPS[*]} ${MORE[*]}"
     exit
 fi
 for name in "$@"; do
-    [[ " ${STEPS[*]} " == *" $name "* ]] || {
-        echo "gpu.sh: no step $name; there are ${STEPS[*]}" >&2
+    [[ " ${STEPS[*]} ${MORE[*]} " == *" $name "* ]] || {
+        echo "gpu.sh: no step $name; there are ${STEPS[*]} ${MORE[*]}" >&2
         exit 2
     }
 done
@@ -34,78 +41,111 @@ chosen=("${@:-${STEPS[@]}}")
 again=$#
 
 bench=("$PYTHON" scripts/benchmark/run.py --seconds "$EACH")
-quick=(quickstart --gpu)
+quick=(quickstart)
+large=(quickstart --gpu)
+cases=(--cases 2,8,11,12)
 marked=gpu
 small=()
+waits=()
 if [[ ${REHEARSE:-0} == 1 ]]; then
     bench=("$PYTHON" scripts/benchmark/run.py --seconds 0 --device cpu --preset miniature --threads 1)
     quick=(quickstart --smoke --methods compodistill)
+    large=("${quick[@]}")
+    cases=()
     marked="not gpu" # those without a GPU, of the same files
-    small=(-k "kernels_in_the_interpreter or chunked or test_waits")
+    small=(-k "kernels_in_the_interpreter or chunked")
+    waits=(-k "no_micro_batch_waits and kd")
 elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu.sh: PyTorch sees no GPU. REHEARSE=1 runs the same steps on the CPU, with the smallest sizes." >&2
     exit 2
 fi
-mkdir -p "$OUT"
+mkdir -p "$RESULTS"
 
 # suite NAME FLAGS: a benchmark's suite, its rows and its pictures.
 suite() {
     local name=$1
     shift
-    "${bench[@]}" --suite "$name" --output "$OUT/$name.csv" "$@"
+    "${bench[@]}" --suite "$name" --output "$RESULTS/$name.csv" "$@"
 }
 
 do_step() {
     case $1 in
-    # The kernels against float64, forward and backward, and what waits for the device. They come before all else.
+    # The kernels against float64, forward and backward: they come before all else.
     tests) "$PYTHON" -m pytest -q -p no:cacheprovider -m "$marked" ${small[@]+"${small[@]}"} \
-        tests/test_visual_attention.py tests/test_visual_attention_triton.py tests/test_waits.py ;;
+        tests/test_visual_attention.py tests/test_visual_attention_triton.py ;;
+    waits) "$PYTHON" -m pytest -q -p no:cacheprovider -m "$marked" ${waits[@]+"${waits[@]}"} tests/test_waits.py ;;
     op | head | teacher | dtype | cache | loader | eval | images) suite "$1" ;;
     step) if [[ ${REHEARSE:-0} == 1 ]]; then suite step; else suite step --batch 1,4,8 --length 1024,2048; fi ;;
     fit) if [[ ${REHEARSE:-0} == 1 ]]; then suite fit --limit 0.01; else suite fit --limit 48 --length 2048; fi ;;
     profile | compile | growth) suite "$1" ;;
     pack) if [[ ${REHEARSE:-0} == 1 ]]; then suite pack --batch 2; else suite pack --batch 8; fi ;;
-    plan) suite plan --calibration "$OUT/calibration.json" ;;
-    quickstart) "$PYTHON" scripts/miniature "${quick[@]}" --output "$OUT/quickstart" ;;
+    plan) suite plan ${cases[@]+"${cases[@]}"} --calibration "$RESULTS/calibration.json" ;;
+    quickstart) "$PYTHON" scripts/miniature "${quick[@]}" --output "$RESULTS/quickstart" ;;
+    large) "$PYTHON" scripts/miniature "${large[@]}" --output "$RESULTS/large" ;;
     esac
 }
 
-failed=()
+# What is small and worth keeping, in one file.
+bring() {
+    [[ -n ${OUT:-} ]] || return 0
+    mkdir -p "$OUT"
+    (cd "$RESULTS" && find . -maxdepth 2 -type f -size -4M \( -name '*.csv' -o -name '*.log' -o -name '*.png' -o -name '*.json' \
+        -o -name '*.md' -o -name '*.txt' -o -name '*.done' \) -print0 | tar -czf - --null -T -) >"$OUT/results.tar.gz.part"
+    mv "$OUT/results.tar.gz.part" "$OUT/results.tar.gz"
+}
+
+# What no step can do without.
+"$PYTHON" -c 'import accelerate, llava, peft, pytest, rich, transformers' || exit 2
+"$PYTHON" scripts/benchmark/run.py --help >/dev/null || exit 2
+"$PYTHON" -m llava_compodistill.cli env >"$RESULTS/environment.txt" 2>&1
+failed=() left=()
 for name in "${chosen[@]}"; do
-    if [[ -f $OUT/$name.done && $again == 0 ]]; then
-        echo "== $name: ended before ($OUT/$name.log)"
+    if [[ -f $RESULTS/$name.done && $again == 0 ]]; then
+        echo "== $name: ended before ($RESULTS/$name.log)"
+        continue
+    fi
+    if ((BUDGET > 0 && SECONDS >= BUDGET)); then
+        left+=("$name")
         continue
     fi
     echo "== $name"
     began=$SECONDS
+    rm -f "$RESULTS/$name.done"
     set -m # the step is a group of processes, which is ended as one
-    do_step "$name" >"$OUT/$name.log" 2>&1 &
+    do_step "$name" >"$RESULTS/$name.log" 2>&1 &
     job=$!
     set +m
+    why=failed
     while kill -0 "$job" 2>/dev/null; do
-        ((SECONDS - began < LIMIT)) || {
+        if ((SECONDS - began >= LIMIT || (BUDGET > 0 && SECONDS >= BUDGET))); then
             kill -- -"$job" 2>/dev/null
-            echo "stopped after $LIMIT s" >>"$OUT/$name.log"
+            why="stopped after $((SECONDS - began)) s"
+            echo "$why" >>"$RESULTS/$name.log"
             break
-        }
+        fi
         sleep 1
     done
     if wait "$job"; then
-        touch "$OUT/$name.done"
+        touch "$RESULTS/$name.done"
     else
         failed+=("$name")
     fi
-    tail -n 40 "$OUT/$name.log"
+    tail -n 40 "$RESULTS/$name.log"
     echo "   $((SECONDS - began)) s"
-    if [[ $name == tests && " ${failed[*]} " == *" tests "* ]]; then
-        echo "gpu.sh: the kernels' tests failed: mend them first ($OUT/tests.log)." >&2
+    if [[ -f $RESULTS/$name.csv ]]; then
+        "$PYTHON" scripts/benchmark/plot.py "$RESULTS/$name.csv" --output "$RESULTS" >>"$RESULTS/$name.log" 2>&1
+    fi
+    bring
+    if [[ $name == tests && $why == failed && " ${failed[*]} " == *" tests "* ]]; then
+        echo "gpu.sh: the kernels' tests failed: mend them first ($RESULTS/tests.log)." >&2
         exit 1
     fi
-    [[ ! -f $OUT/$name.csv ]] || "$PYTHON" scripts/benchmark/plot.py "$OUT/$name.csv" --output "$OUT" >>"$OUT/$name.log" 2>&1
 done
-"$PYTHON" -m llava_compodistill.cli env >"$OUT/environment.txt" 2>&1
-if ((${#failed[@]})); then
-    echo "gpu.sh: failed or stopped: ${failed[*]}. The same command goes on with them." >&2
+bring
+if ((${#failed[@]} + ${#left[@]})); then
+    ((${#failed[@]} == 0)) || echo "gpu.sh: failed or stopped: ${failed[*]}." >&2
+    ((${#left[@]} == 0)) || echo "gpu.sh: no time was left for: ${left[*]}." >&2
+    echo "The same command goes on with them." >&2
     exit 1
 fi
-echo "All in $OUT"
+echo "All in $RESULTS"

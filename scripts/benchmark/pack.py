@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from measure import compare
-from pair import IGNORE_INDEX, IMAGE_TOKEN, Pair
+from pair import IGNORE_INDEX, IMAGE_TOKEN, Kept, Pair
 from step import columns, objective
 
 from llava_compodistill.train.packing import make_packs
@@ -159,22 +159,23 @@ def optimizer_step(
 ) -> Callable[[], float]:
     """Forward and backward of all micro-batches of a step; returns its loss."""
     goal = objective(pair, folder, padding_free=padding_free)
+    known = [Kept(pair.spec.tower.patches) for _ in batches]
     counts = {
         "answer_tokens": sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches),
         "image_samples": sum(int((batch["input_ids"] == IMAGE_TOKEN).any(dim=1).sum()) for batch in batches),
     }
 
     def step() -> float:
-        total = 0.0
-        for batch in batches:
-            with goal.running():
+        total = torch.zeros((), device=pair.device)
+        for batch, here in zip(batches, known, strict=True):
+            with goal.running(), here(batch):
                 sums = goal(pair.student, {**batch, "use_cache": False})
                 parts = [term.weight * sums[term.name].loss / counts[term.count] for term in goal.terms
                          if sums[term.name].loss is not None]  # fmt: skip
                 loss = sum(parts)
                 loss.backward()
-            total += loss.item()
-        return total
+            total += loss.detach()
+        return total.item()
 
     return step
 

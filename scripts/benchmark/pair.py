@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from llava_compodistill.hosts.llava import register
 from llava_compodistill.hosts.llava.taf import fetch_teacher_adapter, taf_config
+from llava_compodistill.train.facts import TEXT, BatchFacts, kept
 from llava_compodistill.train.plan.configs import Adapter, LanguageModel, Tower
 from llava_compodistill.train.plan.flops import useful
 from llava_compodistill.train.plan.setup import Models, Setup
@@ -128,6 +130,22 @@ class Pair:
             "attention_mask": torch.ones_like(ids, dtype=torch.bool).to(self.device),
             "images": images.to(self.device, self.spec.dtype),
         }
+
+
+class Kept:
+    """Around a step on a batch: where its images and answers are is known to the CPU, as the trainer's collator leaves
+    it, so that no model's merge waits for the device."""
+
+    def __init__(self, visual_tokens: int):
+        self._visual_tokens = visual_tokens
+        self._ids: torch.Tensor | None = None
+        self._facts: BatchFacts | None = None
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
+        if self._ids is not batch["input_ids"]:  # once a batch, however often it is run
+            here = {name: batch[name].cpu() for name in TEXT}
+            self._ids, self._facts = batch["input_ids"], BatchFacts.of(here, self._visual_tokens, None)
+        return kept(self._facts, batch)
 
 
 def _save_tower(spec: Tower, folder: Path, dtype: torch.dtype) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measure import compare, extra_memory, matrix_rate, synchronize
-from pair import IGNORE_INDEX, Pair
+from pair import IGNORE_INDEX, Kept, Pair
 
 from llava_compodistill.methods import find_method
 from llava_compodistill.pair.layers import match_layers, visual_understanding_layers
@@ -36,11 +36,11 @@ def objective(pair: Pair, folder: str, **options: Any) -> Objective:
 
 def our_step(pair: Pair, folder: str, **options: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
     """One micro-batch through the package's own objective, as the trainer runs it."""
-    goal = objective(pair, folder, **options)
+    goal, known = objective(pair, folder, **options), Kept(pair.spec.tower.patches)
 
     def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         rows = (batch["labels"] != IGNORE_INDEX).sum()
-        with goal.running():
+        with goal.running(), known(batch):
             counts = {"answer_tokens": rows, "image_samples": len(batch["input_ids"])}
             sums = goal(pair.student, {**batch, "use_cache": False})
             losses = {term: sums[term.name].loss for term in goal.terms if sums[term.name].loss is not None}
@@ -102,6 +102,10 @@ def variants(pair: Pair, folder: str) -> dict[str, Callable]:
     }
 
 
+#: The order of suite fit, whose variants come one after the other and take minutes: what matters most comes first.
+_BY_WORTH = ("ours", "usual", "KD only")
+
+
 def gradients(pair: Pair, step: Callable, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
     pair.student.zero_grad(set_to_none=True)
     loss = step(batch).item()
@@ -160,16 +164,17 @@ def run(pair: Pair, folder: str, batches: list[int], seconds: float) -> Iterator
 
 def run_fit(pair: Pair, folder: str, limits: list[float], seconds: float) -> Iterator[dict[str, Any]]:
     """Suite fit: the largest micro-batch within a memory limit (GiB, all of the process's tensors), and the best
-    throughput of the micro-batches 1, 2, 4, ... that fit."""
+    throughput of the micro-batches 1, 4, 16, ... that fit, and of the largest."""
     spec, device = pair.spec, pair.device
     steps = variants(pair, folder)
     for length in spec.lengths:
         error = parity(pair, steps, length)
-        for name, step in steps.items():
+        for name in _BY_WORTH:
+            step = steps[name]
             needs = functools.cache(lambda size, step=step, length=length: total_gib(pair, step, size, length))
             for limit in limits:
-                largest = _largest(lambda size, needs=needs, limit=limit: needs(size) <= limit)
-                sizes = [2**power for power in range(12) if 2**power <= largest]
+                largest = _largest(needs, limit)
+                sizes = [4**power for power in range(6) if 4**power <= largest]
                 best = (0.0, 0)
                 for size in sorted({*sizes, largest} - {0}):
                     batch = pair.batch(size, length)
@@ -265,14 +270,28 @@ def columns(pair: Pair, size: int, length: int) -> dict[str, Any]:
     }
 
 
-def _largest(fits_in: Callable[[int], bool], most: int = 4096) -> int:
-    """The largest micro-batch that fits, by doubling and halving the gap; 0 where not even one sample does."""
-    low, high = 0, 1
-    while high <= most and fits_in(high):
-        low, high = high, 2 * high
+def _largest(needs: Callable[[int], float], limit: float, most: int = 4096) -> int:
+    """The largest micro-batch within a limit; 0 where not even one sample fits.
+
+    Memory is nearly a line over the micro-batch: each guess is where the line through the largest that fits and its
+    neighbour meets the limit, so that few large ones are run.
+
+    Args:
+        needs: of a micro-batch, infinite where the device has not enough.
+    """
+    low, high = 0, most + 1  # what fits, and what does not
+    points: list[tuple[int, float]] = []
+    guess, tries = 1, 0
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits_in(middle) else (low, middle)
+        used, tries = needs(guess), tries + 1
+        low, high = (guess, high) if used <= limit else (low, guess)
+        points = sorted({*points, (guess, used)} - {(guess, float("inf"))})
+        guess = 2 * guess if high > most else (low + high) // 2
+        if len(points) > 1 and used < float("inf") and tries < 8:
+            (size, most_used), (other, less) = points[-1], points[-2]
+            if most_used > less:
+                guess = int(size + (limit - most_used) * (size - other) / (most_used - less))
+        guess = max(low + 1, min(high - 1, guess))
     return low
 
 

@@ -108,14 +108,13 @@ def check_backend(backend: str) -> None:
     if is_flash(backend):
         if compat.ALL_ATTENTION_FUNCTIONS is None:
             raise ValueError(
-                "--padding_free, --pack_length: FlashAttention is told where samples begin by transformers 4.48 and "
-                "later, and this is an older one. Use --attn_implementation sdpa, which runs FlashAttention's kernel "
-                "on CUDA, too."
+                "--padding_free, --pack_length: with FlashAttention these need transformers 4.48 or later. Use "
+                "--attn_implementation sdpa, which also runs a FlashAttention kernel on CUDA."
             )
     elif backend not in ("eager", "sdpa"):
         raise ValueError(
             f"--padding_free, --pack_length: with --attn_implementation {backend} samples would attend to each other. "
-            "Use sdpa, flash_attention_2 or eager, or leave the flags out."
+            "Use sdpa, flash_attention_2 or eager, or leave out these flags."
         )
 
 

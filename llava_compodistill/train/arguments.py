@@ -195,8 +195,8 @@ class TrainingArguments(llava_training.TrainingArguments):
     shuffle_attention_targets: bool = field(
         default=False,
         metadata={
-            "help": "Control experiment: give each sample the teacher attention of another image in the micro-batch; "
-            "without another one, a sample has no attention loss."
+            "help": "Control experiment: give each sample the teacher attention of another image in the micro-batch. "
+            "A sample has no attention loss if there is no other image."
         },
     )
     visual_advantage: Literal["none", "tokens", "rows", "both"] = field(
@@ -274,7 +274,7 @@ class TrainingArguments(llava_training.TrainingArguments):
     optim: str | None = field(
         default=None,
         metadata={
-            "help": "The optimizer, one of transformers'. Default: adamw_torch_fused on a GPU, except in fp16, else "
+            "help": "An optimizer of transformers. Default: adamw_torch_fused on a GPU (not in fp16), otherwise "
             "adamw_torch."
         },
     )

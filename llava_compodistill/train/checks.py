@@ -177,8 +177,8 @@ def check_arguments(
         check_backend(model.attn_implementation or "sdpa")
     if training.shuffle_attention_targets and training.per_device_train_batch_size < 2:
         raise ValueError(
-            "--shuffle_attention_targets needs --per_device_train_batch_size of at least 2. (So it does with packs, "
-            "one of which may hold a single image.)"
+            "--shuffle_attention_targets needs --per_device_train_batch_size of at least 2, also with packs, because "
+            "a pack may hold a single image."
         )
     if not data.data_path:
         raise ValueError(

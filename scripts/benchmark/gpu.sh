@@ -1,19 +1,19 @@
 #!/bin/bash
-# Everything that is measured on a GPU, in the order of what it is worth, each step with files of its own.
+# All GPU measurements, most useful first; each step writes its own files.
 #
-#   bash scripts/benchmark/gpu.sh                   all steps; those that have ended are not made again
-#   bash scripts/benchmark/gpu.sh step fit          these alone, also again
+#   bash scripts/benchmark/gpu.sh                   all steps, except those already finished
+#   bash scripts/benchmark/gpu.sh step fit          only these, even if finished
 #   REHEARSE=1 bash scripts/benchmark/gpu.sh        the same on the CPU, with the smallest sizes
 #
-#   RESULTS   folder of the results: bench/gpu
-#   OUT       another folder, where after every step an archive of them is left: none
-#   SECONDS_EACH  time spent on each comparison: 2
-#   LIMIT     seconds after which a step is stopped; its rows until then are kept: 540
-#   BUDGET    seconds after which no further step is begun, and the running one is stopped: none
-#   PYTHON    an interpreter with the package and LLaVA: python
+#   RESULTS   folder of the results (default: bench/gpu)
+#   OUT       a second folder, which receives an archive of the results after every step (default: none)
+#   SECONDS_EACH  time spent on each comparison (default: 2)
+#   LIMIT     seconds after which a step is stopped; its rows until then are kept (default: 540)
+#   BUDGET    total seconds; then the running step is stopped and no other starts (default: none)
+#   PYTHON    an interpreter with the package and LLaVA (default: python)
 #
-# Without names, the last two steps are left out: `large` is the quick start from scratch with larger models (20 minutes
-# or more), `loader` measures processors alone.
+# Run only if named: `large` (the quick start from scratch with larger models, 20 minutes or more) and `loader` (measures
+# only the CPU).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 
@@ -101,7 +101,7 @@ bring() {
 failed=() left=()
 for name in "${chosen[@]}"; do
     if [[ -f $RESULTS/$name.done && $again == 0 ]]; then
-        echo "== $name: ended before ($RESULTS/$name.log)"
+        echo "== $name: already finished ($RESULTS/$name.log)"
         continue
     fi
     if ((BUDGET > 0 && SECONDS >= BUDGET)); then
@@ -137,7 +137,7 @@ for name in "${chosen[@]}"; do
     fi
     bring
     if [[ $name == tests && $why == failed && " ${failed[*]} " == *" tests "* ]]; then
-        echo "gpu.sh: the kernels' tests failed: mend them first ($RESULTS/tests.log)." >&2
+        echo "gpu.sh: the kernel tests failed; fix them first ($RESULTS/tests.log)." >&2
         exit 1
     fi
 done
@@ -145,7 +145,7 @@ bring
 if ((${#failed[@]} + ${#left[@]})); then
     ((${#failed[@]} == 0)) || echo "gpu.sh: failed or stopped: ${failed[*]}." >&2
     ((${#left[@]} == 0)) || echo "gpu.sh: no time was left for: ${left[*]}." >&2
-    echo "The same command goes on with them." >&2
+    echo "Run gpu.sh without names to continue." >&2
     exit 1
 fi
-echo "All in $RESULTS"
+echo "All results are in $RESULTS"

@@ -120,9 +120,9 @@ class TeacherCache:
         answers, rows, columns = entry["sizes"].tolist()
         if answers < 0:
             raise CacheError(
-                f"--teacher_cache {self.folder}: {name} could not be read when the cache was made, and now it can. "
-                "Run the same `llava-compodistill cache` command again: it makes the shard of such samples anew and "
-                "keeps the rest."
+                f"--teacher_cache {self.folder}: {name} could not be read when the cache was made, but can be "
+                "read now. Run the same `llava-compodistill cache` command again: it makes the shards with such "
+                "samples again and keeps the rest."
             )
         changed = differences(entry, sample)
         if changed is not None:

@@ -53,7 +53,7 @@ def open_cache(
     cache = TeacherCache(model_args.teacher_cache, wanted, tokenizer.pad_token_id)
     made = [cache.settings.get(name) for name in ("teacher_dtype", "quantised")]
     logger.info(
-        "Teacher: read from %s, where it ran in %s; its language model is not loaded (%s).",
+        "Teacher: read from the cache %s (made in %s); its language model is not loaded (%s).",
         model_args.teacher_cache,
         made[0] if made[1] == "no" else f"{made[0]} with weights in {made[1]}",
         said(cache.what),

@@ -46,7 +46,7 @@ def survey(dataset: CheckedDataset, folder: Path, blocks: Sequence[Block]) -> tu
         name = _now_readable(dataset, folder, block)
         if name is not None:
             logger.warning(
-                "%s was left out, since it could not be read, and now it can: %s is made anew.",
+                "%s could not be read before and was left out. It can be read now, so %s is made again.",
                 name,
                 shards.shard_name(*block),
             )
@@ -81,14 +81,16 @@ def refuse_other_data(
             cause = dataset.fault(error)
             if cause is None:
                 raise
-            changed = f"text or image cannot be read any more ({cause}), and so they"
-        else:
-            changed = differences(shard.read(place), sample)
+            raise CacheError(
+                f"--output {folder} holds {name}, which cannot be read any more ({cause}). Restore it, or name "
+                "another folder."
+            ) from None
+        changed = differences(shard.read(place), sample)
         if changed is not None:
             raise CacheError(
-                f"--output {folder} holds a cache of other data: {name} is not what the teacher has read there. Its "
-                f"{changed} differ. Give its data (--data_path, --image_folder, --seed) to go on with it, or name "
-                "another folder."
+                f"--output {folder} holds a cache of other data: {name} is not what the teacher has read. Its "
+                f"{changed} differ. To continue, give the data that the cache was made from (--data_path, "
+                "--image_folder, --seed); otherwise name another folder."
             )
 
 

@@ -68,7 +68,7 @@ def in_processes(
                 done(len(result))
     except BrokenProcessPool:
         raise DataError(
-            "A process that reads samples was killed; one that takes more memory than there is can do that. Lower "
+            "A process that reads samples was killed, possibly because one needs more memory than is available. Lower "
             f"{flag} ({flag} 1 reads everything in one process)."
         ) from None
     finally:

@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 from ..pair.placement import QUANTISED
 from . import manifest
 from .cache.settings import digest
-from .cache.shards import read_settings
+from .cache.shards import SETTINGS_FILE, read_settings
 from .mix import Source, read_sources
 from .pickles import refuse_unknown
 
@@ -111,7 +111,8 @@ def describe(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
     if args.teacher_placement not in QUANTISED:  # the others move the same weights about
         kept["teacher_placement"] = "whole weights"
     kept["optim"] = kept["optim"].removesuffix("_fused")  # the same steps
-    if model_args.teacher_cache:  # another one may have been made in its place
+    if model_args.teacher_cache and Path(model_args.teacher_cache, SETTINGS_FILE).is_file():
+        # Another one may have been made in its place. (That there is none is said where it is opened.)
         kept["teacher_cache_made"] = digest(read_settings(Path(model_args.teacher_cache)))
     kept["deepspeed"] = bool(args.deepspeed)
     kept["global_batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -175,7 +175,7 @@ def make(options: Options, flags: Sequence[str]) -> None:
             wait_for(folder, args.process_index)
         mine = todo[args.process_index :: args.world_size]
         if mine:
-            fill(job, folder, mine, [block for block in blocks if block not in set(todo)])
+            fill(job, folder, mine, sorted(set(blocks) - set(todo)))
         finish(folder, blocks)
 
 
